@@ -1,0 +1,2 @@
+"""jpeft."""
+from jpeft.version import __version__

@@ -1,0 +1,150 @@
+"""The configuration of a run: its fields and defaults, and the check that comes before any work."""
+
+import inspect
+import types
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from jpeft import plan as plans
+from jpeft.data.tasks import TASKS
+from jpeft.errors import UserError, nearest
+from jpeft.selection import SELECTIONS
+from jpeft.selection.fishpal import FACTORS
+from jpeft.transforms import METHODS
+
+__all__ = ["FISHPAL_LEARNING_RATE", "check", "default", "demo", "learning_rate", "method_names", "options"]
+
+FISHPAL_LEARNING_RATE = 5e-4
+
+
+def method_names() -> tuple[str, ...]:
+    """What `config.method` can be."""
+    return ("fishpal", *SELECTIONS, *METHODS)
+
+
+def default(task: str, method: str) -> ConfigDict:
+    """A run with the recipe of the FishPAL thesis; a file under `configs/` changes what its experiment changes.
+
+    Fields that are None take a value that is known later: `data.path` the hub or JPEFT_GLUE_DIR, `train.learning_rate`
+    the method's own, `train.max_train_examples` all, `fishpal.plan` the plan that is measured.
+    """
+    return ConfigDict(
+        {
+            "task": task,
+            "model": "bert-base-uncased",
+            "method": method,
+            "data": {"path": placeholder(str)},
+            "peft": {name: _section(name) for name in METHODS},
+            "fishpal": {
+                "candidates": ("prefix", "adapter", "lora"),
+                "num_examples": 64,
+                "plan": placeholder(str),
+                "factors": {name: FACTORS.get(name, 1.0) for name in METHODS},
+            },
+            "train": {
+                "num_epochs": 10,
+                "batch_size": 16,
+                "learning_rate": placeholder(float),
+                "warmup_ratio": 0.06,
+                "weight_decay": 0.1,
+                "max_length": 128,
+                "max_train_examples": placeholder(int),
+                "dtype": "float32",
+            },
+            "seeds": (11,),
+        }
+    )
+
+
+def _section(method: str) -> ConfigDict:
+    """The options of a method with their defaults, from its signature."""
+    make = METHODS[method].make
+    hints = get_type_hints(make)
+    section = ConfigDict()
+    for name, parameter in inspect.signature(make).parameters.items():
+        section[name] = _placeholder(hints[name]) if parameter.default is None else parameter.default
+    return section
+
+
+def _placeholder(hint: Any) -> Any:
+    """A field that is None and takes a value of the other type in `hint`, `int | None` for instance."""
+    kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+    return placeholder(tuple if kinds[0] == Sequence[int] else kinds[0])
+
+
+def demo(config: ConfigDict) -> ConfigDict:
+    """The same method at a size for two CPU cores: packaged MiniLM weights and the built-in data, no network."""
+    config.task = "synthetic"
+    config.model = "minilm"
+    config.train.update(num_epochs=4, batch_size=16, max_length=64)
+    config.seeds = (11,)
+    return config
+
+
+def learning_rate(config: ConfigDict) -> float:
+    """The configured learning rate, or the method's own."""
+    if config.train.learning_rate is not None:
+        return config.train.learning_rate
+    if config.method == "fishpal":
+        return FISHPAL_LEARNING_RATE
+    return {**SELECTIONS, **METHODS}[config.method].learning_rate
+
+
+def options(config: ConfigDict, method: str) -> dict[str, Any]:
+    """The options of a method that differ from its defaults, so that plans show only what was chosen."""
+    standard = inspect.signature(METHODS[method].make).parameters
+    given = config.peft[method].to_dict()
+    return {name: value for name, value in given.items() if value != standard[name].default}
+
+
+def check(config: ConfigDict) -> None:
+    """Checks everything that can be checked without data or weights.
+
+    Raises:
+      UserError: for the first field that cannot be, with what it could be.
+    """
+    if config.task not in TASKS:
+        raise UserError(f"config.task {config.task!r} is unknown: {nearest(config.task, TASKS)}")
+    if config.method not in method_names():
+        raise UserError(f"config.method {config.method!r} is unknown: {nearest(config.method, method_names())}")
+    for method in METHODS:
+        try:
+            plans.make(method, **options(config, method))
+        except UserError as error:
+            raise UserError(f"config.peft.{method}: {error}") from None
+    for candidate in config.fishpal.candidates:
+        if candidate not in METHODS:
+            raise UserError(f"config.fishpal.candidates: {candidate!r} is unknown: {nearest(candidate, METHODS)}")
+    if len(set(config.fishpal.candidates)) < len(config.fishpal.candidates) or not config.fishpal.candidates:
+        raise UserError("config.fishpal.candidates must name at least one method, and none twice")
+    if config.fishpal.plan is not None:
+        plans.read(config.fishpal.plan)
+    train = config.train
+    _at_least(1, **{"fishpal.num_examples": config.fishpal.num_examples})
+    _at_least(1, **{f"train.{name}": train[name] for name in ("num_epochs", "batch_size", "max_train_examples")})
+    _at_least(8, **{"train.max_length": train.max_length})
+    _at_least(0, **{"train.weight_decay": train.weight_decay})
+    for name, factor in config.fishpal.factors.items():
+        _above_zero(f"fishpal.factors.{name}", factor)
+    _above_zero("train.learning_rate", learning_rate(config))
+    if not 0 <= train.warmup_ratio < 1:
+        raise UserError(f"config.train.warmup_ratio must be at least 0 and below 1, got {train.warmup_ratio}")
+    if train.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"config.train.dtype must be 'float32' or 'bfloat16', got {train.dtype!r}")
+    seeds = config.seeds
+    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise UserError(f"config.seeds must be distinct integers from 0 up, at least one, got {seeds}")
+
+
+def _at_least(least: int, **fields: float | None) -> None:
+    for name, value in fields.items():
+        if value is not None and not value >= least:
+            raise UserError(f"config.{name} must be at least {least}, got {value}")
+
+
+def _above_zero(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise UserError(f"config.{name} must be above 0, got {value}")

@@ -1,0 +1,218 @@
+"""From text to batches: tokenise once, pad to a few lengths, and make the order a pure function of seed and epoch.
+
+Padding to the longest row of a random batch wastes a factor of two on the GLUE tasks, and every new length would
+compile the step again. So rows of similar length share a batch, and a handful of padded lengths, the buckets, is chosen
+for the lengths at hand.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jpeft.data.tasks import Task
+
+__all__ = [
+    "Batch", "Examples", "eval_batches", "length_buckets", "num_batches", "sample", "take", "tokenize", "train_batches",
+]  # fmt: skip
+
+MEGABATCH = 50  # in batches: rows are sorted by length inside so many, enough to lose almost all padding
+
+
+class Batch(NamedTuple):
+    """One padded batch of b rows and t tokens, everything a NumPy array.
+
+    Attributes:
+      input_ids: [b, t] int32.
+      attention_mask: [b, t] int32, 0 for padding.
+      token_type_ids: [b, t] int32.
+      labels: [b] int32, or float32 for regression.
+      weights: [b] float32; 0 for a row that only fills up the last batch, to keep its shape.
+    """
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    token_type_ids: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+class Examples(NamedTuple):
+    """Tokenised rows of different lengths.
+
+    Attributes:
+      input_ids: one int32 array a row.
+      token_type_ids: the same lengths.
+      labels: [size], int32, or float32 for regression.
+      pad_id: the token that padding consists of.
+    """
+
+    input_ids: tuple[np.ndarray, ...]
+    token_type_ids: tuple[np.ndarray, ...]
+    labels: np.ndarray
+    pad_id: int = 0
+
+    @property
+    def size(self) -> int:
+        """The number of rows."""
+        return len(self.input_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of every row."""
+        return np.fromiter(map(len, self.input_ids), np.int64, self.size)
+
+
+def tokenize(split: Mapping[str, Sequence[Any]] | Any, task: Task, tokenizer: Any, max_length: int) -> Examples:
+    """Tokenises a split of a task.
+
+    Args:
+      split: a `datasets.Dataset`, or columns by name.
+      task: says which columns hold text.
+      tokenizer: a Hugging Face tokenizer.
+      max_length: longer rows are cut, the longer text of a pair first.
+
+    Returns:
+      The rows in their order. Token types are 0 where the tokenizer has none, as RoBERTa's.
+    """
+    texts = [list(split[column]) for column in task.text]
+    encoded = tokenizer(*texts, truncation="longest_first", max_length=max_length) if texts[0] else {"input_ids": []}
+    ids = tuple(np.asarray(row, np.int32) for row in encoded["input_ids"])
+    if "token_type_ids" in encoded:
+        types = tuple(np.asarray(row, np.int32) for row in encoded["token_type_ids"])
+    else:
+        types = tuple(np.zeros_like(row) for row in ids)
+    labels = np.asarray(list(split["label"]), np.int32 if task.labels else np.float32)
+    return Examples(ids, types, labels, tokenizer.pad_token_id or 0)
+
+
+def length_buckets(lengths: np.ndarray | Sequence[int], max_buckets: int = 4, multiple: int = 8) -> tuple[int, ...]:
+    """Chooses the padded lengths that waste the least on rows of these lengths.
+
+    Args:
+      lengths: tokens of every row.
+      max_buckets: at most so many lengths, and so compilations of a step.
+      multiple: every padded length is a multiple of it.
+
+    Returns:
+      The lengths, ascending. The choice is exact: no other one has fewer padded tokens.
+
+    Raises:
+      ValueError: if there are no rows.
+
+    >>> length_buckets([3, 4, 20, 30, 31], max_buckets=2)
+    (8, 32)
+    """
+    if len(lengths) == 0 or max_buckets < 1:
+        raise ValueError("length_buckets needs at least one row and one bucket")
+    # The best cover of all rows up to candidate i ends with a bucket of that length over the rows beyond some j < i.
+    sizes, counts = np.unique(-(-np.asarray(lengths) // multiple) * multiple, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    cost = np.where(below == 0, 0.0, np.inf)
+    plans: list[tuple[int, ...]] = [()] * len(below)
+    for _ in range(max_buckets):
+        # Going down, `cost[j]` for j < i still is the one with a bucket less.
+        for i in range(len(sizes), 0, -1):
+            through = cost[:i] + sizes[i - 1] * (below[i] - below[:i])
+            j = int(np.argmin(through))
+            if through[j] < cost[i]:
+                cost[i], plans[i] = through[j], (*plans[j], int(sizes[i - 1]))
+    return plans[-1]
+
+
+def num_batches(size: int, batch_size: int) -> int:
+    """Returns the number of batches of an epoch; the last one may be partial."""
+    return math.ceil(size / batch_size)
+
+
+def train_batches(
+    examples: Examples, batch_size: int, buckets: Sequence[int], seed: int, epoch: int, start: int = 0
+) -> Iterator[Batch]:
+    """Yields every row once, in an order that depends on seed and epoch alone.
+
+    Rows are shuffled, cut into pieces of `MEGABATCH` batches, sorted by length inside a piece and cut into batches,
+    which are shuffled in turn.
+
+    Args:
+      examples: the rows.
+      batch_size: rows of every batch. What the last one lacks is filled with copies of weight 0.
+      buckets: padded lengths; a batch has the smallest that holds its longest row.
+      seed: of the run.
+      epoch: counted from 0.
+      start: skips so many batches, at no cost, to go on in the middle of an epoch.
+
+    Raises:
+      ValueError: if a row is longer than every bucket.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    lengths = examples.lengths
+    order = rng.permutation(examples.size)
+    piece = MEGABATCH * batch_size
+    order = [p[np.argsort(lengths[p], kind="stable")] for p in np.split(order, range(piece, len(order), piece))]
+    batches = [rows for p in order for rows in _cut(p, batch_size)]
+    for i in rng.permutation(len(batches))[start:]:
+        yield _collate(examples, batches[i], batch_size, buckets)
+
+
+def eval_batches(examples: Examples, batch_size: int, buckets: Sequence[int]) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yields every row once, sorted by length, so that there is hardly any padding.
+
+    Args:
+      examples: the rows.
+      batch_size: as in `train_batches`.
+      buckets: as in `train_batches`.
+
+    Yields:
+      A batch and which rows it holds: the first `len(indices)` of the batch, the others have weight 0.
+
+    Raises:
+      ValueError: if a row is longer than every bucket.
+    """
+    for rows in _cut(np.argsort(examples.lengths, kind="stable"), batch_size):
+        yield _collate(examples, rows, batch_size, buckets), rows
+
+
+def take(examples: Examples, indices: np.ndarray | Sequence[int]) -> Examples:
+    """Returns the rows with these indices, in their order."""
+    indices = np.asarray(indices, np.int64)
+    return examples._replace(
+        input_ids=tuple(examples.input_ids[i] for i in indices),
+        token_type_ids=tuple(examples.token_type_ids[i] for i in indices),
+        labels=examples.labels[indices],
+    )
+
+
+def sample(examples: Examples, n: int, seed: int) -> tuple[Examples, np.ndarray]:
+    """Draws rows without replacement.
+
+    Args:
+      examples: to draw from.
+      n: how many; all of them if there are fewer.
+      seed: of the shuffle whose first n are taken, so that a smaller sample is part of a larger one.
+
+    Returns:
+      The rows and their indices, in the order of the shuffle.
+    """
+    indices = np.random.default_rng(seed).permutation(examples.size)[:n]
+    return take(examples, indices), indices
+
+
+def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _collate(examples: Examples, rows: np.ndarray, batch_size: int, buckets: Sequence[int]) -> Batch:
+    # A copy of a real row fills up, not an empty one: attention over nothing and the like must not arise.
+    filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
+    longest = max(len(examples.input_ids[i]) for i in rows)
+    length = min((b for b in buckets if b >= longest), default=0)
+    if not length:
+        raise ValueError(f"a row of {longest} tokens fits no bucket of {tuple(buckets)}")
+    ids = np.full((batch_size, length), examples.pad_id, np.int32)
+    mask, types = np.zeros_like(ids), np.zeros_like(ids)
+    for r, i in enumerate(filled):
+        n = len(examples.input_ids[i])
+        ids[r, :n], mask[r, :n], types[r, :n] = examples.input_ids[i], 1, examples.token_type_ids[i]
+    weights = (np.arange(batch_size) < len(rows)).astype(np.float32)
+    return Batch(ids, mask, types, examples.labels[filled], weights)

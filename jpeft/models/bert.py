@@ -1,0 +1,339 @@
+"""BERT and RoBERTa encoders for sequence classification and regression.
+
+Parameter names follow Hugging Face's, so that conversion is a renaming (`jpeft.models.pretrained`):
+
+    embeddings/{word,position,token_type}_embeddings, embeddings/LayerNorm
+    encoder/layer_{i}/attention/{query,key,value,output}, encoder/layer_{i}/attention_add_norm/LayerNorm
+    encoder/layer_{i}/ffn/{intermediate,output},          encoder/layer_{i}/ffn_add_norm/LayerNorm
+    pooler (BERT), classifier (RoBERTa: classifier/{dense,out_proj})
+
+Every name above is a site that a transform can wrap (see `jpeft.transform`). Besides the Dense layers there are five
+attachment points made for that purpose; their signatures are part of the public API:
+
+    embeddings/inputs                (word_vectors, token_types, positions, mask) -> the same four
+    encoder/layer_{i}/attention/core (hidden, query, key, value, mask) -> context
+    encoder/layer_{i}/ffn            (x) -> x
+    encoder/layer_{i}/*_add_norm     (hidden, residual) -> LayerNorm(hidden + residual)
+    encoder                          (hidden, mask) -> (hidden, all_states)
+
+Shapes: b rows, t tokens, d hidden size, h heads, k = d / h. `hidden` is [b, t, d]; query, key and value are
+[b, h, t, k] (heads before time is two to three times faster on CPU); the mask is [b, t] integers at `inputs` and
+`encoder` (0 is padding, n is segment n of a packed row) and [b, 1, t_query, t_key] booleans at `core`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.errors import UserError
+
+__all__ = ["ACTIVATIONS", "Bert", "BertConfig", "Intermediates"]
+
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """The shape of an encoder and its head, with the field names of Hugging Face's `config.json`.
+
+    Attributes:
+      model_type: "bert" or "roberta". RoBERTa counts positions from `pad_token_id` + 1 and has a two-layer head.
+      num_labels: width of the head; 1 means regression.
+      classifier_dropout: dropout before the head; None means `hidden_dropout_prob`.
+      dtype: dtype of the computation, "float32" or "bfloat16". Parameters are float32 always, and so are softmax,
+        the statistics of LayerNorm and the logits.
+      remat: recompute each layer in the backward pass instead of storing its activations.
+    """
+
+    model_type: str = "bert"
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    classifier_dropout: float | None = None
+    num_labels: int = 2
+    dtype: str = "float32"
+    remat: bool = False
+
+    @property
+    def max_length(self) -> int:
+        """The longest input in tokens: RoBERTa spends its first `pad_token_id` + 1 positions on padding."""
+        offset = self.pad_token_id + 1 if self.model_type == "roberta" else 0
+        return self.max_position_embeddings - offset
+
+
+class Intermediates(NamedTuple):
+    """What the forward pass saw on its way.
+
+    Attributes:
+      hidden_states: `num_hidden_layers` + 1 arrays [b, t, d]: the embeddings, then each layer's output.
+      pooled: [b, d], what the head reads: BERT's pooler output, RoBERTa's first token.
+    """
+
+    hidden_states: tuple[Array, ...]
+    pooled: Array
+
+
+def _dense(config: BertConfig, features: int, name: str, dtype: str | None = None) -> nn.Dense:
+    init = nn.initializers.normal(config.initializer_range)
+    return nn.Dense(features, dtype=jnp.dtype(dtype or config.dtype), kernel_init=init, name=name)
+
+
+def _layer_norm(config: BertConfig, name: str | None = None) -> nn.LayerNorm:
+    # The fast variance E[x^2] - E[x]^2 cancels badly where a few dimensions are large, as they are in BERT.
+    return nn.LayerNorm(
+        epsilon=config.layer_norm_eps, dtype=jnp.dtype(config.dtype), use_fast_variance=False, name=name
+    )
+
+
+class Inputs(nn.Module):
+    """Attachment point before the sum of the embeddings: everything that has a time axis passes through once."""
+
+    @nn.compact
+    def __call__(
+        self, word_vectors: Array, token_types: Array, positions: Array, mask: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """Returns its arguments: [b, t, d] vectors and three [b, t] integer arrays."""
+        return word_vectors, token_types, positions, mask
+
+
+class Embeddings(nn.Module):
+    """Word, position and token-type embeddings, their sum, LayerNorm and dropout."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(
+        self, input_ids: Array, token_types: Array, positions: Array, mask: Array, train: bool
+    ) -> tuple[Array, Array]:
+        """Returns the embedded tokens [b, t, d] and the mask [b, t], lengthened by what `inputs` may have added."""
+        c = self.config
+
+        def embed(num: int, name: str) -> nn.Embed:
+            init = nn.initializers.normal(c.initializer_range)
+            return nn.Embed(num, c.hidden_size, dtype=jnp.dtype(c.dtype), embedding_init=init, name=name)
+
+        words = embed(c.vocab_size, "word_embeddings")(input_ids)
+        words, token_types, positions, mask = Inputs(name="inputs")(words, token_types, positions, mask)
+        x = (
+            words
+            + embed(c.type_vocab_size, "token_type_embeddings")(token_types)
+            + embed(c.max_position_embeddings, "position_embeddings")(positions)
+        )
+        x = _layer_norm(c, "LayerNorm")(x)
+        return nn.Dropout(c.hidden_dropout_prob)(x, deterministic=not train), mask
+
+
+class Core(nn.Module):
+    """Attachment point around scaled dot-product attention. It has no parameters."""
+
+    dropout: float
+
+    @nn.compact
+    def __call__(self, hidden: Array, query: Array, key: Array, value: Array, mask: Array, *, train: bool) -> Array:
+        """Attends; scores and softmax are float32.
+
+        Args:
+          hidden: the layer's input [b, t, d]; unused here, for transforms that gate on it.
+          query: [b, h, t_query, k].
+          key: [b, h, t_key, k].
+          value: [b, h, t_key, k].
+          mask: booleans that broadcast to [b, h, t_query, t_key]; False is not attended to.
+          train: whether the attention probabilities are dropped out.
+
+        Returns:
+          The context [b, h, t_query, k].
+        """
+        del hidden
+        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+        scores = scores * (query.shape[-1] ** -0.5)
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        probs = nn.Dropout(self.dropout)(probs, deterministic=not train)
+        return jnp.einsum("bhqk,bhkd->bhqd", probs, value)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention and its output projection."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, hidden: Array, mask: Array, *, train: bool) -> Array:
+        """Maps [b, t, d] to [b, t, d]; the mask is as in `Core`."""
+        c = self.config
+
+        def heads(x: Array) -> Array:
+            x = x.reshape(*x.shape[:-1], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+            return x.swapaxes(-2, -3)
+
+        query, key, value = (heads(_dense(c, c.hidden_size, name)(hidden)) for name in ("query", "key", "value"))
+        context = Core(c.attention_probs_dropout_prob, name="core")(hidden, query, key, value, mask, train=train)
+        context = context.swapaxes(-2, -3).reshape(hidden.shape)
+        return _dense(c, c.hidden_size, "output")(context)
+
+
+class FeedForward(nn.Module):
+    """Attachment point around the two dense layers of a block, before dropout and residual."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [b, t, d] to [b, t, d] through [b, t, intermediate_size]."""
+        c = self.config
+        x = ACTIVATIONS[c.hidden_act](_dense(c, c.intermediate_size, "intermediate")(x))
+        return _dense(c, c.hidden_size, "output")(x)
+
+
+class AddNorm(nn.Module):
+    """Attachment point around residual and LayerNorm. The norm is made in `setup`, so that a wrap may call it twice."""
+
+    config: BertConfig
+
+    def setup(self) -> None:
+        """Makes the norm."""
+        self.LayerNorm = _layer_norm(self.config)
+
+    def __call__(self, hidden: Array, residual: Array) -> Array:
+        """Returns LayerNorm(hidden + residual), all [b, t, d]."""
+        return self.LayerNorm(hidden + residual)
+
+
+class Layer(nn.Module):
+    """One block: attention and feed-forward, each followed by dropout, residual and LayerNorm."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, train: bool) -> Array:
+        """Maps [b, t, d] to [b, t, d]; the mask is as in `Core`."""
+        c = self.config
+        a = Attention(c, name="attention")(x, mask, train=train)
+        a = nn.Dropout(c.hidden_dropout_prob)(a, deterministic=not train)
+        x = AddNorm(c, name="attention_add_norm")(a, x)
+        f = FeedForward(c, name="ffn")(x)
+        f = nn.Dropout(c.hidden_dropout_prob)(f, deterministic=not train)
+        return AddNorm(c, name="ffn_add_norm")(f, x)
+
+
+class Encoder(nn.Module):
+    """The stack of layers. Unrolled, so that every layer can hold another module."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, hidden: Array, mask: Array, *, train: bool) -> tuple[Array, tuple[Array, ...]]:
+        """Returns the last hidden state [b, t, d] and all of them; the mask is [b, t] segment numbers."""
+        layer = nn.remat(Layer, static_argnums=(3,)) if self.config.remat else Layer
+        attends = _attends(mask)
+        states = [hidden]
+        for i in range(self.config.num_hidden_layers):
+            states.append(layer(self.config, name=f"layer_{i}")(states[-1], attends, train))
+        return states[-1], tuple(states)
+
+
+def _attends(segments: Array) -> Array:
+    """[b, t] segment numbers to [b, 1, t, t]: tokens see their own segment. Padding sees all, as in Hugging Face."""
+    q, k = segments[:, None, :, None], segments[:, None, None, :]
+    return ((q == k) | (q == 0)) & (k > 0)
+
+
+class ClassificationHead(nn.Module):
+    """RoBERTa's head: dropout, dense, tanh, dropout, out_proj."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Maps [b, d] to float32 [b, num_labels]."""
+        c = self.config
+        drop = nn.Dropout(_head_dropout(c), deterministic=not train)
+        x = jnp.tanh(_dense(c, c.hidden_size, "dense")(drop(x)))
+        return _dense(c, c.num_labels, "out_proj", "float32")(drop(x))
+
+
+def _head_dropout(config: BertConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+class Bert(nn.Module):
+    """A BERT or RoBERTa encoder with a classification or regression head.
+
+    >>> import jax
+    >>> from jpeft.models.bert import Bert, BertConfig
+    >>> model = Bert(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64))
+    >>> ids = jax.numpy.ones((2, 7), int)
+    >>> params = model.init(jax.random.key(0), ids)["params"]
+    >>> logits, intermediates = model.apply({"params": params}, ids)
+    >>> logits.shape, len(intermediates.hidden_states)
+    ((2, 2), 3)
+    """
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        positions: Array | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Array, Intermediates]:
+        """Classifies rows of tokens.
+
+        Args:
+          input_ids: [b, t] integers.
+          attention_mask: [b, t] integers: 0 is padding, n > 0 is segment n. None means no padding.
+          token_type_ids: [b, t] integers below `type_vocab_size`; None means 0.
+          positions: [b, t] places counted from 0; None means that every row is one segment starting at its first token.
+          train: whether dropout is on; it then needs `rngs={"dropout": key}`.
+
+        Returns:
+          Float32 logits [b, num_labels] and the `Intermediates`.
+
+        Raises:
+          UserError: the rows are longer than the position table, and `positions` does not say otherwise.
+        """
+        c = self.config
+        mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
+        token_types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        if positions is None:
+            if input_ids.shape[1] > c.max_length:  # the embedding of a position beyond its table would be NaN
+                raise UserError(f"input of {input_ids.shape[1]} tokens; this model takes {c.max_length} at most")
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+        if c.model_type == "roberta":  # padding sits at its own position, real tokens start behind it
+            positions = jnp.where(mask > 0, positions + c.pad_token_id + 1, c.pad_token_id)
+        hidden, mask = Embeddings(c, name="embeddings")(input_ids, token_types, positions, mask, train)
+        hidden, states = Encoder(c, name="encoder")(hidden, mask, train=train)
+        first = hidden[:, 0]
+        if c.model_type == "roberta":
+            logits = ClassificationHead(c, name="classifier")(first, train)
+            return logits, Intermediates(states, first)
+        pooled = jnp.tanh(_dense(c, c.hidden_size, "pooler")(first))
+        dropped = nn.Dropout(_head_dropout(c))(pooled, deterministic=not train)
+        logits = _dense(c, c.num_labels, "classifier", "float32")(dropped)
+        return logits, Intermediates(states, pooled)

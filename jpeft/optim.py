@@ -1,0 +1,38 @@
+"""Optimisers for small trainable sets: AdamW as the references run it."""
+
+import math
+from typing import Any
+
+import jax
+import optax
+
+__all__ = ["adamw", "warmup_linear"]
+
+
+def warmup_linear(learning_rate: float, num_steps: int, warmup_ratio: float) -> optax.Schedule:
+    """From 0 up to `learning_rate` in the first ceil(warmup_ratio * num_steps) steps, then linearly down to 0."""
+    warmup = math.ceil(warmup_ratio * num_steps)
+    up = optax.linear_schedule(0.0, learning_rate, warmup)
+    down = optax.linear_schedule(learning_rate, 0.0, max(1, num_steps - warmup))
+    return optax.join_schedules([up, down], [warmup])
+
+
+def adamw(schedule: optax.Schedule, weight_decay: float, clip_norm: float = 1.0) -> optax.GradientTransformation:
+    """Clips by the global norm of what trains, then AdamW. Vectors and scalars do not decay.
+
+    Biases, LayerNorm parameters and vectors that start at one, such as those of (IA)3, would only be pulled away from
+    where they mean "no change"; all of them have fewer than two axes.
+
+    Args:
+      schedule: the learning rate by step.
+      weight_decay: decoupled decay, multiplied by the learning rate as in PyTorch.
+      clip_norm: the largest global gradient norm.
+    """
+
+    def decays(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.ndim >= 2, tree)
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, weight_decay=weight_decay, mask=decays),
+    )

@@ -1,0 +1,1 @@
+"""What a run shows: on the console while it goes, as tables and pictures afterwards."""

@@ -1,0 +1,82 @@
+"""Lines and bars on the terminal; in a log file, where bars would be noise, one line an epoch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["Bar", "Console"]
+
+
+class Bar:
+    """One training run's bar: loss, last score, examples a second, time left."""
+
+    def __init__(self, progress: Progress, task: Any, console: "Console", done: int):
+        self._progress, self._task, self._console = progress, task, console
+        self._examples, self._score = 0, ""
+        self._done = done
+
+    def advance(self, loss: float, epoch: int, examples: int) -> None:
+        """Moves on by one step."""
+        self._examples += examples
+        elapsed = self._progress.tasks[self._task].elapsed or 1e-9
+        self._progress.update(
+            self._task,
+            advance=1,
+            description=f"epoch {epoch}",
+            status=f"loss {loss:.3f}  {self._score}{self._examples / elapsed:.0f} examples/s",
+        )
+
+    def epoch(self, row: dict[str, Any], primary: str) -> None:
+        """Prints the line of a finished epoch."""
+        self._score = f"{primary} {row[primary]:.3f}  "
+        scores = "  ".join(
+            f"{name} {value:.4f}" for name, value in row.items() if name not in ("epoch", "step", "train_loss")
+        )
+        self._console.say(f"  epoch {row['epoch']:>2}  step {row['step']:>6,}  loss {row['train_loss']:.4f}  {scores}")
+
+
+class Console:
+    """Where a run prints.
+
+    Args:
+      quiet: print nothing at all.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self._rich = rich.console.Console(quiet=quiet, highlight=False, soft_wrap=True)
+
+    def say(self, text: str = "") -> None:
+        """Prints a line as it is."""
+        self._rich.print(text, markup=False)
+
+    def title(self, text: str) -> None:
+        """Prints a line that begins a new part."""
+        self._rich.print(text, style="bold", markup=False)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        self._rich.print(f"warning: {text}", style="yellow", markup=False)
+
+    @contextmanager
+    def training(self, total: int, done: int) -> Iterator[Bar]:
+        """A bar over `total` steps of which `done` are made."""
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        shown = self._rich.is_terminal
+        with Progress(*columns, console=self._rich, transient=True, disable=not shown) as progress:
+            task = progress.add_task("starting", total=total, completed=done, status="compiling")
+            yield Bar(progress, task, self, done)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """A spinner beside a text while something without steps goes on."""
+        with self._rich.status(text):
+            yield

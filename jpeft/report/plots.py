@@ -1,0 +1,62 @@
+"""Pictures: the Fisher scores of every candidate in every layer, and which one was kept."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jpeft.selection.fishpal import Scores
+
+__all__ = ["fisher_scores"]
+
+
+def fisher_scores(path: Path, by_seed: Mapping[int, Scores], title: str) -> None:
+    """Writes a PNG: one heat map a seed, layers across, candidates down, colour by the logarithm of the score.
+
+    The kept candidate of each layer is framed, its number bold. Zero scores are left white.
+
+    Args:
+      path: of the PNG.
+      by_seed: the scores, as `jpeft.selection.fishpal.scores` returns them.
+      title: stands above.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    first = next(iter(by_seed.values()))
+    layers, candidates = list(first), list(next(iter(first.values())))
+    tables = {
+        seed: np.array([[scores[layer][name] for layer in layers] for name in candidates])
+        for seed, scores in by_seed.items()
+    }
+    logs = {seed: np.log10(table, out=np.full(table.shape, np.nan), where=table > 0) for seed, table in tables.items()}
+    low = min(np.nanmin(x) for x in logs.values())
+    high = max(np.nanmax(x) for x in logs.values())
+    height = 0.9 + len(by_seed) * (0.5 * len(candidates) + 0.75)
+    figure = Figure(figsize=(2.6 + 0.62 * len(layers), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(by_seed), 1, squeeze=False)[:, 0]
+    for panel, (seed, log) in zip(panels, logs.items(), strict=True):
+        image = panel.imshow(log, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+        for column in range(len(layers)):
+            best = int(np.argmax(tables[seed][:, column]))
+            panel.add_patch(
+                Rectangle((column - 0.47, best - 0.46), 0.94, 0.92, fill=False, edgecolor="crimson", linewidth=2.5)
+            )
+            for row in range(len(candidates)):
+                if np.isfinite(log[row, column]):
+                    shade = (log[row, column] - low) / (high - low or 1)
+                    weight = "bold" if row == best else "normal"
+                    panel.text(
+                        column, row, f"{log[row, column]:.1f}", ha="center", va="center", fontsize=8,
+                        color="black" if shade > 0.6 else "white", fontweight=weight,
+                    )  # fmt: skip
+        panel.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+        panel.set_yticks(range(len(candidates)), candidates)
+        panel.set_title(f"seed {seed}", fontsize=9, loc="left")
+        panel.tick_params(length=0)
+    panels[-1].set_xlabel("layer")
+    figure.colorbar(image, ax=panels, label="log10 of score", shrink=0.9)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)

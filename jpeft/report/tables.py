@@ -1,0 +1,107 @@
+"""The report of a run: one dict that a program parses, one page of Markdown that a person reads."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["compare", "markdown", "plan_lines", "spread"]
+
+_COUNTS = {
+    "base": "base parameters (encoder and pooler)",
+    "head": "head parameters",
+    "trainable": "trainable parameters (modules and head)",
+    "added_at_inference": "added at inference (modules, folded and merged)",
+}
+
+
+def spread(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Mean and standard deviation (ddof 1) of each metric over seeds; the deviation of one seed is None."""
+    names = list(rows[0])
+    return {
+        "mean": {name: statistics.fmean(row[name] for row in rows) for name in names},
+        "std": {name: statistics.stdev(row[name] for row in rows) if len(rows) > 1 else None for name in names},
+    }
+
+
+def percent(value: float) -> str:
+    """A fraction as a percentage with two digits."""
+    return f"{100 * value:.2f}"
+
+
+def plan_lines(plan: Mapping[int, Sequence[Any]]) -> list[str]:
+    """ "0-1 prefix", "2 lora(rank=4)", ...: neighbouring layers with the same modules together."""
+    runs: list[tuple[int, int, str]] = []
+    for layer in sorted(plan):
+        text = " + ".join(_entry(entry) for entry in plan[layer])
+        if runs and runs[-1][2] == text and runs[-1][1] == layer - 1:
+            runs[-1] = (runs[-1][0], layer, text)
+        else:
+            runs.append((layer, layer, text))
+    return [f"{first} {text}" if first == last else f"{first}-{last} {text}" for first, last, text in runs]
+
+
+def _entry(entry: Any) -> str:
+    given = ", ".join(f"{name}={value}" for name, value in entry.options.items())
+    return f"{entry.method}({given})" if given else entry.method
+
+
+def markdown(report: Mapping[str, Any], plans: Mapping[int, Mapping[int, Sequence[Any]]], picture: str | None) -> str:
+    """The page.
+
+    Args:
+      report: what goes into `report.json`.
+      plans: by seed, for FishPAL.
+      picture: file name of the picture of the Fisher scores, or None.
+    """
+    metrics, counts = report["metrics"], report["parameters"]
+    lines = [f"# {report['method']} on {report['task']} ({report['model']})", ""]
+    lines += [f"Scores on the {report['split']} split, in percent, after the last epoch; best epoch in brackets.", ""]
+    names = list(metrics["mean"])
+    lines += ["| seed | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for row in metrics["per_seed"]:
+        cells = (f"{percent(row['last'][name])} ({percent(row['best'][name])})" for name in names)
+        lines.append(f"| {row['seed']} | " + " | ".join(cells) + " |")
+    if len(metrics["per_seed"]) > 1:
+        cells = (f"{percent(metrics['mean'][name])} ± {percent(metrics['std'][name])}" for name in names)
+        lines.append("| **mean ± std** | " + " | ".join(cells) + " |")
+    if plans:
+        lines += ["", "## Which module each layer got", ""]
+        lines += [f"- seed {seed}: layers " + "; ".join(plan_lines(plan)) for seed, plan in plans.items()]
+        if picture:
+            lines += ["", f"![Fisher scores by layer and candidate, the chosen ones marked]({picture})"]
+    lines += ["", "## What it costs", "", "| | |", "| --- | ---: |"]
+    lines += [f"| {text} | {counts[name]:,} |" for name, text in _COUNTS.items()]
+    lines += [
+        f"| trainable, of base and head | {counts['trainable_percent']:.2f} % |",
+        f"| added at inference, of base and head | {counts['added_percent']:.2f} % |",
+        f"| file of the trained modules | {counts['module_bytes'] / 1e6:.2f} MB |",
+        f"| training | {report['examples_per_second']:.1f} examples/s |",
+        f"| evaluation | {report['inference_examples_per_second']:.1f} examples/s |",
+        f"| peak memory of the process | {report['peak_memory_bytes'] / 1e9:.2f} GB |",
+    ]
+    lines += [f"| seconds: {name} | {value:.1f} |" for name, value in report["seconds"].items()]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "\n".join([*lines, "", f"Made by {versions}.", ""])
+
+
+def compare(reports: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of several runs, one row each: scores in percent, sizes and speed."""
+    names = list(dict.fromkeys(name for report in reports for name in report["metrics"]["mean"]))
+    head = ["method", "task", "model", *names, "trainable %", "added %", "train examples/s"]
+    rows = []
+    for report in reports:
+        mean, std, counts = report["metrics"]["mean"], report["metrics"]["std"], report["parameters"]
+        cells = [report["method"], report["task"], report["model"]]
+        cells += [_cell(mean.get(name), std.get(name)) for name in names]
+        cells += [f"{counts['trainable_percent']:.2f}", f"{counts['added_percent']:.2f}"]
+        rows.append([*cells, f"{report['examples_per_second']:.1f}"])
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in [head, *rows]]
+    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
+
+
+def _cell(mean: float | None, std: float | None) -> str:
+    if mean is None or math.isnan(mean):
+        return "-"
+    return percent(mean) if std is None else f"{percent(mean)} ± {percent(std)}"

@@ -1,0 +1,121 @@
+"""One training step and one evaluation step, as pure functions of three pytrees.
+
+    frozen      what never changes: the base model, less what was selected to train
+    trainable   {"params": the head and selected base leaves, "peft": the leaves of the transform}
+    opt_state   the optimiser's, for `trainable` alone
+
+`frozen` is an argument, not a captured constant, and gradients are taken by `trainable` alone: XLA then drops the
+backward pass of everything that does not train.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jpeft.data.batching import Batch
+from jpeft.transform import Chain, Transform, apply
+from jpeft.tree import union
+
+__all__ = ["State", "StepMetrics", "eval_step", "example_losses", "forward", "init_state", "single_loss", "train_step"]
+
+Tree = dict[str, Any]
+
+
+class State(NamedTuple):
+    """What training changes.
+
+    Attributes:
+      step: int32 scalar, the number of updates made.
+      trainable: {"params": ..., "peft": ...}.
+      opt_state: the optimiser's state.
+    """
+
+    step: Array
+    trainable: Tree
+    opt_state: optax.OptState
+
+
+class StepMetrics(NamedTuple):
+    """Float32 scalars of one step: mean loss of the batch, global gradient norm before clipping."""
+
+    loss: Array
+    grad_norm: Array
+
+
+def init_state(trainable: Tree, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step."""
+    return State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+
+def forward(
+    model: nn.Module,
+    transform: Transform | Chain,
+    trainable: Tree,
+    frozen: Tree,
+    batch: Batch,
+    key: Array | None = None,
+) -> Array:
+    """Float32 logits [b, num_labels] of a batch; dropout is on if there is a key."""
+    logits, _ = apply(
+        model,
+        transform,
+        {"params": union(frozen, trainable["params"]), "peft": trainable["peft"]},
+        batch.input_ids,
+        batch.attention_mask,
+        batch.token_type_ids,
+        train=key is not None,
+        mask=batch.attention_mask,
+        rngs=None if key is None else {"dropout": key},
+    )
+    return logits
+
+
+def example_losses(logits: Array, labels: Array) -> Array:
+    """The loss of each example, [b]: cross entropy for integer labels, squared error for float labels."""
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.square(logits[:, 0] - labels)
+
+
+def train_step(
+    model: nn.Module, transform: Transform | Chain, optimizer: optax.GradientTransformation
+) -> Callable[[State, Tree, Batch, Array], tuple[State, StepMetrics]]:
+    """The function (state, frozen, batch, key) -> (state, metrics); jit it, and donate the state.
+
+    The dropout key of a step is `key` folded with the step's number, so a resumed run draws what it would have drawn.
+    """
+
+    def step(state: State, frozen: Tree, batch: Batch, key: Array) -> tuple[State, StepMetrics]:
+        def loss(trainable: Tree) -> Array:
+            logits = forward(model, transform, trainable, frozen, batch, jax.random.fold_in(key, state.step))
+            return jnp.average(example_losses(logits, batch.labels), weights=batch.weights)
+
+        value, grads = jax.value_and_grad(loss)(state.trainable)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return State(state.step + 1, trainable, opt_state), StepMetrics(value, optax.global_norm(grads))
+
+    return step
+
+
+def eval_step(model: nn.Module, transform: Transform | Chain) -> Callable[[Tree, Tree, Batch], Array]:
+    """The function (trainable, frozen, batch) -> logits, without dropout."""
+    return lambda trainable, frozen, batch: forward(model, transform, trainable, frozen, batch)
+
+
+def single_loss(
+    model: nn.Module, transform: Transform | Chain
+) -> Callable[[Tree, Batch, Tree, Tree], Array]:
+    """The function (leaves, example, head, frozen) -> loss of one example without a batch axis, for `jpeft.fisher`."""
+
+    def loss(leaves: Tree, example: Batch, head: Tree, frozen: Tree) -> Array:
+        batch = jax.tree.map(lambda x: x[None], example)
+        logits = forward(model, transform, {"params": head, "peft": leaves}, frozen, batch)
+        return example_losses(logits, batch.labels)[0]
+
+    return loss

@@ -1,0 +1,28 @@
+"""Every method, one small file each, and the names that configurations and plans know them by."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jpeft.transform import Transform
+from jpeft.transforms.adapter import houlsby, parallel, pfeiffer
+from jpeft.transforms.lora import lora
+from jpeft.transforms.prefix import prefix
+
+__all__ = ["METHODS", "Method", "houlsby", "lora", "parallel", "pfeiffer", "prefix"]
+
+
+class Method(NamedTuple):
+    """A transform's maker, and the learning rate at which it is trained when none is given."""
+
+    make: Callable[..., Transform]
+    learning_rate: float
+
+
+METHODS: dict[str, Method] = {
+    "adapter": Method(pfeiffer, 1e-4),
+    "houlsby": Method(houlsby, 1e-4),
+    "lora": Method(lora, 5e-4),
+    "parallel": Method(parallel, 1e-4),
+    "pfeiffer": Method(pfeiffer, 1e-4),
+    "prefix": Method(prefix, 2e-4),
+}

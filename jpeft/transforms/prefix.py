@@ -1,0 +1,111 @@
+"""Prefix tuning: trained keys and values before every layer's own (Li and Liang 2021, arXiv:2101.00190)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.transform import SHARED, Call, Context, Leaves, Params, Site, Sites, Transform, find, init_sites, site_key
+from jpeft.transforms.linear import linear, linear_leaves, positive
+
+__all__ = ["prefix"]
+
+
+def prefix(
+    num_virtual_tokens: int = 10,
+    mlp_hidden: int | None = 512,
+    layers: Sequence[int] | None = None,
+    targets: str = "attention/core",
+) -> Transform:
+    """Attention over [P_k; K] and [P_v; V], with P = `num_virtual_tokens` rows that every token of every row sees.
+
+    With an MLP, all layers share an embedding [P, d] ~ N(0, 1) and tanh(embedding @ W1 + b1) [P, hidden]; each layer maps
+    that to its keys and values with a linear layer of its own. `fold` computes them once and drops the MLP. Without one
+    (`mlp_hidden=None`) keys and values are the parameters. Linear layers start as PyTorch's do, U(-1/sqrt(in),
+    1/sqrt(in)); flat keys and values from N(0, 0.02). Positions are not shifted (AdapterHub's way; peft shifts them).
+    At inference a prefix costs 4 P d floating-point operations a token and layer. It cannot be merged.
+
+    Args:
+      num_virtual_tokens: P.
+      mlp_hidden: the hidden size of the reparametrisation, 512 in AdapterHub and the FishPAL thesis; None for none.
+      layers: only in these layers; None means all.
+      targets: pattern of sites with arguments (hidden, query, key, value, mask), heads before time; see `jpeft.find`.
+
+    Returns:
+      A transform with leaves {"shared": {"embedding": [P, d], "mlp": linear [d, hidden]}, path: {"key": linear
+      [hidden, d], "value": likewise}}, or {path: {"key": [P, d], "value": [P, d]}} when flat or folded.
+
+    Raises:
+      UserError: if a size is out of range; in `init`, if a target is missing.
+    """
+    positive(num_virtual_tokens=num_virtual_tokens, **({} if mlp_hidden is None else {"mlp_hidden": mlp_hidden}))
+
+    def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
+        del params
+        where = find(sites, targets, layers)
+
+        def flat(key: Array, site: Site) -> Leaves:
+            k, v = jax.random.split(key)
+            shape = (num_virtual_tokens, _width(site))
+            return {"key": 0.02 * jax.random.normal(k, shape), "value": 0.02 * jax.random.normal(v, shape)}
+
+        def mapped(key: Array, site: Site) -> Leaves:
+            k, v = jax.random.split(key)
+            return {"key": _torch_linear(k, mlp_hidden, _width(site)), "value": _torch_linear(v, mlp_hidden, _width(site))}
+
+        if mlp_hidden is None:
+            return init_sites(key, where, flat)
+        embedding, mlp = jax.random.split(site_key(key, SHARED))
+        d = _width(where[0])
+        shared = {
+            "embedding": jax.random.normal(embedding, (num_virtual_tokens, d)),
+            "mlp": _torch_linear(mlp, d, mlp_hidden),
+        }
+        return {SHARED: shared, **init_sites(key, where, mapped)}
+
+    def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
+        hidden, query, key, value, mask = args
+        own = _keys_values(leaves, ctx.shared)
+        rows = mask.shape[:-1] + (own["key"].shape[0],)
+        return call(
+            hidden,
+            query,
+            jnp.concatenate([_heads(own["key"], key), key], axis=-2),
+            jnp.concatenate([_heads(own["value"], value), value], axis=-2),
+            jnp.concatenate([jnp.ones(rows, bool), mask], axis=-1),
+        )
+
+    def fold(leaves: Leaves) -> Leaves:
+        shared = leaves.get(SHARED, {})
+        return {path: _keys_values(own, shared) for path, own in leaves.items() if path != SHARED}
+
+    return Transform("prefix", init, wrap, fold=fold)
+
+
+def _torch_linear(key: Array, n_in: int, n_out: int) -> dict[str, Array]:
+    """A linear layer with PyTorch's default initialisation: kernel and bias both U(-1/sqrt(in), 1/sqrt(in))."""
+    kernel, bias = jax.random.split(key)
+    bound = n_in**-0.5
+    leaves = linear_leaves(jax.random.uniform(kernel, (n_in, n_out), minval=-bound, maxval=bound))
+    return {**leaves, "bias": jax.random.uniform(bias, (n_out,), minval=-bound, maxval=bound)}
+
+
+def _keys_values(leaves: Leaves, shared: Params) -> dict[str, Array]:
+    """The prefix of one site, {"key": [P, d], "value": [P, d]}, through the MLP where there is one."""
+    if not shared:
+        return leaves
+    hidden = jnp.tanh(linear(shared["embedding"], shared["mlp"]))
+    return {name: linear(hidden, leaves[name]) for name in ("key", "value")}
+
+
+def _heads(rows: Array, like: Array) -> Array:
+    """[P, d] to [b, h, P, k], in the dtype of `like` [b, h, t, k]."""
+    b, h, _, k = like.shape
+    rows = rows.reshape(-1, h, k).swapaxes(0, 1).astype(like.dtype)
+    return jnp.broadcast_to(rows[None], (b, *rows.shape))
+
+
+def _width(site: Site) -> int:
+    """d = heads * head width, from the site's key [b, h, t, k]."""
+    return site.args[2].shape[1] * site.args[2].shape[3]

@@ -1,0 +1,47 @@
+"""Nested dicts of arrays: paths, parts and unions. JAX's own tree functions do the rest."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+__all__ = ["count", "flatten", "num_bytes", "replace", "split", "unflatten", "union"]
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """{"a": {"b": x}} to {("a", "b"): x}; a tuple, because the keys of peft leaves are paths themselves."""
+    return flatten_dict(tree)
+
+
+def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    return unflatten_dict(dict(flat))
+
+
+def replace(tree: Mapping[str, Any], path: str, fn: Callable[[Any], Any]) -> dict[str, Any]:
+    """A new tree in which fn was applied to the leaf or subtree at "a/b/c"; everything else is shared."""
+    head, _, rest = path.partition("/")
+    return {**tree, head: replace(tree[head], rest, fn) if rest else fn(tree[head])}
+
+
+def split(tree: Mapping[str, Any], belongs: Callable[[tuple[str, ...]], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two trees: the leaves whose path belongs, and the others."""
+    flat = flatten(tree)
+    inside = {path: x for path, x in flat.items() if belongs(path)}
+    return unflatten(inside), unflatten({path: x for path, x in flat.items() if path not in inside})
+
+
+def union(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree that holds the leaves of both; the inverse of `split`. Where both hold a path, the second wins."""
+    return unflatten({**flatten(first), **flatten(second)})
+
+
+def count(tree: Any) -> int:
+    """The number of entries in all leaves."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def num_bytes(tree: Any) -> int:
+    """The number of bytes in all leaves."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
