@@ -15,7 +15,7 @@ from jpeft.selection import SELECTIONS
 from jpeft.selection.fishpal import FACTORS
 from jpeft.transforms import METHODS
 
-__all__ = ["FISHPAL_LEARNING_RATE", "check", "default", "demo", "learning_rate", "method_names", "options"]
+__all__ = ["FISHPAL_LEARNING_RATE", "check", "default", "demo", "learning_rate", "method_names", "options", "variant"]
 
 FISHPAL_LEARNING_RATE = 5e-4
 
@@ -82,6 +82,17 @@ def demo(config: ConfigDict) -> ConfigDict:
     config.train.update(num_epochs=4, batch_size=16, max_length=64)
     config.seeds = (11,)
     return config
+
+
+def variant(config: ConfigDict, name: str) -> ConfigDict:
+    """What stands after the colon of `--config file.py:name`: nothing, or "demo".
+
+    Raises:
+      UserError: if it is anything else.
+    """
+    if name not in ("", "demo"):
+        raise UserError(f"config variant {name!r} is unknown: {nearest(name, ['demo'])}")
+    return demo(config) if name else config
 
 
 def learning_rate(config: ConfigDict) -> float:

@@ -1,29 +1,33 @@
 """A whole run, top to bottom: data, model, choose, train, evaluate, export, report."""
 
+import json
 import os
+import platform
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax
 import jax
-import numpy as np
+from jax import Array
 from ml_collections import ConfigDict
 
 from jpeft import config as configs
-from jpeft import files, optim, plan, saved, transform, tree
+from jpeft import files, optim, saved, transform, tree
+from jpeft import plan as plans
 from jpeft.data import batching, tasks
 from jpeft.errors import UserError
 from jpeft.fisher import fisher
-from jpeft.models import Bert, pretrained
+from jpeft.models import Bert, BertConfig, pretrained
 from jpeft.plan import Entry, Plan, Spec
 from jpeft.report import plots, tables
 from jpeft.report.console import Console
 from jpeft.selection import SELECTIONS, fishpal
-from jpeft.training import step
+from jpeft.training import checkpoint
+from jpeft.training import step as stepping
 from jpeft.training.loop import Schedule, compile_steps, fit
 from jpeft.version import __version__
 
@@ -33,14 +37,7 @@ PICTURE = "fisher.png"
 
 
 class Data(NamedTuple):
-    """The tokenised task.
-
-    Attributes:
-      task: what it is.
-      train: training examples, after `max_train_examples`.
-      dev: examples to evaluate on.
-      buckets: the padded lengths, in tokens.
-    """
+    """A tokenised task: examples to train on, examples to evaluate on, and the lengths they are padded to."""
 
     task: tasks.Task
     train: batching.Examples
@@ -49,12 +46,22 @@ class Data(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What one seed gives, JSON throughout; kept in `seed_<n>/result.json`."""
+    """What one seed gives, JSON throughout; kept in `seed_<n>/result.json`.
+
+    Attributes:
+      history: one row an epoch.
+      parameters: as in `report.json`.
+      seconds: by kind of work, over all starts of the run.
+      train_examples: examples trained on, epochs counted.
+      dev_examples: likewise for evaluation.
+      peak_memory_bytes: of the accelerator, or of the process on CPU.
+    """
 
     history: list[dict[str, Any]]
     parameters: dict[str, Any]
     seconds: dict[str, float]
-    examples_seen: int
+    train_examples: int
+    dev_examples: int
     peak_memory_bytes: int
 
 
@@ -63,7 +70,7 @@ def run(config: ConfigDict, workdir: Path, console: Console | None = None) -> di
 
     Args:
       config: see `jpeft.config.default`.
-      workdir: made if need be; a workdir with an unfinished run of the same config is resumed.
+      workdir: made if need be; a workdir that holds an unfinished run of the same config is resumed.
       console: where to print; None means standard output.
 
     Returns:
@@ -75,19 +82,279 @@ def run(config: ConfigDict, workdir: Path, console: Console | None = None) -> di
     console = console or Console()
     configs.check(config)
     _claim(workdir, config)
-    use_compilation_cache()
+    _use_compilation_cache()
     console.title(f"{config.method} on {config.task} with {config.model}, in {workdir}")
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
-        splits = load_splits(config, console)
-        folder = pretrained.resolve(config.model)
-    results = {seed: _run_seed(config, seed, splits, workdir, seconds, console) for seed in config.seeds}
-    return _report(config, results, seconds, workdir, console)
+        task = tasks.task(config.task)
+        base = _load_model(config, task, config.seeds[0])
+        data = _load_data(config, task, base, console)
+    lengths = ", ".join(map(str, data.buckets))
+    console.say(
+        f"  {data.train.size:,} {task.name} examples to train on, {data.dev.size:,} of {task.eval_split} to evaluate on, "
+        f"padded to {lengths} tokens; loaded in {seconds['load']:.1f} s"
+    )
+    if base.fresh:
+        console.say(f"  not in the checkpoint, so initialised and trained: {', '.join(base.fresh)}")
+    results = {}
+    for seed in config.seeds:
+        finished = workdir / f"seed_{seed}" / "result.json"
+        if finished.is_file():
+            console.say(f"  seed {seed}: finished earlier")
+        else:
+            result = _run_seed(config, seed, data, workdir, console)
+            files.write_json(finished, result._asdict())
+        results[seed] = Result(**files.read_json(finished))
+    return _report(config, task, results, seconds, workdir, console)
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in a folder of the user, unless JAX_COMPILATION_CACHE_DIR says where or "" says no."""
+def _claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes the workdir this config's, or finds that it is."""
+    path = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"workdir {workdir} is a file, not a folder")
+    mine = json.loads(config.to_json())
+    if not path.is_file():
+        files.write_json(path, mine)
+        return
+    there, here = (flax.traverse_util.flatten_dict(x, sep=".") for x in (files.read_json(path), mine))
+    differ = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if differ:
+        told = "; ".join(f"config.{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in differ)
+        raise UserError(f"workdir {workdir} belongs to another config ({told}): take another --workdir")
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs in a folder of the user's, unless JAX_COMPILATION_CACHE_DIR says where."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "jpeft" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _load_model(config: ConfigDict, task: tasks.Task, seed: int) -> pretrained.Pretrained:
+    """The pretrained encoder; the seed decides the head that it lacks."""
+    base = pretrained.load(
+        config.model, num_labels=task.num_labels, key=jax.random.key(seed), dtype=config.train.dtype
+    )
+    if config.train.max_length > base.config.max_length:
+        longest = base.config.max_length
+        raise UserError(f"config.train.max_length {config.train.max_length}: {config.model} takes at most {longest}")
+    if config.fishpal.plan is not None:
+        plans.check(plans.read(config.fishpal.plan), base.config.num_hidden_layers)
+    return base
+
+
+def _load_data(config: ConfigDict, task: tasks.Task, base: pretrained.Pretrained, console: Console) -> Data:
+    from transformers import AutoTokenizer
+
+    if not task.trainable:
+        raise UserError(f"config.task {task.name!r} is a test set without training data: train config.task 'mnli'")
+    splits = tasks.load(task.name, config.data.path)
+    for name, count in splits.empty_texts.items():
+        console.warn(f"{task.name} {name}: {count} rows have an empty text")
+    if splits.absent:
+        console.say(f"  {splits.source} has no {', '.join(splits.absent)} split; none is needed")
+    tokenizer = AutoTokenizer.from_pretrained(base.folder)
+    train, dev = (
+        batching.tokenize(splits.splits[name], task, tokenizer, config.train.max_length)
+        for name in ("train", task.eval_split)
+    )
+    if config.train.max_train_examples is not None:
+        train, _ = batching.sample(train, min(config.train.max_train_examples, train.size), seed=0)
+    lengths = [length for examples in (train, dev) for length in examples.lengths]
+    buckets = tuple(min(bucket, base.config.max_length) for bucket in batching.length_buckets(lengths))
+    return Data(task, train, dev, buckets)
+
+
+def _run_seed(config: ConfigDict, seed: int, data: Data, workdir: Path, console: Console) -> Result:
+    """Chooses, trains, evaluates and exports for one seed."""
+    console.title(f"seed {seed}")
+    folder = workdir / f"seed_{seed}"
+    seconds = {"fisher": 0.0, "compile": 0.0, "train": 0.0, "evaluate": 0.0}
+    leaves_key, dropout_key = jax.random.split(jax.random.key(seed))
+    base = _load_model(config, data.task, seed)
+    model, params = Bert(base.config), base.params
+    sites = transform.sites(model, jax.ShapeDtypeStruct((1, data.buckets[0]), "int32"))
+
+    if config.method == "fishpal":
+        with _timed(seconds, "fisher"):
+            plan = _plan(config, seed, base, sites, data, folder, leaves_key, console)
+        modules = plans.spec(plan)
+        _say_plan(plan, console)
+    elif config.method in SELECTIONS:
+        modules: Spec = []
+    else:
+        modules = [{"method": config.method, "options": configs.options(config, config.method)}]
+    method = plans.build(modules)
+    selected = SELECTIONS[config.method if config.method in SELECTIONS else "head"].trains
+    trained, frozen = tree.split(params, lambda path: _is_head(path, base) or selected(path))
+    trainable = {"params": trained, "peft": transform.init(method, leaves_key, sites, params)}
+    parameters = _count(params, trainable, method)
+    console.say(
+        f"  trains {parameters['trainable']:,} parameters ({parameters['trainable_percent']:.2f} %), "
+        f"adds {parameters['added_at_inference']:,} at inference ({parameters['added_percent']:.2f} %)"
+    )
+
+    schedule = Schedule(config.train.num_epochs, config.train.batch_size, seed, data.buckets)
+    num_steps = schedule.num_epochs * batching.num_batches(data.train.size, schedule.batch_size)
+    rate = optim.warmup_linear(configs.learning_rate(config), num_steps, config.train.warmup_ratio)
+    optimizer = optim.adamw(rate, config.train.weight_decay)
+    steps = compile_steps(stepping.train_step(model, method, optimizer), stepping.eval_step(model, method), seconds)
+    # Copies, because the step takes over its state's buffers and the base is read again below.
+    state = stepping.init_state(jax.tree.map(jax.numpy.array, trainable), optimizer)
+    restored = checkpoint.restore(folder / "checkpoints" / "latest", state)
+    reached = 0 if restored is None else int(restored.state.step)
+    log = workdir / "metrics.jsonl"
+    files.keep_lines(log, lambda row: row["seed"] != seed or row["step"] <= reached)
+    fitted = fit(
+        steps, state, frozen, data.train, data.dev, data.task, schedule, dropout_key, seconds, restored,
+        folder / "checkpoints", lambda row: files.append_json(log, {"seed": seed, **row}), console,
+    )  # fmt: skip
+    parameters["module_bytes"] = saved.save(
+        folder / "model",
+        fitted.state.trainable,
+        modules,
+        base=base.source,
+        fingerprint=pretrained.fingerprint(frozen),
+        task=config.task,
+        labels=data.task.labels,
+        max_length=config.train.max_length,
+    )
+    seen, evaluated = (examples.size * schedule.num_epochs for examples in (data.train, data.dev))
+    return Result(fitted.history, parameters, fitted.seconds, seen, evaluated, _peak_memory())
+
+
+def _is_head(path: tuple[str, ...], base: pretrained.Pretrained) -> bool:
+    """The head trains always, and so does a pooler that the checkpoint lacked."""
+    return path[0] in ("classifier", *base.fresh)
+
+
+def _plan(
+    config: ConfigDict,
+    seed: int,
+    base: pretrained.Pretrained,
+    sites: transform.Sites,
+    data: Data,
+    folder: Path,
+    key: Array,
+    console: Console,
+) -> Plan:
+    """FishPAL's plan: the given one, the one that an earlier start of this run measured, or a new measurement."""
+    path = folder / "plan.json"
+    if path.is_file():
+        return plans.read(str(path))
+    if config.fishpal.plan is not None:
+        plan = plans.read(config.fishpal.plan)
+    else:
+        candidates = {name: Entry(name, configs.options(config, name)) for name in config.fishpal.candidates}
+        factors = {name: config.fishpal.factors[name] for name in candidates}
+        examples, index = batching.sample(data.train, min(config.fishpal.num_examples, data.train.size), seed)
+        batch, _ = next(iter(batching.eval_batches(examples, examples.size, data.buckets)))
+        head, frozen = tree.split(base.params, lambda p: _is_head(p, base))
+        everything = fishpal.attach(candidates)
+        with console.waiting(f"  Fisher information of {', '.join(candidates)} over {examples.size} examples"):
+            information = fisher(
+                stepping.single_loss(Bert(base.config), everything),
+                transform.init(everything, key, sites, base.params),
+                batch,
+                head,
+                frozen,
+            )
+        scores = fishpal.scores(information, examples.size, candidates, factors)
+        plan = fishpal.choose(scores, candidates)
+        measured = {"num_examples": examples.size, "train_rows": index.tolist(), "factors": factors, "scores": scores}
+        files.write_json(folder / "fisher.json", measured)
+    files.write_text(path, plans.dumps(plan))
+    return plan
+
+
+def _say_plan(plan: Plan, console: Console) -> None:
+    console.say("  plan, layer by layer: " + "; ".join(tables.plan_lines(plan)))
+    methods = {entry.method for entries in plan.values() for entry in entries}
+    if len(methods) == 1:
+        console.warn(f"the plan is {methods.pop()} throughout: the choice by layer changed nothing")
+
+
+def _count(params: dict[str, Any], trainable: dict[str, Any], method: transform.Chain) -> dict[str, Any]:
+    """The parameter counts of `report.json`; percentages are of the plain model, base and head."""
+    total, head = tree.count(params), tree.count(params["classifier"])
+    left = jax.eval_shape(lambda leaves: _deployed(method, leaves, params), trainable["peft"])
+    trains, added = tree.count(trainable), tree.count(left)
+    return {
+        "base": total - head,
+        "head": head,
+        "trainable": trains,
+        "trainable_percent": 100 * trains / total,
+        "added_at_inference": added,
+        "added_percent": 100 * added / total,
+    }
+
+
+def _deployed(method: transform.Chain, leaves: transform.Leaves, params: dict[str, Any]) -> transform.Leaves:
+    """The leaves that are still there when the model serves: folded, and less what merges into the base."""
+    return transform.merge(method, transform.fold(method, leaves), params).leaves
+
+
+def _peak_memory() -> int:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return stats.get("peak_bytes_in_use", peak if platform.system() == "Darwin" else 1024 * peak)
+
+
+def _report(
+    config: ConfigDict,
+    task: tasks.Task,
+    results: dict[int, Result],
+    seconds: dict[str, float],
+    workdir: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Writes `report.json`, `report.md` and the picture, and prints the table."""
+    per_seed = []
+    for seed, result in results.items():
+        last = {name: result.history[-1][name] for name in task.metrics}
+        best = max(result.history, key=lambda row: row[task.primary])
+        row = {"seed": seed, "last": last, "best": {name: best[name] for name in ("epoch", *task.metrics)}}
+        per_seed.append(row | ({"plan": f"seed_{seed}/plan.json"} if config.method == "fishpal" else {}))
+    spent = {name: sum(r.seconds[name] for r in results.values()) for name in next(iter(results.values())).seconds}
+    report = {
+        "task": config.task,
+        "method": config.method,
+        "model": config.model,
+        "split": task.eval_split,
+        "primary_metric": task.primary,
+        "metrics": {**tables.spread([row["last"] for row in per_seed]), "per_seed": per_seed},
+        "parameters": tables.average([result.parameters for result in results.values()]),
+        "seconds": {**seconds, **spent},
+        "examples_per_second": sum(r.train_examples for r in results.values()) / spent["train"],
+        "inference_examples_per_second": sum(r.dev_examples for r in results.values()) / spent["evaluate"],
+        "peak_memory_bytes": max(result.peak_memory_bytes for result in results.values()),
+        "learning_rate": configs.learning_rate(config),
+        "device": jax.local_devices()[0].device_kind,
+        "versions": {"jpeft": __version__, "jax": jax.__version__, "flax": flax.__version__},
+    }
+    files.write_json(workdir / "report.json", report)
+    folders = {seed: workdir / f"seed_{seed}" for seed in results}
+    chosen = {seed: plans.read(str(f / "plan.json")) for seed, f in folders.items() if (f / "plan.json").is_file()}
+    measured = {seed: _scores(f / "fisher.json") for seed, f in folders.items() if (f / "fisher.json").is_file()}
+    if measured:
+        title = f"Fisher scores and the kept module of each layer\n{config.task}, {config.model}"
+        plots.fisher_scores(workdir / PICTURE, measured, title)
+    page = tables.markdown(report, chosen, PICTURE if measured else None)
+    files.write_text(workdir / "report.md", page)
+    console.say()
+    console.say(tables.compare([report]))
+    console.say(f"\nreport: {workdir / 'report.md'}; modules: {workdir}/seed_{config.seeds[0]}/model")
+    return report
+
+
+def _scores(path: Path) -> fishpal.Scores:
+    return {int(layer): row for layer, row in files.read_json(path)["scores"].items()}

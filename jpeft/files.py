@@ -2,10 +2,11 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_json", "read_json", "write_json", "write_text"]
+__all__ = ["append_json", "keep_lines", "read_json", "write_json", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -30,3 +31,18 @@ def append_json(path: Path, value: Any) -> None:
     """Appends one line of JSON."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def keep_lines(path: Path, keep: Callable[[Any], bool]) -> None:
+    """Rewrites a file of JSON lines with the values that `keep` wants; a line cut short by a crash is dropped."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if keep(value):
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))

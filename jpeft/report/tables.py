@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["compare", "markdown", "plan_lines", "spread"]
+__all__ = ["average", "compare", "markdown", "plan_lines", "spread"]
 
 _COUNTS = {
     "base": "base parameters (encoder and pooler)",
@@ -22,6 +22,12 @@ def spread(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | N
         "mean": {name: statistics.fmean(row[name] for row in rows) for name in names},
         "std": {name: statistics.stdev(row[name] for row in rows) if len(rows) > 1 else None for name in names},
     }
+
+
+def average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each entry over seeds, whose plans may differ in size; whole where all agree."""
+    same = {name: len({row[name] for row in rows}) == 1 for name in rows[0]}
+    return {name: rows[0][name] if same[name] else statistics.fmean(row[name] for row in rows) for name in rows[0]}
 
 
 def percent(value: float) -> str:
@@ -71,7 +77,7 @@ def markdown(report: Mapping[str, Any], plans: Mapping[int, Mapping[int, Sequenc
         if picture:
             lines += ["", f"![Fisher scores by layer and candidate, the chosen ones marked]({picture})"]
     lines += ["", "## What it costs", "", "| | |", "| --- | ---: |"]
-    lines += [f"| {text} | {counts[name]:,} |" for name, text in _COUNTS.items()]
+    lines += [f"| {text} | {counts[name]:,.0f} |" for name, text in _COUNTS.items()]
     lines += [
         f"| trainable, of base and head | {counts['trainable_percent']:.2f} % |",
         f"| added at inference, of base and head | {counts['added_percent']:.2f} % |",

@@ -101,11 +101,12 @@ def fit(
     schedule: Schedule,
     key: Array,
     seconds: dict[str, float],
+    restored: checkpoint.Restored | None,
     folder: Path,
     log: Callable[[dict[str, Any]], None],
     console: Console,
 ) -> Fitted:
-    """Trains for all epochs, evaluating after each; resumes from `folder` if it holds a checkpoint.
+    """Trains for all epochs, evaluating after each, or goes on from where a checkpoint was taken.
 
     The order of the examples is a function of seed and epoch, and the dropout key one of key and step, so a run that was
     killed and started again ends with the same numbers as one that was not.
@@ -120,6 +121,7 @@ def fit(
       schedule: the sizes of the run.
       key: the dropout key.
       seconds: grows by "train" and "evaluate"; the same dict that `compile_steps` was given.
+      restored: what `folder/latest` held, if this run was started before.
       folder: `folder/latest` and `folder/best` hold the checkpoints.
       log: is given each row for `metrics.jsonl`.
       console: shows the progress.
@@ -127,10 +129,9 @@ def fit(
     Raises:
       UserError: if the loss is not finite.
     """
-    per_epoch = num_batches(train, schedule.batch_size)
+    per_epoch = num_batches(train.size, schedule.batch_size)
     history: list[dict[str, Any]] = []
     loss_sum = 0.0
-    restored = checkpoint.restore(folder / "latest", state)
     if restored is not None:
         state, (history, loss_sum, spent) = restored
         seconds.update({name: seconds.get(name, 0.0) + value for name, value in spent.items()})
@@ -145,7 +146,8 @@ def fit(
             start = int(state.step) % per_epoch
             clock = _Clock(seconds)
             saved = time.monotonic()
-            for i, batch in enumerate(train_batches(train, schedule.batch_size, schedule.buckets, schedule.seed, epoch, start), start):
+            batches = train_batches(train, schedule.batch_size, schedule.buckets, schedule.seed, epoch, start)
+            for i, batch in enumerate(batches, start):
                 state, step_metrics = steps.train(state, frozen, batch, key)
                 loss = float(step_metrics.loss)
                 if not np.isfinite(loss):
@@ -155,7 +157,8 @@ def fit(
                 loss_sum += loss
                 bar.advance(loss=loss_sum / (i + 1), epoch=epoch, examples=len(batch.labels))
                 if (i + 1) % LOG_EVERY == 0:
-                    log({"epoch": epoch, "step": int(state.step), "loss": loss, "grad_norm": float(step_metrics.grad_norm)})
+                    norm = float(step_metrics.grad_norm)
+                    log({"epoch": epoch, "step": int(state.step), "loss": loss, "grad_norm": norm})
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     clock.stop("train")
                     save("latest")

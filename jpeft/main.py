@@ -1,0 +1,79 @@
+"""Runs an experiment: python -m jpeft.main --config configs/fishpal_mnli.py --workdir runs/mnli
+
+Any field of the config can be set on the command line, and `:demo` after the file's name takes the small variant:
+
+    python -m jpeft.main --config configs/fishpal_mrpc.py --config.model=minilm --config.train.num_epochs=5
+    python -m jpeft.main --config configs/lora_mnli.py:demo --config.peft.lora.rank=4 --config.seeds="(1, 2, 3)"
+
+Run again with the same config and workdir, it resumes. The workdir then holds report.md (to read), report.json (to
+parse), metrics.jsonl, and seed_<n>/model (the trained modules, for `jpeft.load`).
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jpeft.errors import UserError, nearest
+
+FLAGS = flags.FLAGS
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file under configs/, with :demo for its small variant.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; runs/<name of the config> by default.")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags; whatever is wrong with them is one line."""
+    if any(arg in ("-h", "-help", "--help", "--helpshort", "--helpfull") for arg in argv[1:]):
+        print(f"{__doc__}\nFlags:\n  --config   {FLAGS['config'].help}\n  --workdir  {FLAGS['workdir'].help}")
+        print("\nFields of the config and their defaults (see jpeft/config.py):\n")
+        from jpeft import config
+
+        print(config.default("mnli", "fishpal"))
+        raise SystemExit(0)
+    given = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))]
+    given += [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg in ("--config", "-config")]
+    if not given:
+        raise UserError("--config is missing: for example --config configs/fishpal_mnli.py:demo")
+    path = Path(given[0].split(":")[0])
+    if not path.is_file():
+        have = [str(other) for other in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
+        raise UserError(f"config file {str(path)!r} does not exist" + (f": {nearest(str(path), have)}" if have else ""))
+    try:
+        rest = FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"unknown flag --{error.flagname}: {nearest(error.flagname, ['config', 'workdir'])}") from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--config: {' '.join(str(error).split())}") from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: values are given as --config.train.num_epochs=3")
+    return rest
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and runs the experiment.
+
+    Returns:
+      The exit code: 0, or 2 after one line about what the user can mend.
+    """
+    try:
+        _parse(sys.argv if argv is None else argv)
+        config: ConfigDict = _CONFIG.value
+        name = config_flags.get_config_filename(FLAGS["config"])
+        stem, _, variant = Path(name).name.partition(":")
+        stem = Path(stem).stem + (f"_{variant}" if variant else "")
+
+        from jpeft import experiment  # after the flags, so that --help and their errors come at once
+
+        experiment.run(config, Path(_WORKDIR.value or f"runs/{stem}"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
