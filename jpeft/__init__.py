@@ -1,11 +1,11 @@
 """Parameter-efficient fine-tuning for JAX and Flax.
 
-    import jpeft
+import jpeft
 
-    sites = jpeft.sites(model, x)                                   # where a module can sit
-    method = jpeft.chain(jpeft.lora(rank=8), jpeft.prefix(10))      # what to put there
-    leaves = jpeft.init(method, key, sites, params)                 # what trains; params stay as they are
-    y = jpeft.apply(model, method, {"params": params, "peft": leaves}, x)
+sites = jpeft.sites(model, x)                                   # where a module can sit
+method = jpeft.chain(jpeft.lora(rank=8), jpeft.prefix(10))      # what to put there
+leaves = jpeft.init(method, key, sites, params)                 # what trains; params stay as they are
+y = jpeft.apply(model, method, {"params": params, "peft": leaves}, x)
 """
 
 from jpeft.errors import UserError

@@ -15,9 +15,20 @@ from jpeft.selection import SELECTIONS
 from jpeft.selection.fishpal import FACTORS
 from jpeft.transforms import METHODS
 
-__all__ = ["FISHPAL_LEARNING_RATE", "check", "default", "demo", "learning_rate", "method_names", "options", "variant"]
+__all__ = [
+    "FISHPAL_LEARNING_RATE",
+    "Config",
+    "check",
+    "default",
+    "demo",
+    "learning_rate",
+    "method_names",
+    "options",
+    "variant",
+]
 
 FISHPAL_LEARNING_RATE = 5e-4
+Config = Any  # an `ml_collections.ConfigDict`, whose fields are attributes that no type checker knows
 
 
 def method_names() -> tuple[str, ...]:
@@ -25,7 +36,7 @@ def method_names() -> tuple[str, ...]:
     return ("fishpal", *SELECTIONS, *METHODS)
 
 
-def default(task: str, method: str) -> ConfigDict:
+def default(task: str, method: str) -> Config:
     """A run with the recipe of the FishPAL thesis; a file under `configs/` changes what its experiment changes.
 
     Fields that are None take a value that is known later: `data.path` the hub or JPEFT_GLUE_DIR, `train.learning_rate`
@@ -75,7 +86,7 @@ def _placeholder(hint: Any) -> Any:
     return placeholder(tuple if kinds[0] == Sequence[int] else kinds[0])
 
 
-def demo(config: ConfigDict) -> ConfigDict:
+def demo(config: Config) -> Config:
     """The same method at a size for two CPU cores: packaged MiniLM weights and the built-in data, no network."""
     config.task = "synthetic"
     config.model = "minilm"
@@ -84,7 +95,7 @@ def demo(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def variant(config: ConfigDict, name: str) -> ConfigDict:
+def variant(config: Config, name: str) -> Config:
     """What stands after the colon of `--config file.py:name`: nothing, or "demo".
 
     Raises:
@@ -95,7 +106,7 @@ def variant(config: ConfigDict, name: str) -> ConfigDict:
     return demo(config) if name else config
 
 
-def learning_rate(config: ConfigDict) -> float:
+def learning_rate(config: Config) -> float:
     """The configured learning rate, or the method's own."""
     if config.train.learning_rate is not None:
         return config.train.learning_rate
@@ -104,14 +115,14 @@ def learning_rate(config: ConfigDict) -> float:
     return {**SELECTIONS, **METHODS}[config.method].learning_rate
 
 
-def options(config: ConfigDict, method: str) -> dict[str, Any]:
+def options(config: Config, method: str) -> dict[str, Any]:
     """The options of a method that differ from its defaults, so that plans show only what was chosen."""
     standard = inspect.signature(METHODS[method].make).parameters
     given = config.peft[method].to_dict()
     return {name: value for name, value in given.items() if value != standard[name].default}
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Config) -> None:
     """Checks everything that can be checked without data or weights.
 
     Raises:

@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 
 import flax
 import jax
+from flax.traverse_util import flatten_dict
 from jax import Array
-from ml_collections import ConfigDict
 
 from jpeft import config as configs
 from jpeft import files, optim, saved, transform, tree
 from jpeft import plan as plans
+from jpeft.config import Config
 from jpeft.data import batching, tasks
 from jpeft.errors import UserError
 from jpeft.fisher import fisher
-from jpeft.models import Bert, BertConfig, pretrained
+from jpeft.models import Bert, pretrained
 from jpeft.plan import Entry, Plan, Spec
 from jpeft.report import plots, tables
 from jpeft.report.console import Console
@@ -65,7 +66,7 @@ class Result(NamedTuple):
     peak_memory_bytes: int
 
 
-def run(config: ConfigDict, workdir: Path, console: Console | None = None) -> dict[str, Any]:
+def run(config: Config, workdir: Path, console: Console | None = None) -> dict[str, Any]:
     """Runs an experiment, or what is left of it, and returns its report.
 
     Args:
@@ -91,7 +92,7 @@ def run(config: ConfigDict, workdir: Path, console: Console | None = None) -> di
         data = _load_data(config, task, base, console)
     lengths = ", ".join(map(str, data.buckets))
     console.say(
-        f"  {data.train.size:,} {task.name} examples to train on, {data.dev.size:,} of {task.eval_split} to evaluate on, "
+        f"  {data.train.size:,} examples to train on, {data.dev.size:,} of {task.eval_split} to evaluate on, "
         f"padded to {lengths} tokens; loaded in {seconds['load']:.1f} s"
     )
     if base.fresh:
@@ -108,7 +109,7 @@ def run(config: ConfigDict, workdir: Path, console: Console | None = None) -> di
     return _report(config, task, results, seconds, workdir, console)
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
+def _claim(workdir: Path, config: Config) -> None:
     """Makes the workdir this config's, or finds that it is."""
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
@@ -117,7 +118,7 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
     if not path.is_file():
         files.write_json(path, mine)
         return
-    there, here = (flax.traverse_util.flatten_dict(x, sep=".") for x in (files.read_json(path), mine))
+    there, here = (flatten_dict(x, sep=".") for x in (files.read_json(path), mine))
     differ = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if differ:
         told = "; ".join(f"config.{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in differ)
@@ -139,11 +140,9 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _load_model(config: ConfigDict, task: tasks.Task, seed: int) -> pretrained.Pretrained:
+def _load_model(config: Config, task: tasks.Task, seed: int) -> pretrained.Pretrained:
     """The pretrained encoder; the seed decides the head that it lacks."""
-    base = pretrained.load(
-        config.model, num_labels=task.num_labels, key=jax.random.key(seed), dtype=config.train.dtype
-    )
+    base = pretrained.load(config.model, num_labels=task.num_labels, key=jax.random.key(seed), dtype=config.train.dtype)
     if config.train.max_length > base.config.max_length:
         longest = base.config.max_length
         raise UserError(f"config.train.max_length {config.train.max_length}: {config.model} takes at most {longest}")
@@ -152,7 +151,7 @@ def _load_model(config: ConfigDict, task: tasks.Task, seed: int) -> pretrained.P
     return base
 
 
-def _load_data(config: ConfigDict, task: tasks.Task, base: pretrained.Pretrained, console: Console) -> Data:
+def _load_data(config: Config, task: tasks.Task, base: pretrained.Pretrained, console: Console) -> Data:
     from transformers import AutoTokenizer
 
     if not task.trainable:
@@ -174,7 +173,7 @@ def _load_data(config: ConfigDict, task: tasks.Task, base: pretrained.Pretrained
     return Data(task, train, dev, buckets)
 
 
-def _run_seed(config: ConfigDict, seed: int, data: Data, workdir: Path, console: Console) -> Result:
+def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Console) -> Result:
     """Chooses, trains, evaluates and exports for one seed."""
     console.title(f"seed {seed}")
     folder = workdir / f"seed_{seed}"
@@ -238,7 +237,7 @@ def _is_head(path: tuple[str, ...], base: pretrained.Pretrained) -> bool:
 
 
 def _plan(
-    config: ConfigDict,
+    config: Config,
     seed: int,
     base: pretrained.Pretrained,
     sites: transform.Sites,
@@ -310,7 +309,7 @@ def _peak_memory() -> int:
 
 
 def _report(
-    config: ConfigDict,
+    config: Config,
     task: tasks.Task,
     results: dict[int, Result],
     seconds: dict[str, float],

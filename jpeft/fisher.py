@@ -14,9 +14,7 @@ __all__ = ["fisher"]
 Tree = TypeVar("Tree")
 
 
-def fisher(
-    loss: Callable[..., Array], tree: Tree, examples: Any, *rest: Any, microbatch: int | None = None
-) -> Tree:
+def fisher(loss: Callable[..., Array], tree: Tree, examples: Any, *rest: Any, microbatch: int | None = None) -> Tree:
     """Mean over examples of the squared gradient of each example's own loss, (1/n) sum_i (d loss_i / d tree)^2.
 
     With the loss -log p(y_i | x_i) at the true label this is the empirical Fisher information (Kirkpatrick et al. 2017,
@@ -59,7 +57,7 @@ def fisher(
     total = jax.tree.map(lambda t: t / n, total)
     for path, leaf in jax.tree_util.tree_leaves_with_path(total):
         if not bool(jnp.isfinite(leaf).all()):
-            raise UserError(f"the Fisher information of {jax.tree_util.keystr(path)} is not finite: look for NaN or Inf")
+            raise UserError(f"the gradient of {jax.tree_util.keystr(path)} is not finite: look for NaN or Inf")
     return total
 
 

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from jpeft.errors import UserError, nearest
 
 FLAGS = flags.FLAGS
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file under configs/, with :demo for its small variant.")
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file under configs/; :demo after it is small.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; runs/<name of the config> by default.")
 
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         _parse(sys.argv if argv is None else argv)
-        config: ConfigDict = _CONFIG.value
+        config = _CONFIG.value
         name = config_flags.get_config_filename(FLAGS["config"])
         stem, _, variant = Path(name).name.partition(":")
         stem = Path(stem).stem + (f"_{variant}" if variant else "")

@@ -115,7 +115,8 @@ def loads(text: str, source: str = "plan") -> Plan:
     except json.JSONDecodeError as error:
         raise UserError(f"{source} is not JSON: {error}") from None
     if not isinstance(raw, dict) or not all(layer.isdecimal() and isinstance(raw[layer], list) for layer in raw):
-        raise UserError(f'{source} is no plan: expected {{"<layer>": [{{"method": ..., "options": {{...}}}}, ...], ...}}')
+        shape = '{"<layer>": [{"method": ..., "options": {...}}, ...], ...}'
+        raise UserError(f"{source} is no plan: expected {shape}")
     plan = {}
     for layer, entries in raw.items():
         for entry in entries:

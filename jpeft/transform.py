@@ -286,7 +286,7 @@ def apply(
     variables: Mapping[str, Any],
     *args: Any,
     mask: Array | None = None,
-    rngs: Mapping[str, Array] | None = None,
+    rngs: dict[str, Array] | None = None,
     **kwargs: Any,
 ) -> Any:
     """`model.apply` with a transform around its sites.
@@ -349,7 +349,7 @@ def apply(
             {
                 **variables,
                 _LEAVES: _place(placed, "leaves"),
-                _CONTEXT: _place({path: ambient for path in placed}, "ambient"),
+                _CONTEXT: _place(dict.fromkeys(placed, ambient), "ambient"),
             },
             *args,
             rngs=rngs,

@@ -21,7 +21,7 @@ MEGABATCH = 50  # in batches: rows are sorted by length inside so many, enough t
 
 
 class Batch(NamedTuple):
-    """One padded batch of b rows and t tokens, everything a NumPy array.
+    """One padded batch of b rows and t tokens, NumPy arrays until a jitted function traces them.
 
     Attributes:
       input_ids: [b, t] int32.
@@ -31,11 +31,11 @@ class Batch(NamedTuple):
       weights: [b] float32; 0 for a row that only fills up the last batch, to keep its shape.
     """
 
-    input_ids: np.ndarray
-    attention_mask: np.ndarray
-    token_type_ids: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
+    input_ids: Any
+    attention_mask: Any
+    token_type_ids: Any
+    labels: Any
+    weights: Any
 
 
 class Examples(NamedTuple):

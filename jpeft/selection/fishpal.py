@@ -4,7 +4,7 @@ The rule of the thesis (code: lucalila/fishpal). Put every candidate into every 
 diagonal empirical Fisher information F of their parameters. Score candidate c in layer l by the mean of F over its
 parameters there, times a factor that makes kinds of module comparable:
 
-    score[l, c] = factor[c] * n * (sum of F over own[l, c] and shared[c]) / (number of entries in own[l, c] and shared[c])
+    score[l, c] = factor[c] * n * (sum of F over own[l, c] and shared[c]) / (number of entries in them)
 
 where n F is the sum over the n examples that the thesis takes. What the layers share (a prefix's embedding and MLP)
 counts in every layer. A leaf whose Fisher information is zero throughout does not count: LoRA's A has no gradient while

@@ -108,8 +108,8 @@ def fit(
 ) -> Fitted:
     """Trains for all epochs, evaluating after each, or goes on from where a checkpoint was taken.
 
-    The order of the examples is a function of seed and epoch, and the dropout key one of key and step, so a run that was
-    killed and started again ends with the same numbers as one that was not.
+    The order of the examples is a function of seed and epoch, and the dropout key one of key and step, so a run that
+    was killed and started again ends with the same numbers as one that was not.
 
     Args:
       steps: from `compile_steps`.

@@ -97,7 +97,7 @@ def train_step(
 
         value, grads = jax.value_and_grad(loss)(state.trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
         return State(state.step + 1, trainable, opt_state), StepMetrics(value, optax.global_norm(grads))
 
     return step
@@ -108,9 +108,7 @@ def eval_step(model: nn.Module, transform: Transform | Chain) -> Callable[[Tree,
     return lambda trainable, frozen, batch: forward(model, transform, trainable, frozen, batch)
 
 
-def single_loss(
-    model: nn.Module, transform: Transform | Chain
-) -> Callable[[Tree, Batch, Tree, Tree], Array]:
+def single_loss(model: nn.Module, transform: Transform | Chain) -> Callable[[Tree, Batch, Tree, Tree], Array]:
     """The function (leaves, example, head, frozen) -> loss of one example without a batch axis, for `jpeft.fisher`."""
 
     def loss(leaves: Tree, example: Batch, head: Tree, frozen: Tree) -> Array:

@@ -20,10 +20,11 @@ def prefix(
 ) -> Transform:
     """Attention over [P_k; K] and [P_v; V], with P = `num_virtual_tokens` rows that every token of every row sees.
 
-    With an MLP, all layers share an embedding [P, d] ~ N(0, 1) and tanh(embedding @ W1 + b1) [P, hidden]; each layer maps
-    that to its keys and values with a linear layer of its own. `fold` computes them once and drops the MLP. Without one
-    (`mlp_hidden=None`) keys and values are the parameters. Linear layers start as PyTorch's do, U(-1/sqrt(in),
-    1/sqrt(in)); flat keys and values from N(0, 0.02). Positions are not shifted (AdapterHub's way; peft shifts them).
+    With an MLP, all layers share an embedding [P, d] ~ N(0, 1) and tanh(embedding @ W1 + b1) [P, hidden]; each layer
+    maps that to its keys and values with a linear layer of its own. `fold` computes them once and drops the MLP.
+    Without one (`mlp_hidden=None`) keys and values are the parameters. Linear layers start as PyTorch's do, from
+    U(-1/sqrt(in), 1/sqrt(in)); flat keys and values from N(0, 0.02). Positions are not shifted (AdapterHub's way;
+    peft shifts them).
     At inference a prefix costs 4 P d floating-point operations a token and layer. It cannot be merged.
 
     Args:
@@ -50,12 +51,14 @@ def prefix(
             shape = (num_virtual_tokens, _width(site))
             return {"key": 0.02 * jax.random.normal(k, shape), "value": 0.02 * jax.random.normal(v, shape)}
 
-        def mapped(key: Array, site: Site) -> Leaves:
-            k, v = jax.random.split(key)
-            return {"key": _torch_linear(k, mlp_hidden, _width(site)), "value": _torch_linear(v, mlp_hidden, _width(site))}
-
         if mlp_hidden is None:
             return init_sites(key, where, flat)
+
+        def mapped(key: Array, site: Site, hidden: int = mlp_hidden) -> Leaves:
+            k, v = jax.random.split(key)
+            d = _width(site)
+            return {"key": _torch_linear(k, hidden, d), "value": _torch_linear(v, hidden, d)}
+
         embedding, mlp = jax.random.split(site_key(key, SHARED))
         d = _width(where[0])
         shared = {
@@ -67,7 +70,7 @@ def prefix(
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         hidden, query, key, value, mask = args
         own = _keys_values(leaves, ctx.shared)
-        rows = mask.shape[:-1] + (own["key"].shape[0],)
+        rows = (*mask.shape[:-1], own["key"].shape[0])
         return call(
             hidden,
             query,

@@ -1,0 +1,19 @@
+"""Pfeiffer adapters (reduction factor 16) on MNLI, with the recipe of the FishPAL thesis.
+
+    python -m jpeft.main --config configs/adapter_mnli.py --workdir runs/adapter_mnli
+    python -m jpeft.main --config configs/adapter_mnli.py:demo          # two CPU cores, no network
+
+AdamW, batch 16, learning rate 1e-4, 10 epochs, warm-up 6 %, weight decay 0.1, linear decay.
+For RoBERTa add --config.model=roberta-base.
+
+bert-base-uncased, published: 83.14 accuracy (matched).
+(UniPELT's tables. Another recipe than this one.)
+"""
+
+from jpeft import config as c
+
+
+def get_config(variant: str = "") -> c.Config:
+    config = c.default(task="mnli", method="adapter")
+    config.seeds = (11, 22, 88)
+    return c.variant(config, variant)

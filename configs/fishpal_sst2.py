@@ -1,0 +1,19 @@
+"""FishPAL on SST-2, with the recipe of the FishPAL thesis.
+
+    python -m jpeft.main --config configs/fishpal_sst2.py --workdir runs/fishpal_sst2
+    python -m jpeft.main --config configs/fishpal_sst2.py:demo          # two CPU cores, no network
+
+AdamW, batch 16, learning rate 5e-4, 10 epochs, warm-up 6 %, weight decay 0.1, linear decay.
+For RoBERTa add --config.model=roberta-base.
+
+The thesis claims more than each of its modules alone; it prints no table of scores. Its plan for this task is
+`--config.fishpal.plan=thesis_sst2` (twelve layers).
+"""
+
+from jpeft import config as c
+
+
+def get_config(variant: str = "") -> c.Config:
+    config = c.default(task="sst2", method="fishpal")
+    config.seeds = (111, 11, 22)
+    return c.variant(config, variant)

@@ -1,0 +1,20 @@
+"""Full fine-tuning on MNLI, with the common BERT recipe, since the thesis has none.
+
+    python -m jpeft.main --config configs/full_mnli.py --workdir runs/full_mnli
+    python -m jpeft.main --config configs/full_mnli.py:demo          # two CPU cores, no network
+
+AdamW, batch 16, learning rate 5e-5, 3 epochs, warm-up 10 %, weight decay 0.01, linear decay.
+For RoBERTa add --config.model=roberta-base.
+
+bert-base-uncased, published: 83.23 accuracy (matched); roberta-base 87.6.
+(UniPELT's tables; roberta-base: microsoft/LoRA. Other recipes than this one.)
+"""
+
+from jpeft import config as c
+
+
+def get_config(variant: str = "") -> c.Config:
+    config = c.default(task="mnli", method="full")
+    config.train.update(num_epochs=3, warmup_ratio=0.1, weight_decay=0.01)
+    config.seeds = (11, 22, 88)
+    return c.variant(config, variant)

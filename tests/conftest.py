@@ -1,0 +1,102 @@
+"""JAX's strictest settings for all tests, and a compilation cache so that repeated runs are quick."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file, save_file
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+WORDS = ("the", "a", "dog", "cat", "tree", "house", "runs", "sleeps", "sees", "likes", "big", "small", "red", "old")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random BERT of two layers, 16 wide, without a head, and a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    from jpeft.models import Bert, BertConfig, pretrained
+    from jpeft.tree import replace
+
+    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    folder = tmp_path_factory.mktemp("tiny")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder / "tokenizer")
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32, initializer_range=0.3,
+    )  # fmt: skip
+    params = Bert(config).init(jax.random.key(0), jax.numpy.ones((1, 2), int))["params"]
+    # A larger spread than Flax's own embeddings have, so that texts differ.
+    params = replace(params, "embeddings/word_embeddings/embedding", lambda x: 5 * x)
+    pretrained.save(folder / "model", config, params, tokenizer_from=folder / "tokenizer")
+    weights = load_file(folder / "model" / "model.safetensors")
+    save_file(
+        {name: x for name, x in weights.items() if not name.startswith("classifier")},
+        folder / "model" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GLUE folder with 45 rows to train on and 18 to evaluate on of MRPC and STS-B."""
+    folder = tmp_path_factory.mktemp("glue")
+    rng = random.Random(0)
+    for task in ("mrpc", "stsb"):
+        for split, size in (("train", 45), ("validation", 18)):
+            rows = []
+            for i in range(size):
+                first = [rng.choice(WORDS) for _ in range(rng.randint(2, 5))]
+                same = i % 2 == 0
+                second = first if same else [rng.choice(WORDS) for _ in range(rng.randint(2, 5))]
+                label = int(same) if task == "mrpc" else 4.5 * same + round(rng.random() / 2, 2)
+                rows.append({"sentence1": " ".join(first), "sentence2": " ".join(second), "label": label, "idx": i})
+            path = folder / task / f"{split}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def tiny_config(
+    tiny_model: Path, tiny_glue: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., ConfigDict]:
+    """Makes the config of a run of seconds on `tiny_model` and `tiny_glue`; keywords set fields of `train`."""
+    from jpeft import config as configs
+
+    # A folder that is set leaves JAX's configuration, and the user's own cache, as they are.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "jax"))
+
+    def make(method: str, task: str = "mrpc", **train: Any) -> ConfigDict:
+        config = configs.default(task, method)
+        config.model, config.data.path = str(tiny_model), str(tiny_glue)
+        config.peft.adapter.bottleneck, config.peft.prefix.mlp_hidden = 4, 8
+        config.peft.prefix.num_virtual_tokens, config.peft.lora.rank = 3, 2
+        config.fishpal.num_examples = 8
+        config.train.update({"num_epochs": 2, "batch_size": 16, "max_length": 16, **train})
+        return config
+
+    return make
