@@ -15,5 +15,6 @@ from jpeft import config as c
 
 def get_config(variant: str = "") -> c.Config:
     config = c.default(task="mrpc", method="adapter")
+    config.train.learning_rate = 1e-4
     config.seeds = (11, 22, 88)
     return c.variant(config, variant)

@@ -3,7 +3,7 @@
     python -m jpeft.main --config configs/full_mnli.py --workdir runs/full_mnli
     python -m jpeft.main --config configs/full_mnli.py:demo          # two CPU cores, no network
 
-AdamW, batch 16, learning rate 5e-5, 3 epochs, warm-up 10 %, weight decay 0.01, linear decay.
+AdamW, batch 16, learning rate 2e-5, 3 epochs, warm-up 10 %, weight decay 0.01, linear decay.
 For RoBERTa add --config.model=roberta-base.
 
 bert-base-uncased, published: 83.23 accuracy (matched); roberta-base 87.6.

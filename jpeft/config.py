@@ -87,10 +87,17 @@ def _placeholder(hint: Any) -> Any:
 
 
 def demo(config: Config) -> Config:
-    """The same method at a size for two CPU cores: packaged MiniLM weights and the built-in data, no network."""
+    """The same method at a size for two CPU cores: packaged MiniLM weights and the built-in data, no network.
+
+    A thousand steps want a higher learning rate than a full recipe: four times the method's own. The factors of the
+    thesis were set on RoBERTa-base; on MiniLM they give prefix throughout, because its scores differ less by layer than
+    the factor of 10,000 allows for. Here they are such that the middle scores of the candidates are about the same.
+    """
     config.task = "synthetic"
     config.model = "minilm"
-    config.train.update(num_epochs=4, batch_size=16, max_length=64)
+    config.train.learning_rate = None
+    config.train.update(num_epochs=4, max_length=64, learning_rate=4 * learning_rate(config))
+    config.fishpal.factors.update(prefix=25.0, adapter=1.0)
     config.seeds = (11,)
     return config
 

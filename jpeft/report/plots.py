@@ -31,8 +31,8 @@ def fisher_scores(path: Path, by_seed: Mapping[int, Scores], title: str) -> None
         for seed, scores in by_seed.items()
     }
     logs = {seed: np.log10(table, out=np.full(table.shape, np.nan), where=table > 0) for seed, table in tables.items()}
-    low = min(np.nanmin(x) for x in logs.values())
-    high = max(np.nanmax(x) for x in logs.values())
+    found = np.concatenate([x[np.isfinite(x)] for x in logs.values()])
+    low, high = (found.min(), found.max()) if found.size else (0.0, 1.0)
     height = 0.9 + len(by_seed) * (0.5 * len(candidates) + 0.75)
     figure = Figure(figsize=(2.6 + 0.62 * len(layers), height), layout="constrained")
     FigureCanvasAgg(figure)

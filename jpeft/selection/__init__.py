@@ -26,6 +26,6 @@ def head(path: tuple[str, ...]) -> bool:
 
 
 SELECTIONS: dict[str, Selection] = {
-    "full": Selection(full, 5e-5),
+    "full": Selection(full, 2e-5),
     "head": Selection(head, 1e-3),
 }

@@ -159,7 +159,8 @@ def fit(
                 if (i + 1) % LOG_EVERY == 0:
                     norm = float(step_metrics.grad_norm)
                     log({"epoch": epoch, "step": int(state.step), "loss": loss, "grad_norm": norm})
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                # Not after the last step of an epoch: its checkpoint is the one that also holds the scores.
+                if i + 1 < per_epoch and time.monotonic() - saved > CHECKPOINT_SECONDS:
                     clock.stop("train")
                     save("latest")
                     clock, saved = _Clock(seconds), time.monotonic()

@@ -19,10 +19,10 @@ class Method(NamedTuple):
 
 
 METHODS: dict[str, Method] = {
-    "adapter": Method(pfeiffer, 1e-4),
-    "houlsby": Method(houlsby, 1e-4),
+    "adapter": Method(pfeiffer, 5e-4),
+    "houlsby": Method(houlsby, 5e-4),
     "lora": Method(lora, 5e-4),
-    "parallel": Method(parallel, 1e-4),
-    "pfeiffer": Method(pfeiffer, 1e-4),
+    "parallel": Method(parallel, 5e-4),
+    "pfeiffer": Method(pfeiffer, 5e-4),
     "prefix": Method(prefix, 2e-4),
 }

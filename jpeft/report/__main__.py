@@ -1,0 +1,27 @@
+"""Compares finished runs: python -m jpeft.report runs/mnli_fishpal runs/mnli_lora"""
+
+import sys
+from pathlib import Path
+
+from jpeft.errors import UserError
+from jpeft.files import read_json
+from jpeft.report.tables import compare
+
+
+def main(argv: list[str]) -> int:
+    """Prints one row for each workdir; exit code 2 if one has no report."""
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            raise UserError("name one or more workdirs: python -m jpeft.report runs/a runs/b")
+        missing = [folder for folder in argv if not (Path(folder) / "report.json").is_file()]
+        if missing:
+            raise UserError(f"no report.json in {', '.join(missing)}: is the run finished?")
+        print(compare([read_json(Path(folder) / "report.json") for folder in argv]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,106 @@
+import math
+
+import pytest
+
+from jpeft.plan import Entry
+from jpeft.report import tables
+
+
+def report(scores=((0.5, 0.6), (0.7, 0.8)), **changes):
+    per_seed = [
+        {"seed": seed, "last": {"accuracy": a, "f1": f}, "best": {"epoch": 1, "accuracy": a + 0.01, "f1": f}}
+        for seed, (a, f) in enumerate(scores)
+    ]
+    return {
+        "task": "mrpc",
+        "method": "lora",
+        "model": "minilm",
+        "split": "validation",
+        "primary_metric": "accuracy",
+        "metrics": {**tables.spread([row["last"] for row in per_seed]), "per_seed": per_seed},
+        "parameters": {
+            "base": 1_000_000, "head": 770, "trainable": 5_770, "trainable_percent": 0.5766, "added_at_inference": 0,
+            "added_percent": 0.0, "module_bytes": 23_080,
+        },
+        "seconds": {"load": 1.0, "fisher": 0.0, "compile": 3.25, "train": 10.0, "evaluate": 2.0},
+        "examples_per_second": 123.45,
+        "inference_examples_per_second": 678.9,
+        "peak_memory_bytes": 1_500_000_000,
+        "versions": {"jpeft": "0.1", "jax": "0.10"},
+        **changes,
+    }  # fmt: skip
+
+
+def test_spread_is_mean_and_sample_deviation():
+    spread = tables.spread([{"f1": 0.5, "accuracy": 1.0}, {"f1": 0.7, "accuracy": 1.0}])
+    assert spread["mean"] == pytest.approx({"f1": 0.6, "accuracy": 1.0})
+    assert spread["std"] == pytest.approx({"f1": math.sqrt(0.02), "accuracy": 0.0})
+
+
+def test_spread_of_one_seed_has_no_deviation():
+    assert tables.spread([{"f1": 0.5}]) == {"mean": {"f1": 0.5}, "std": {"f1": None}}
+
+
+def test_average_stays_whole_where_all_agree():
+    averaged = tables.average([{"same": 7, "differs": 1}, {"same": 7, "differs": 2}])
+    assert averaged == {"same": 7, "differs": 1.5}
+    assert isinstance(averaged["same"], int)
+
+
+def test_plan_lines_join_neighbours_only():
+    prefix, lora = [Entry("prefix")], [Entry("lora", {"rank": 4, "alpha": 8.0})]
+    plan = {3: prefix, 0: prefix, 1: prefix, 2: lora, 6: prefix, 5: prefix + lora, 8: prefix}
+    assert tables.plan_lines(plan) == [
+        "0-1 prefix",
+        "2 lora(rank=4, alpha=8.0)",
+        "3 prefix",
+        "5 prefix + lora(rank=4, alpha=8.0)",
+        "6 prefix",
+        "8 prefix",
+    ]
+
+
+def test_markdown_shows_every_seed_and_the_spread():
+    page = tables.markdown(report(), {}, None)
+    assert page.startswith("# lora on mrpc (minilm)\n")
+    assert "| 0 | 50.00 (51.00) | 60.00 (60.00) |" in page
+    assert "| 1 | 70.00 (71.00) | 80.00 (80.00) |" in page
+    assert "| **mean ± std** | 60.00 ± 14.14 | 70.00 ± 14.14 |" in page
+    assert "| trainable parameters (modules and head) | 5,770 |" in page
+    assert "| trainable, of base and head | 0.58 % |" in page
+    assert "| seconds: compile | 3.2 |" in page or "| seconds: compile | 3.3 |" in page
+    assert "| training | 123.5 examples/s |" in page or "| training | 123.4 examples/s |" in page
+    assert "Made by jpeft 0.1, jax 0.10." in page
+    assert "Which module" not in page
+    assert "![" not in page
+
+
+def test_markdown_tables_have_rows_of_one_width():
+    page = tables.markdown(report(), {0: {0: [Entry("lora")]}}, None)
+    for block in page.split("\n\n"):
+        if block.startswith("|"):
+            assert len({line.count("|") for line in block.splitlines()}) == 1, block
+
+
+def test_markdown_of_one_seed_has_no_spread():
+    assert "±" not in tables.markdown(report(scores=[(0.5, 0.6)]), {}, None)
+
+
+def test_markdown_shows_plans_and_the_picture():
+    plans = {0: {0: [Entry("lora")], 1: [Entry("lora")]}, 1: {0: [Entry("prefix")]}}
+    page = tables.markdown(report(), plans, "fisher.png")
+    assert "- seed 0: layers 0-1 lora\n- seed 1: layers 0 prefix" in page
+    assert "](fisher.png)" in page
+    assert "![" not in tables.markdown(report(), plans, None)
+
+
+def test_compare_aligns_rows_and_leaves_out_what_a_task_lacks():
+    other = report(task="sst2", method="fishpal")
+    other["metrics"] = {"mean": {"accuracy": 0.9}, "std": {"accuracy": None}, "per_seed": []}
+    lines = tables.compare([report(), other]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    head, rule, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert head == ["method", "task", "model", "accuracy", "f1", "trainable %", "added %", "train examples/s"]
+    assert set("".join(rule)) == {"-"}
+    assert rows[0][3:5] == ["60.00 ± 14.14", "70.00 ± 14.14"]
+    assert rows[1][:5] == ["fishpal", "sst2", "minilm", "90.00", "-"]

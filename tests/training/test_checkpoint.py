@@ -1,0 +1,99 @@
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from jpeft.errors import UserError
+from jpeft.training import checkpoint
+from jpeft.training.checkpoint import Progress
+from jpeft.training.step import State
+
+PROGRESS = Progress([{"epoch": 1, "step": 3, "train_loss": 0.1 + 0.2, "f1": 1 / 3}], 0.7, {"train": 1.25, "compile": 2})
+
+
+def state(step=3, width=4):
+    w = jax.random.normal(jax.random.key(step), (width, 2))
+    trainable = {"params": {"classifier": {"kernel": w}}, "peft": {"lora_0": {"encoder/layer_0": {"a": 2 * w}}}}
+    return State(jnp.int32(step), trainable, optax.adam(1e-3).init(trainable))
+
+
+def like(**changes):
+    return jax.tree.map(jnp.zeros_like, state(**changes))
+
+
+def test_round_trip_is_exact(tmp_path):
+    checkpoint.save(tmp_path / "latest", state(), PROGRESS)
+    restored = checkpoint.restore(tmp_path / "latest", like())
+    assert restored is not None
+    chex.assert_trees_all_equal(restored.state, state())
+    chex.assert_trees_all_equal_dtypes(restored.state, state())
+    chex.assert_trees_all_equal_structs(restored.state, state())
+    assert restored.progress == PROGRESS
+
+
+def test_the_newest_is_kept_alone(tmp_path):
+    for step in (3, 9, 10):
+        checkpoint.save(tmp_path, state(step), PROGRESS._replace(loss_sum=float(step)))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdecimal()) == ["10"]
+    restored = checkpoint.restore(tmp_path, like())
+    assert restored is not None
+    assert (int(restored.state.step), restored.progress.loss_sum) == (10, 10.0)
+    chex.assert_trees_all_equal(restored.state, state(10))
+
+
+def test_nothing_there_is_none(tmp_path):
+    assert checkpoint.restore(tmp_path / "none", like()) is None
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "empty").mkdir()
+    assert checkpoint.restore(tmp_path / "empty", like()) is None
+
+
+def test_saving_a_step_twice_leaves_the_first(tmp_path):
+    checkpoint.save(tmp_path, state(), PROGRESS)
+    checkpoint.save(tmp_path, state(), PROGRESS._replace(loss_sum=9.0))
+    restored = checkpoint.restore(tmp_path, like())
+    assert restored is not None
+    assert restored.progress.loss_sum == PROGRESS.loss_sum
+
+
+@pytest.mark.parametrize("other", ["shape", "missing", "surplus"])
+def test_another_structure_is_refused(tmp_path, other):
+    checkpoint.save(tmp_path, state(), PROGRESS)
+    wanted = like(width=5) if other == "shape" else like()
+    if other == "missing":
+        wanted.trainable["params"]["pooler"] = jnp.zeros(3)
+    if other == "surplus":
+        del wanted.trainable["peft"]["lora_0"]
+    with pytest.raises(UserError, match=r"checkpoint .*3 cannot be resumed .* delete it") as caught:
+        checkpoint.restore(tmp_path, wanted)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_with_a_file_gone_is_refused(tmp_path):
+    checkpoint.save(tmp_path, state(), PROGRESS)
+    shutil.rmtree(tmp_path / "3" / "state")
+    with pytest.raises(UserError, match="delete it"):
+        checkpoint.restore(tmp_path, like())
+
+
+def test_leftovers_of_a_crash_do_not_matter(tmp_path):
+    checkpoint.save(tmp_path, state(), PROGRESS)
+    for leftover in ("9.orbax-checkpoint-tmp", "9.orbax-checkpoint-tmp-1234", "12.orbax-checkpoint-tmp-5"):
+        shutil.copytree(tmp_path / "3", tmp_path / leftover)
+        (tmp_path / leftover / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / leftover / "progress")
+    restored = checkpoint.restore(tmp_path, like())
+    assert restored is not None
+    chex.assert_trees_all_equal(restored.state, state())
+    checkpoint.save(tmp_path, state(9), PROGRESS)
+    restored = checkpoint.restore(tmp_path, like())
+    assert restored is not None
+    chex.assert_trees_all_equal(restored.state, state(9))
+
+
+def test_only_leftovers_are_no_checkpoint(tmp_path):
+    (tmp_path / "9.orbax-checkpoint-tmp-1234" / "state").mkdir(parents=True)
+    assert checkpoint.restore(tmp_path, like()) is None
