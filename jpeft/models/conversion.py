@@ -141,6 +141,7 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 
 def shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by its path, without computing anything."""
     variables = jax.eval_shape(Bert(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
     return {path: x.shape for path, x in _flat(variables["params"]).items()}
 
@@ -169,5 +170,6 @@ def _check(what: str, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str,
 
 
 def listed(names: Iterable[str], n: int = 4) -> str:
+    """The first names and how many more there are, for an error message."""
     names = list(names)
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

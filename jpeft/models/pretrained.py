@@ -83,7 +83,7 @@ def load(
     folder, source = _find(os.fspath(name_or_path), revision)
     config = _read_config(folder, num_labels, overrides)
     params, fresh = from_hf(config, _read_tensors(folder))
-    flat = flatten_dict(params, sep="/")
+    flat: dict[str, Any] = {**flatten_dict(params, sep="/")}
     for path, shape in shapes(config).items():
         if path.split("/")[0] in fresh:
             # One key per path, so that a draw does not depend on what else is fresh.
