@@ -9,6 +9,7 @@ Run again with the same config and workdir, it resumes. The workdir then holds r
 parse), metrics.jsonl, and seed_<n>/model (the trained modules, for `jpeft.load`).
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,15 +18,22 @@ from ml_collections import config_flags
 
 from jpeft.errors import UserError, nearest
 
-FLAGS = flags.FLAGS
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file under configs/; :demo after it is small.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; runs/<name of the config> by default.")
+
+def _define(argv: list[str]) -> flags.FlagValues:
+    """The flags, not absl's global ones: `main` can be called more than once, and overrides come from its `argv`."""
+    values = flags.FlagValues()
+    text = "A file under configs/; :demo after it is small."
+    config_flags.DEFINE_config_file("config", help_string=text, flag_values=values, sys_argv=argv)
+    text = "Where results go; runs/<name of the config> by default."
+    flags.DEFINE_string("workdir", None, text, flag_values=values)
+    return values
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str]) -> flags.FlagValues:
     """Parses the flags; whatever is wrong with them is one line."""
+    values = _define(argv)
     if any(arg in ("-h", "-help", "--help", "--helpshort", "--helpfull") for arg in argv[1:]):
-        print(f"{__doc__}\nFlags:\n  --config   {FLAGS['config'].help}\n  --workdir  {FLAGS['workdir'].help}")
+        print(f"{__doc__}\nFlags:\n  --config   {values['config'].help}\n  --workdir  {values['workdir'].help}")
         print("\nFields of the config and their defaults (see jpeft/config.py):\n")
         from jpeft import config
 
@@ -40,14 +48,14 @@ def _parse(argv: list[str]) -> list[str]:
         have = [str(other) for other in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
         raise UserError(f"config file {str(path)!r} does not exist" + (f": {nearest(str(path), have)}" if have else ""))
     try:
-        rest = FLAGS(argv)
+        rest = values(argv)
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"unknown flag --{error.flagname}: {nearest(error.flagname, ['config', 'workdir'])}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--config: {' '.join(str(error).split())}") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: values are given as --config.train.num_epochs=3")
-    return rest
+    return values
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,9 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         stem, _, variant = Path(name).name.partition(":")
         stem = Path(stem).stem + (f"_{variant}" if variant else "")
 
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
         from jpeft import experiment  # after the flags, so that --help and their errors come at once
 
-        experiment.run(config, Path(_WORKDIR.value or f"runs/{stem}"))
+        experiment.run(config, Path(values["workdir"].value or f"runs/{stem}"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

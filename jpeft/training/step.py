@@ -98,7 +98,7 @@ def train_step(
         value, grads = jax.value_and_grad(loss)(state.trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
-        return State(state.step + 1, trainable, opt_state), StepMetrics(value, optax.global_norm(grads))
+        return State(state.step + 1, trainable, opt_state), StepMetrics(value, optax.tree.norm(grads))
 
     return step
 

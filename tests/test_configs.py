@@ -1,0 +1,63 @@
+"""Every file under configs/ is a run that could start."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from jpeft import config as c
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+SEEDS = {"mnli": (11, 22, 88), "mrpc": (11, 22, 88), "sst2": (111, 11, 22)}
+
+
+def get_config(path: Path, variant: str):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert f"configs/{path.name}" in module.__doc__, "the docstring gives the command"
+    return module.get_config(variant)
+
+
+def test_there_is_one_for_each_method_and_task():
+    methods = ("fishpal", "lora", "adapter", "prefix", "full", "head")
+    assert {path.stem for path in FILES} >= {f"{method}_{task}" for method in methods for task in SEEDS}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_fields_follow_the_name_of_the_file(path):
+    config = get_config(path, "")
+    method, task = path.stem.rsplit("_", 1)
+    c.check(config)
+    assert (config.method, config.task, config.seeds) == (method, task, SEEDS[task])
+    assert config.model == "bert-base-uncased"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_demo_needs_no_network(path):
+    config = get_config(path, "demo")
+    c.check(config)
+    assert (config.task, config.model, config.seeds) == ("synthetic", "minilm", (11,))
+
+
+@pytest.mark.parametrize(
+    ("method", "rate", "epochs", "warmup", "decay"),
+    [
+        ("fishpal", 5e-4, 10, 0.06, 0.1),
+        ("lora", 5e-4, 10, 0.06, 0.1),
+        ("adapter", 1e-4, 10, 0.06, 0.1),
+        ("prefix", 2e-4, 10, 0.06, 0.1),
+        ("full", 2e-5, 3, 0.1, 0.01),
+        ("head", 1e-3, 3, 0.1, 0.01),
+    ],
+)
+def test_recipes(method, rate, epochs, warmup, decay):
+    config = get_config(FILES[0].with_name(f"{method}_mrpc.py"), "")
+    train = config.train
+    assert (c.learning_rate(config), train.num_epochs, train.warmup_ratio, train.weight_decay) == (
+        rate,
+        epochs,
+        warmup,
+        decay,
+    )
+    assert (train.batch_size, train.max_length, config.fishpal.num_examples) == (16, 128, 64)
