@@ -90,8 +90,9 @@ def demo(config: Config) -> Config:
     """The same method at a size for two CPU cores: packaged MiniLM weights and the built-in data, no network.
 
     A thousand steps want a higher learning rate than a full recipe: four times the method's own. The factors of the
-    thesis were set on RoBERTa-base; on MiniLM a factor of 10,000 gives prefix throughout, and prefixes do not train here
-    in so few steps. With 10 for the prefix and 1 for the others the choice is between adapter and LoRA.
+    thesis were set on RoBERTa-base; on MiniLM a factor of 10,000 gives prefix throughout. With 25 for the prefix and 1
+    for the others the lower layers still got prefixes, and the loss stayed at chance in so few steps. With 10 the choice
+    is between adapter and LoRA.
     """
     config.task = "synthetic"
     config.model = "minilm"

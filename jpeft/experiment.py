@@ -82,7 +82,7 @@ def run(config: Config, workdir: Path, console: Console | None = None) -> dict[s
     """
     console = console or Console()
     configs.check(config)
-    _claim(workdir, config)
+    _check_workdir(workdir, config)
     _use_compilation_cache()
     console.title(f"{config.method} on {config.task} with {config.model}, in {workdir}")
     seconds: dict[str, float] = {}
@@ -90,6 +90,8 @@ def run(config: Config, workdir: Path, console: Console | None = None) -> dict[s
         task = tasks.task(config.task)
         base = _load_model(config, task, config.seeds[0])
         data = _load_data(config, task, base, console)
+    # Only now: a run that failed for a path or a name leaves the workdir to the one that is corrected.
+    files.write_json(workdir / "config.json", json.loads(config.to_json()))
     lengths = ", ".join(map(str, data.buckets))
     console.say(
         f"  {data.train.size:,} examples to train on, {data.dev.size:,} of {task.eval_split} to evaluate on, "
@@ -109,14 +111,13 @@ def run(config: Config, workdir: Path, console: Console | None = None) -> dict[s
     return _report(config, task, results, seconds, workdir, console)
 
 
-def _claim(workdir: Path, config: Config) -> None:
-    """Makes the workdir this config's, or finds that it is."""
+def _check_workdir(workdir: Path, config: Config) -> None:
+    """Finds that a workdir is new or this config's."""
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir {workdir} is a file, not a folder")
     mine = json.loads(config.to_json())
     if not path.is_file():
-        files.write_json(path, mine)
         return
     there, here = (flatten_dict(x, sep=".") for x in (files.read_json(path), mine))
     differ = [name for name in {**there, **here} if there.get(name) != here.get(name)]

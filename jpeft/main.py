@@ -10,6 +10,7 @@ parse), metrics.jsonl, and seed_<n>/model (the trained modules, for `jpeft.load`
 """
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -27,6 +28,27 @@ def _define(argv: list[str]) -> flags.FlagValues:
     text = "Where results go; runs/<name of the config> by default."
     flags.DEFINE_string("workdir", None, text, flag_values=values)
     return values
+
+
+def _fields(given: str) -> list[str]:
+    """The fields of the config that a file makes, "config.train.num_epochs" for one."""
+    from jpeft import tree
+
+    path, _, variant = given.partition(":")
+    try:
+        config = runpy.run_path(path)["get_config"](*([variant] if variant else []))
+    except UserError:
+        raise
+    except Exception as error:  # a config file is a program
+        raise UserError(f"config file {path!r}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    return [".".join(("config", *names)) for names in tree.flatten(config.to_dict())]
+
+
+def _check_overrides(argv: list[str], fields: list[str]) -> None:
+    for arg in argv[1:]:
+        name = arg.split("=", 1)[0].lstrip("-")
+        if arg.startswith(("--config.", "-config.")) and name not in fields:
+            raise UserError(f"{name} is no field of the config: {nearest(name, fields)}")
 
 
 def _parse(argv: list[str]) -> flags.FlagValues:
@@ -47,6 +69,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     if not path.is_file():
         have = [str(other) for other in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
         raise UserError(f"config file {str(path)!r} does not exist" + (f": {nearest(str(path), have)}" if have else ""))
+    _check_overrides(argv, _fields(given[0]))
     try:
         rest = values(argv)
     except flags.UnrecognizedFlagError as error:
@@ -65,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
       The exit code: 0, or 2 after one line about what the user can mend.
     """
     try:
-        _parse(sys.argv if argv is None else argv)
-        config = _CONFIG.value
-        name = config_flags.get_config_filename(FLAGS["config"])
+        values = _parse(sys.argv if argv is None else argv)
+        config = values["config"].value
+        name = config_flags.get_config_filename(values["config"])
         stem, _, variant = Path(name).name.partition(":")
         stem = Path(stem).stem + (f"_{variant}" if variant else "")
 

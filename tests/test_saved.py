@@ -14,7 +14,10 @@ SPECS = {
     "lora": [{"method": "lora", "options": {"rank": 2}}],
     "prefix": [{"method": "prefix", "options": {"num_virtual_tokens": 3, "mlp_hidden": 8}}],
     "plan": plans.spec(
-        {0: [plans.Entry("prefix", {"mlp_hidden": 8})], 1: [plans.Entry("adapter", {"bottleneck": 4}), plans.Entry("lora")]}
+        {
+            0: [plans.Entry("prefix", {"mlp_hidden": 8})],
+            1: [plans.Entry("adapter", {"bottleneck": 4}), plans.Entry("lora")],
+        }
     ),
     "head": [],
     "full": [],
@@ -35,7 +38,8 @@ def make(folder, base, kind, labels=("no", "yes")):
     sites = jpeft.sites(model, jax.ShapeDtypeStruct((1, 5), "int32"))
     leaves = jpeft.init(transform, jax.random.key(1), sites, loaded.params)
     rng = np.random.default_rng(0)
-    moved = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), {"params": trained, "peft": leaves})
+    trainable = {"params": trained, "peft": leaves}
+    moved = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), trainable)
     size = saved.save(
         folder, moved, SPECS[kind], base=loaded.source, fingerprint=pretrained.fingerprint(frozen), task="mrpc",
         labels=labels, max_length=16,
@@ -93,7 +97,7 @@ def other_base(tmp_path, tiny_model):
 @pytest.mark.parametrize("kind", ["lora", "plan", "head"])
 def test_another_base_is_refused(tmp_path, tiny_model, other_base, kind):
     make(tmp_path / "model", tiny_model, kind)
-    with pytest.raises(UserError, match="was trained on other base weights than those of .*other"):
+    with pytest.raises(UserError, match=r"was trained on other base weights than those of .*other"):
         jpeft.load(tmp_path / "model", base=str(other_base))
 
 
@@ -112,7 +116,7 @@ def test_a_base_that_moved_is_named(tmp_path, tiny_model):
 def test_a_folder_without_both_files_is_refused(tmp_path, tiny_model, missing):
     make(tmp_path, tiny_model, "lora")
     (tmp_path / missing).unlink()
-    with pytest.raises(UserError, match="holds no trained modules: expected jpeft.json and modules.safetensors"):
+    with pytest.raises(UserError, match=r"holds no trained modules: expected jpeft\.json and modules\.safetensors"):
         jpeft.load(tmp_path)
 
 

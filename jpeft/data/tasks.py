@@ -5,16 +5,13 @@ It ends in `.jsonl`, `.jsonl.gz`, `.parquet`, `.csv`, `.csv.gz`, `.tsv` or `.tsv
 CSV and TSV files start with a header. A TSV file is split at its tabs, quotes in it mean nothing.
 """
 
-import csv
 import dataclasses
-import gzip
-import json
 import os
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jpeft.data.rows import ENDINGS, rows
 from jpeft.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -24,7 +21,6 @@ __all__ = ["TASKS", "Splits", "Task", "load", "task"]
 
 HUB = "nyu-mll/glue"
 FOLDER_VARIABLE = "JPEFT_GLUE_DIR"
-ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 HUB_TIMEOUT = 5  # seconds
 
 
@@ -197,7 +193,7 @@ def _from_folder(spec: Task, folder: Path) -> "dict[str, Dataset]":
 def _columns(spec: Task, file: Path, hidden: bool) -> dict[str, list[Any]]:
     """Reads and checks a file; `hidden` says whether labels may be."""
     columns: dict[str, list[Any]] = {name: [] for name in (*spec.text, "label", "idx")}
-    for number, row in enumerate(_rows(file), start=1):
+    for number, row in enumerate(rows(file), start=1):
         where = f"{file}, row {number}"
         for name in spec.text:
             if name not in row:
@@ -230,57 +226,3 @@ def _label(spec: Task, value: Any, hidden: bool, where: str) -> int | float:
         ids = ", ".join(f"{i} ({name})" for i, name in enumerate(spec.labels))
         raise UserError(f"{where}: label {value!r} is none of {ids}")
     return int(number)
-
-
-def _rows(file: Path) -> Iterator[Mapping[str, Any]]:
-    ending = file.name.removesuffix(".gz").rpartition(".")[2]
-    if ending == "parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            yield from parquet.read_table(file).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file} is not a readable parquet file ({type(error).__name__})") from error
-    elif ending == "jsonl":
-        for number, line in enumerate(_lines(file), start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, row {number}: not JSON, {error.msg} at column {error.colno}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{file}, row {number}: not a JSON object")
-            yield row
-    else:
-        yield from _table(file, "," if ending == "csv" else "\t")
-
-
-def _table(file: Path, separator: str) -> Iterator[Mapping[str, str]]:
-    lines = _lines(file)
-    # A quoted field of a CSV file may hold line breaks, which the reader wants to see.
-    fields = csv.reader(lines, strict=True) if separator == "," else (x.rstrip("\r\n").split("\t") for x in lines)
-    header = None
-    number = 0
-    try:
-        for number, row in enumerate(fields):
-            if header is None:
-                header = row
-            elif len(row) != len(header):
-                raise UserError(f"{file}, row {number}: {len(row)} fields where the header has {len(header)}")
-            else:
-                yield dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{file}, row {number + 1}: {error}") from error
-
-
-def _lines(file: Path) -> Iterator[str]:
-    # Decoded line by line, to know the line that is not UTF-8; and split at line feeds only.
-    number = 0
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}, line {number}: not UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}, after line {number}: cannot be read ({error})") from error

@@ -1,0 +1,74 @@
+"""Rows out of JSON lines, CSV, TSV and parquet files, with errors that name the file and the row."""
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jpeft.errors import UserError
+
+__all__ = ["ENDINGS", "rows"]
+
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
+
+
+def rows(file: Path) -> Iterator[Mapping[str, Any]]:
+    """Yields the rows of a file as dicts by column; the ending of its name says how to read it.
+
+    Raises:
+      UserError: if the file or a row cannot be read, naming the row, counted from 1 after any header.
+    """
+    ending = file.name.removesuffix(".gz").rpartition(".")[2]
+    if ending == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            yield from parquet.read_table(file).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file} is not a readable parquet file ({type(error).__name__})") from error
+    elif ending == "jsonl":
+        for number, line in enumerate(_lines(file), start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{file}, row {number}: not JSON, {error.msg} at column {error.colno}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{file}, row {number}: not a JSON object")
+            yield row
+    else:
+        yield from _table(file, "," if ending == "csv" else "\t")
+
+
+def _table(file: Path, separator: str) -> Iterator[Mapping[str, str]]:
+    lines = _lines(file)
+    # A quoted field of a CSV file may hold line breaks, which the reader wants to see.
+    fields = csv.reader(lines, strict=True) if separator == "," else (x.rstrip("\r\n").split("\t") for x in lines)
+    header = None
+    number = 0
+    try:
+        for number, row in enumerate(fields):
+            if header is None:
+                header = row
+            elif len(row) != len(header):
+                raise UserError(f"{file}, row {number}: {len(row)} fields where the header has {len(header)}")
+            else:
+                yield dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{file}, row {number + 1}: {error}") from error
+
+
+def _lines(file: Path) -> Iterator[str]:
+    # Decoded line by line, to know the line that is not UTF-8; and split at line feeds only.
+    number = 0
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}, line {number}: not UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}, after line {number}: cannot be read ({error})") from error

@@ -1,0 +1,164 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jpeft import main as program
+
+# ml_collections loads the config file with it.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config(tmp_path, tiny_config, tiny_model, tiny_glue):
+    """A config file of a LoRA run of one epoch."""
+    path = tmp_path / "tiny.py"
+    path.write_text(
+        "from jpeft import config as c\n"
+        "def get_config(variant=''):\n"
+        "    config = c.default('mrpc', 'lora')\n"
+        f"    config.model, config.data.path = {str(tiny_model)!r}, {str(tiny_glue)!r}\n"
+        "    config.train.update(num_epochs=1, max_length=16)\n"
+        "    return c.variant(config, variant)\n"
+    )
+    return path
+
+
+@pytest.fixture
+def failing(tmp_path, capsys, config, monkeypatch):
+    """Runs the program, which must fail, and returns its one line."""
+    monkeypatch.setattr(sys, "argv", ["pytest", "--config.train.num_epochs=77"])  # must not be read
+
+    def call(*args):
+        capsys.readouterr()
+        assert program.main(["jpeft", *map(str, args), f"--workdir={tmp_path / 'work'}"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in lines[0]
+        return lines[0]
+
+    return call
+
+
+OVERRIDES = {
+    "--config.train.num_epoch=3": ["config.train.num_epoch is no field", "'config.train.num_epochs'"],
+    "--config.trian.num_epochs=3": ["config.trian.num_epochs is no field", "'config.train.num_epochs'"],
+    "--config.peft.lora.rnak=3": ["'config.peft.lora.rank'"],
+    "--config.train.num_epochs.x=3": ["config.train.num_epochs.x is no field"],
+    "--config.train=3": ["config.train is no field"],
+    "--config.train.num_epochs=three": ["config.train.num_epochs", "'three'"],
+    "--config.train.learning_rate=fast": ["config.train.learning_rate", "'fast'"],
+    "--wrkdir=x": ["unknown flag --wrkdir: did you mean 'workdir'?"],
+    "stray": ["unexpected argument 'stray'"],
+    "--config.task=mprc": ["config.task 'mprc' is unknown: did you mean 'mrpc'"],
+    "--config.method=lroa": ["config.method 'lroa' is unknown: did you mean 'lora'?"],
+    "--config.peft.lora.dropout=1.5": ["config.peft.lora: dropout", "got 1.5"],
+    "--config.train.warmup_ratio=1": ["config.train.warmup_ratio", "below 1"],
+    "--config.train.max_length=33": ["config.train.max_length 33", "at most 32"],
+    "--config.model=./nowhere": ["'./nowhere' is not there"],
+    "--config.data.path=./nowhere": ["no folder nowhere"],
+    "--config.task=rte": ["rte", "no folder"],
+    "--config.task=ax": ["config.task 'ax' is a test set"],
+    "--config.fishpal.plan=thesis_mrpc": ["the plan names layer 2, but the model has layers 0 to 1"],
+    "--config.peft.lora.layers=(5,)": ["5"],
+    "--config.peft.lora.targets=qeury": ["qeury"],
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_a_wrong_argument_is_one_line(failing, config, override):
+    line = failing(f"--config={config}", override)
+    for part in OVERRIDES[override]:
+        assert part in line
+
+
+def test_the_config_is_missing(failing):
+    assert "--config is missing: for example" in failing()
+
+
+def test_a_config_file_that_does_not_exist(failing, config):
+    assert "does not exist: did you mean" in failing(f"--config={config.parent / 'tinny.py'}")
+    assert "'/nowhere/x.py' does not exist" in failing("--config=/nowhere/x.py")
+
+
+def test_an_unknown_variant(failing, config):
+    assert failing(f"--config={config}:dmo") == "error: config variant 'dmo' is unknown: did you mean 'demo'?"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:\n", "SyntaxError: invalid syntax"),
+        ("import nothing_of_this_name\n", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+        ("def get_config():\n    raise ValueError('two\\nlines')\n", "ValueError: two lines"),
+        ("x = 1\n", "get_config"),
+    ],
+)
+def test_a_config_file_that_cannot_be_run(failing, config, text, message):
+    config.write_text(text)
+    line = failing(f"--config={config}")
+    assert "tiny.py" in line
+    assert message in line
+
+
+def test_a_model_folder_without_weights(failing, config, tmp_path, tiny_model):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    assert "holds no model.safetensors" in failing(f"--config={config}", f"--config.model={tmp_path / 'bare'}")
+
+
+def test_a_data_folder_without_the_split(failing, config, tmp_path, tiny_glue):
+    folder = tmp_path / "glue" / "mrpc"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_bytes((tiny_glue / "mrpc" / "train.jsonl").read_bytes())
+    assert "no 'validation' split" in failing(f"--config={config}", f"--config.data.path={tmp_path / 'glue'}")
+
+
+def test_labels_that_do_not_fit(failing, config, tmp_path, tiny_glue):
+    (tmp_path / "glue").mkdir()
+    (tmp_path / "glue" / "mrpc").symlink_to(tiny_glue / "stsb")
+    line = failing(f"--config={config}", f"--config.data.path={tmp_path / 'glue'}")
+    assert "train.jsonl, row 1: label 4." in line
+    assert "is none of 0 (not_equivalent), 1 (equivalent)" in line
+
+
+def test_a_workdir_of_another_config(failing, config, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "config.json").write_text(json.dumps({"task": "mrpc", "train": {"num_epochs": 9}}))
+    line = failing(f"--config={config}")
+    assert "belongs to another config" in line
+    assert "config.train.num_epochs is 9 there, 1 here" in line
+
+
+def test_a_mistake_leaves_the_workdir_to_its_correction(failing, config, tmp_path, capsys):
+    failing(f"--config={config}", "--config.data.path=./nowhere")
+    assert program.main(["jpeft", f"--config={config}", f"--workdir={tmp_path / 'work'}"]) == 0
+    assert (tmp_path / "work" / "report.md").is_file()
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
+def test_help(capsys, flag):
+    with pytest.raises(SystemExit) as exited:
+        program.main(["jpeft", flag])
+    assert exited.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for part in ("python -m jpeft.main --config configs/", "--workdir", "num_epochs: 10", "max_length: 128", ":demo"):
+        assert part in out
+
+
+def test_a_real_process_fails_with_one_line(config, tmp_path):
+    # After the data are loaded, when every library has had its chance to print something.
+    command = [sys.executable, "-m", "jpeft.main", "--config", config, "--config.peft.lora.targets=qeury"]
+    done = subprocess.run(
+        [*command, "--workdir", tmp_path / "work"], cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
