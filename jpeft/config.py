@@ -91,8 +91,8 @@ def demo(config: Config) -> Config:
 
     A thousand steps want a higher learning rate than a full recipe: four times the method's own. The factors of the
     thesis were set on RoBERTa-base; on MiniLM a factor of 10,000 gives prefix throughout. With 25 for the prefix and 1
-    for the others the lower layers still got prefixes, and the loss stayed at chance in so few steps. With 10 the choice
-    is between adapter and LoRA.
+    for the others the lower layers still got prefixes, and the loss stayed at chance in so few steps. With 10 the
+    choice is between adapter and LoRA.
     """
     config.task = "synthetic"
     config.model = "minilm"

@@ -14,7 +14,7 @@ from jpeft import experiment
 from jpeft.report.console import Console
 
 REPOSITORY = Path(__file__).parents[1]
-EPOCHS = 30
+EPOCHS = 20
 
 
 @pytest.fixture
@@ -31,7 +31,6 @@ def start(tmp_path, tiny_config, tiny_model, tiny_glue):
     )
     command = [sys.executable, "-m", "jpeft.main", "--config", config, "--workdir", tmp_path / "killed"]
     environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    # The package's import of a GPU or TPU is not for here, and the bar is not for a pipe.
     return lambda: subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -45,9 +44,9 @@ def epochs(workdir):
 def test_a_run_killed_twice_ends_as_one_that_was_not(tmp_path, start, tiny_config):
     workdir = tmp_path / "killed"
     reached = []
-    for wanted in (2, 11):
+    for wanted in (2, 8):
         process = start()
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while epochs(workdir) < wanted and process.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -61,7 +60,7 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(tmp_path, start, tiny_confi
     assert "resuming at step" in printed
 
     config = tiny_config("lora", num_epochs=EPOCHS)
-    config.peft.lora.rank, config.peft.lora.dropout = 8, 0.1
+    config.peft.lora.rank, config.peft.lora.dropout = 8, 0.1  # the file leaves the rank as it is
     experiment.run(config, tmp_path / "whole", Console(quiet=True))
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("killed", "whole")]
     assert reports[0]["metrics"] == reports[1]["metrics"]

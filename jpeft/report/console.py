@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 __all__ = ["Bar", "Console"]
 
@@ -13,21 +13,16 @@ __all__ = ["Bar", "Console"]
 class Bar:
     """One training run's bar: loss, last score, examples a second, time left."""
 
-    def __init__(self, progress: Progress, task: Any, console: "Console", done: int):
+    def __init__(self, progress: Progress, task: TaskID, console: "Console"):
         self._progress, self._task, self._console = progress, task, console
-        self._examples, self._score = 0, ""
-        self._done = done
+        self._score = ""
 
     def advance(self, loss: float, epoch: int, examples: int) -> None:
         """Moves on by one step."""
-        self._examples += examples
-        elapsed = self._progress.tasks[self._task].elapsed or 1e-9
-        self._progress.update(
-            self._task,
-            advance=1,
-            description=f"epoch {epoch}",
-            status=f"loss {loss:.3f}  {self._score}{self._examples / elapsed:.0f} examples/s",
-        )
+        # Of the last steps, so that compiling does not count for long.
+        speed = self._progress.tasks[self._task].speed or 0.0
+        status = f"loss {loss:.3f}  {self._score}{examples * speed:.0f} examples/s"
+        self._progress.update(self._task, advance=1, description=f"epoch {epoch}", status=status)
 
     def epoch(self, row: dict[str, Any], primary: str) -> None:
         """Prints the line of a finished epoch."""
@@ -73,7 +68,7 @@ class Console:
         shown = self._rich.is_terminal
         with Progress(*columns, console=self._rich, transient=True, disable=not shown) as progress:
             task = progress.add_task("starting", total=total, completed=done, status="compiling")
-            yield Bar(progress, task, self, done)
+            yield Bar(progress, task, self)
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
