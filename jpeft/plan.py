@@ -120,7 +120,7 @@ def loads(text: str, source: str = "plan") -> Plan:
     plan = {}
     for layer, entries in raw.items():
         for entry in entries:
-            if not isinstance(entry, dict) or not {"method"} <= set(entry) <= {"method", "options"}:
+            if not _is_entry(entry):
                 raise UserError(f"{source}, layer {layer}: expected a method and its options, got {json.dumps(entry)}")
             if "layers" in entry.get("options", {}):
                 raise UserError(f"{source}, layer {layer}: the plan itself says the layers, drop the option 'layers'")
@@ -130,6 +130,12 @@ def loads(text: str, source: str = "plan") -> Plan:
                 raise UserError(f"{source}, layer {layer}: {error}") from None
         plan[int(layer)] = [Entry(entry["method"], entry.get("options", {})) for entry in entries]
     return plan
+
+
+def _is_entry(raw: Any) -> bool:
+    if not isinstance(raw, dict) or not {"method"} <= set(raw) <= {"method", "options"}:
+        return False
+    return isinstance(raw["method"], str) and isinstance(raw.get("options", {}), dict)
 
 
 def read(name_or_path: str) -> Plan:

@@ -176,7 +176,8 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
         leaves = iter(arrays)
         filled = [next(leaves) if _is_array(x) else x for x in flat]
         a, k = jax.tree.unflatten(treedef, filled)
-        with nn.intercept_methods(spy):
+        # Without jit, because `nn.jit` would trace the first of several equal modules only.
+        with nn.intercept_methods(spy), jax.disable_jit():
             return model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, *a, **k)
 
     flat, treedef = jax.tree.flatten((args, kwargs))
@@ -321,7 +322,8 @@ def apply(
         for path, own in leaves[name].items():
             if path != SHARED:
                 placed.setdefault(path, {})[name] = {"own": own, "shared": shared}
-    ambient = {name: x for name, x in (("key", key), ("mask", mask)) if x is not None}
+    ambient: dict[str, Any] = {name: x for name, x in (("key", key), ("mask", mask)) if x is not None}
+    ambient["members"] = _Members(members.values())
     reached: set[str] = set()
 
     def hook(call: Call, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -357,6 +359,13 @@ def apply(
         )
     _check_reached(set(placed) - reached, model, args, kwargs)
     return out
+
+
+@jax.tree_util.register_static
+class _Members(tuple):
+    """The members of a chain as a pytree without leaves: in the variables, they enter the cache key of `nn.jit`."""
+
+    __slots__ = ()
 
 
 def _wrapped(member: Transform, own: Any, site: Site, inner: Call, ctx: Context) -> Call:

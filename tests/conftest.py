@@ -5,7 +5,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,12 +15,52 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
+import jpeft
+from jpeft.models import Bert, BertConfig
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
+
+
+class Toy(NamedTuple):
+    """A random BERT of two layers with a batch: rows of different lengths, labels, and the model's sites."""
+
+    model: Bert
+    params: dict[str, Any]
+    ids: jax.Array
+    mask: jax.Array
+    labels: jax.Array
+    sites: jpeft.transform.Sites
+
+    def logits(self, method, leaves, params=None, ids=None, mask=None, **kwargs):
+        """Logits with a method's leaves in place."""
+        params = self.params if params is None else params
+        ids, mask = (self.ids, self.mask) if ids is None else (ids, mask)
+        return jpeft.apply(self.model, method, {"params": params, "peft": leaves}, ids, mask, mask=mask, **kwargs)[0]
+
+
+def randomised(leaves: Any, seed: int = 7, scale: float = 0.3) -> Any:
+    """The same tree with every entry drawn anew: what starts at zero hides what it does."""
+    flat, treedef = jax.tree.flatten(leaves)
+    keys = jax.random.split(jax.random.key(seed), len(flat))
+    return treedef.unflatten([scale * jax.random.normal(k, x.shape) for k, x in zip(keys, flat, strict=True)])
+
+
+@pytest.fixture(scope="session")
+def toy() -> Toy:
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=32, initializer_range=0.3, num_labels=3,
+    )  # fmt: skip
+    model = Bert(config)
+    ids = jax.random.randint(jax.random.key(1), (4, 7), 1, 50)
+    mask = (jax.numpy.arange(7)[None] < jax.numpy.array([7, 4, 5, 6])[:, None]).astype(jax.numpy.int32)
+    params = randomised(model.init(jax.random.key(0), ids)["params"], seed=3)
+    return Toy(model, params, ids, mask, jax.numpy.array([0, 1, 2, 1]), jpeft.sites(model, ids, mask))
 
 
 WORDS = ("the", "a", "dog", "cat", "tree", "house", "runs", "sleeps", "sees", "likes", "big", "small", "red", "old")
@@ -32,7 +72,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    from jpeft.models import Bert, BertConfig, pretrained
+    from jpeft.models import pretrained
     from jpeft.tree import replace
 
     vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}

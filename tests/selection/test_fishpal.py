@@ -1,0 +1,114 @@
+import jax
+import numpy as np
+import pytest
+from conftest import randomised
+
+import jpeft
+from jpeft import Entry, UserError
+from jpeft.selection import fishpal
+
+CANDIDATES = {
+    "prefix": Entry("prefix", {"num_virtual_tokens": 2, "mlp_hidden": 4}),
+    "adapter": Entry("adapter", {"bottleneck": 3}),
+    "lora": Entry("lora", {"rank": 2}),
+}
+FACTORS = {"prefix": 100.0, "adapter": 5.0, "lora": 1.0}
+
+
+@pytest.fixture(scope="module")
+def gradients(toy):
+    """One gradient tree per example, at initialisation, by a plain loop."""
+    method = fishpal.attach(CANDIDATES)
+    leaves = jpeft.init(method, jax.random.key(5), toy.sites)
+
+    @jax.jit
+    @jax.grad
+    def grad(leaves, ids, mask, label):
+        return -jax.nn.log_softmax(toy.logits(method, leaves, ids=ids[None], mask=mask[None])[0])[label]
+
+    return [grad(leaves, *row) for row in zip(toy.ids, toy.mask, toy.labels, strict=True)]
+
+
+def mean_of_squares(gradients):
+    return jax.tree.map(lambda *g: sum(x**2 for x in g) / len(g), *gradients)
+
+
+def test_scores_equal_the_rule_of_the_thesis_in_plain_numpy(gradients):
+    scores = fishpal.scores(mean_of_squares(gradients), len(gradients), CANDIDATES, FACTORS)
+    squares = lambda pick: sum(np.asarray(pick(g), np.float64) ** 2 for g in gradients).ravel()
+    for layer in (0, 1):
+        at = f"encoder/layer_{layer}"
+        lora = [squares(lambda g, w=w: g["lora_0"][f"{at}/attention/{w}"]["b"]) for w in ("query", "value")]
+        adapter = [
+            squares(lambda g, a=a, b=b: g["pfeiffer_0"][f"{at}/ffn_add_norm"][a][b])
+            for a in ("down", "up")
+            for b in ("kernel", "bias")
+        ]
+        core = lambda g, at=at: g["prefix_0"][f"{at}/attention/core"]
+        prefix = [squares(lambda g, a=a, b=b: core(g)[a][b]) for a in ("key", "value") for b in ("kernel", "bias")]
+        prefix += [squares(lambda g: g["prefix_0"]["shared"]["embedding"])]
+        prefix += [squares(lambda g, b=b: g["prefix_0"]["shared"]["mlp"][b]) for b in ("kernel", "bias")]
+        for name, parts in (("lora", lora), ("adapter", adapter), ("prefix", prefix)):
+            wanted = FACTORS[name] * np.concatenate(parts).mean()
+            assert scores[layer][name] == pytest.approx(wanted, rel=1e-5)
+            assert wanted > 0
+
+
+def test_loras_a_has_no_gradient_and_does_not_dilute_the_mean(gradients):
+    fisher = mean_of_squares(gradients)
+    for leaf in fisher["lora_0"].values():
+        assert not leaf["a"].any()
+    without = {**fisher, "lora_0": {path: {"b": leaf["b"]} for path, leaf in fisher["lora_0"].items()}}
+    one, other = (fishpal.scores(f, 4, CANDIDATES, FACTORS) for f in (fisher, without))
+    assert one == other
+
+
+def test_factors_and_the_number_of_examples_scale(gradients):
+    fisher = mean_of_squares(gradients)
+    one, four = (fishpal.scores(fisher, n, CANDIDATES, FACTORS) for n in (1, 4))
+    assert four[1]["prefix"] == pytest.approx(4 * one[1]["prefix"])
+    plain = fishpal.scores(fisher, 1, CANDIDATES, {})
+    assert one[1]["prefix"] == pytest.approx(100 * plain[1]["prefix"])
+    with pytest.raises(UserError, match="factor for 'lroa', which is no candidate"):
+        fishpal.scores(fisher, 1, CANDIDATES, {"lroa": 2.0})
+
+
+def test_the_default_factors_are_those_of_the_thesis():
+    assert fishpal.FACTORS == {"prefix": 10_000, "adapter": 5, "lora": 1}
+    assert list(fishpal.CANDIDATES) == ["prefix", "adapter", "lora"]
+
+
+def test_choose_keeps_the_best_and_the_first_of_equals():
+    table = {0: {"prefix": 1.0, "adapter": 3.0, "lora": 2.0}, 1: {"prefix": 2.0, "adapter": 1.0, "lora": 2.0}}
+    assert fishpal.choose(table, CANDIDATES) == {0: [CANDIDATES["adapter"]], 1: [CANDIDATES["prefix"]]}
+    with pytest.raises(UserError, match="no candidate of layer 0 has Fisher information"):
+        fishpal.choose({0: {"prefix": 0.0, "adapter": 0.0, "lora": 0.0}}, CANDIDATES)
+
+
+def test_what_lost_is_not_in_the_graph_and_what_won_starts_where_it_was_measured(toy):
+    key = jax.random.key(5)
+    plan = fishpal.choose({0: {"adapter": 1.0, "lora": 0.5}, 1: {"adapter": 0.1, "lora": 0.5}}, CANDIDATES)
+    kept = jpeft.init(jpeft.build(plan), key, toy.sites)
+    measured = jpeft.init(fishpal.attach(CANDIDATES), key, toy.sites)
+    assert {instance: sorted(leaves) for instance, leaves in kept.items()} == {
+        "pfeiffer_0": ["encoder/layer_0/ffn_add_norm"],
+        "lora_0": ["encoder/layer_1/attention/query", "encoder/layer_1/attention/value"],
+    }
+    for instance, leaves in kept.items():
+        for path, leaf in leaves.items():
+            jax.tree.map(np.testing.assert_array_equal, leaf, measured[instance][path])
+
+
+def test_any_set_of_candidates(toy):
+    candidates = {
+        "small": Entry("lora", {"rank": 1}),
+        "large": Entry("lora", {"rank": 3}),
+        "houlsby": Entry("houlsby", {"bottleneck": 2}),
+        "parallel": Entry("parallel", {"bottleneck": 2}),
+    }
+    leaves = randomised(jpeft.init(fishpal.attach(candidates), jax.random.key(0), toy.sites))
+    scores = fishpal.scores(jax.tree.map(np.square, leaves), 1, candidates, {"large": 2.0})
+    assert set(scores[0]) == set(candidates)
+    assert min(scores[1].values()) > 0
+    with pytest.raises(UserError, match="at least one candidate"):
+        fishpal.attach({})

@@ -1,0 +1,174 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpeft
+from jpeft import tree
+from jpeft.errors import UserError
+from jpeft.models import Bert, BertConfig
+from jpeft.transform import Context, Site
+
+SHAPE = {
+    "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "max_position_embeddings": 8, "initializer_range": 0.3,
+}  # fmt: skip
+MODEL = Bert(BertConfig(**SHAPE))
+IDS = jax.random.randint(jax.random.key(5), (3, 6), 1, 20)
+SITES = jpeft.sites(MODEL, IDS)
+
+
+def randomise(tree, seed, scale=0.3):
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    made = [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, made)
+
+
+PARAMS = randomise(jax.eval_shape(lambda: MODEL.init(jax.random.key(0), IDS)["params"]), 1)
+
+
+def run(method, leaves, params=PARAMS, model=MODEL, jit=True, **options):
+    def forward(params, leaves):
+        return jpeft.apply(model, method, {"params": params, "peft": leaves}, IDS, **options)[0]
+
+    return (jax.jit(forward) if jit else forward)(params, leaves)
+
+
+def base(params=PARAMS, jit=True):
+    def forward(params):
+        return MODEL.apply({"params": params}, IDS)[0]
+
+    return (jax.jit(forward) if jit else forward)(params)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_fresh_one_leaves_the_logits_bit_identical(jit):
+    method = jpeft.lora(4, targets="query|value|intermediate|output")
+    leaves = jpeft.init(method, jax.random.key(1), SITES)
+    np.testing.assert_array_equal(run(method, leaves, jit=jit), base(jit=jit))
+
+
+def test_equals_the_materialised_weight_and_the_merged_one():
+    method = jpeft.lora(3, 12.0, targets="query|value|intermediate|ffn/output|pooler")
+    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+    assert len(leaves["lora_0"]) == 2 * 4 + 1
+    flat = tree.flatten(PARAMS)
+    for path, own in leaves["lora_0"].items():
+        at = (*path.split("/"), "kernel")
+        a, b = (np.asarray(own[name], np.float64) for name in "ab")
+        flat[at] = jnp.asarray(np.asarray(flat[at], np.float64) + 12.0 / 3 * a @ b, jnp.float32)
+    wanted = base(tree.unflatten(flat))
+    now = run(method, leaves)
+    assert np.abs(now - base()).max() > 0.05
+    np.testing.assert_allclose(now, wanted, atol=1e-5)
+    merged = jpeft.merge(method, leaves, PARAMS)
+    assert merged.transform.members == ()
+    assert merged.leaves == {}
+    for path, x in tree.flatten(merged.params).items():
+        np.testing.assert_allclose(x, flat[path], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(base(merged.params), now, atol=1e-5)
+
+
+def test_the_layers_that_it_is_in():
+    leaves = jpeft.init(jpeft.lora(2, targets="query", layers=[1]), jax.random.key(1), SITES)
+    assert list(leaves["lora_0"]) == ["encoder/layer_1/attention/query"]
+
+
+def test_shapes_and_initial_values():
+    leaves = jpeft.init(jpeft.lora(20, targets="intermediate|ffn/output"), jax.random.key(1), SITES)["lora_0"]
+    for end, n_in, n_out in (("intermediate", 16, 24), ("output", 24, 16)):
+        own = leaves[f"encoder/layer_1/ffn/{end}"]
+        assert own["a"].shape == (n_in, 20)
+        assert own["b"].shape == (20, n_out)
+        assert not own["b"].any()
+        bound = n_in**-0.5
+        assert 0.95 * bound < float(jnp.abs(own["a"]).max()) <= bound
+        assert float(own["a"].std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert own["a"].dtype == own["b"].dtype == jnp.float32
+    first, second = (leaves[f"encoder/layer_{i}/ffn/intermediate"]["a"] for i in (0, 1))
+    assert float(jnp.abs(first - second).max()) > 0.1
+
+
+def site_call(method, leaves, x, kernel, key=None):
+    site = Site("somewhere/query", None, "Dense", {}, ())
+    ctx = Context(key is not None, key, None, {}, {})
+    return method.wrap(leaves, site, lambda x: x @ kernel, (x,), ctx)
+
+
+def test_dropout_falls_on_what_goes_into_a_and_nowhere_else():
+    x = jnp.full((50, 40), 2.0)
+    leaves = {"a": jnp.eye(40), "b": jnp.eye(40)}  # rank 40, so the output shows the entries of x
+    method = jpeft.lora(40, 40.0, dropout=0.25)
+    kernel = jnp.zeros((40, 40)).at[0, 0].set(1.0)
+    added = site_call(method, leaves, x, kernel, jax.random.key(0)) - x @ kernel
+    assert set(np.unique(np.round(added, 4))) == {np.float32(0.0), np.float32(2.6667)}
+    assert float((added == 0).mean()) == pytest.approx(0.25, abs=0.04)
+    np.testing.assert_allclose(site_call(method, leaves, x, kernel) - x @ kernel, x, rtol=1e-6)  # not in training
+
+
+def test_dropout_is_reproducible_by_key():
+    config = BertConfig(**SHAPE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    method, never = jpeft.lora(2, dropout=0.5), jpeft.lora(2)
+    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+
+    def train(method, seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return run(method, leaves, model=Bert(config), rngs=rngs, train=True)
+
+    np.testing.assert_array_equal(train(method, 0), train(method, 0))
+    assert np.abs(train(method, 0) - train(method, 1)).max() > 1e-3
+    np.testing.assert_allclose(run(method, leaves), run(never, leaves), atol=1e-6)
+    np.testing.assert_allclose(train(never, 0), run(never, leaves), atol=1e-6)
+
+
+def test_dropout_differs_by_site(key):
+    method = jpeft.lora(40, 40.0, dropout=0.5)
+    leaves = {"a": jnp.eye(40), "b": jnp.eye(40)}
+    ctx = Context(True, key, None, {}, {})
+    first, second = (
+        method.wrap(leaves, Site(path, None, "Dense", {}, ()), jnp.zeros_like, (jnp.ones((8, 40)),), ctx)
+        for path in ("a", "b")
+    )
+    assert float((first != second).mean()) > 0.3
+
+
+def test_bfloat16():
+    model = Bert(BertConfig(**SHAPE, dtype="bfloat16"))
+    method = jpeft.lora(2)
+    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+    now = run(method, leaves, model=model)
+    assert now.dtype == jnp.float32
+    assert 0 < np.abs(now - run(method, leaves)).max() < 0.1
+    grads = jax.grad(lambda leaves: jpeft.apply(model, method, {"params": PARAMS, "peft": leaves}, IDS)[0].sum())(leaves)
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    x = jnp.ones((2, 4), jnp.bfloat16)
+    own = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 4))}
+    assert site_call(method, own, x, jnp.ones((4, 4), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be positive, got 0"),
+        ({"rank": -2}, "rank must be positive"),
+        ({"alpha": 0}, "alpha must be positive"),
+        ({"alpha": float("nan")}, "alpha must be positive"),
+        ({"dropout": 1}, "dropout must be at least 0 and below 1, got 1"),
+        ({"dropout": -0.1}, "dropout must be at least 0"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        jpeft.lora(**options)
+
+
+@pytest.mark.parametrize("target", ["LayerNorm", "ffn", "core"])
+def test_a_target_that_is_no_dense_layer(target):
+    with pytest.raises(UserError, match=rf"{target}' is a \w+ without a two-dimensional kernel: name Dense layers"):
+        jpeft.init(jpeft.lora(targets=target), jax.random.key(0), SITES)
+
+
+def test_a_target_that_is_not_there():
+    with pytest.raises(UserError, match="did you mean 'query'"):
+        jpeft.init(jpeft.lora(targets="qeury"), jax.random.key(0), SITES)

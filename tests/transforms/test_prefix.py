@@ -1,0 +1,204 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpeft
+from jpeft.errors import UserError
+from jpeft.models import Bert, BertConfig
+from jpeft.models.bert import Core
+from jpeft.transform import SHARED, Context, Site
+
+SHAPE = {
+    "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "max_position_embeddings": 12, "initializer_range": 0.3,
+}  # fmt: skip
+MODEL = Bert(BertConfig(**SHAPE))
+IDS = jax.random.randint(jax.random.key(5), (3, 6), 1, 20)
+SITES = jpeft.sites(MODEL, IDS)
+CORES = [f"encoder/layer_{i}/attention/core" for i in (0, 1)]
+METHODS = {"mlp": jpeft.prefix(3, 8), "flat": jpeft.prefix(3, None)}
+
+
+def randomise(tree, seed, scale=0.4):
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    made = [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, made)
+
+
+PARAMS = randomise(jax.eval_shape(lambda: MODEL.init(jax.random.key(0), IDS)["params"]), 1)
+LEAVES = {name: randomise(jpeft.init(m, jax.random.key(1), SITES), 2, 0.8) for name, m in METHODS.items()}
+
+
+def run(method, leaves, *args, model=MODEL):
+    return jax.jit(lambda p, *a: jpeft.apply(model, method, {"params": PARAMS, "peft": p}, *a))(leaves, *args)
+
+
+def f64(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def keys_values(own, shared):
+    """The prefix of a site by hand."""
+    own, shared = f64(own), f64(shared)
+    if not shared:
+        return own["key"], own["value"]
+    h = np.tanh(shared["embedding"] @ shared["mlp"]["kernel"] + shared["mlp"]["bias"][None])
+    return tuple(h @ own[name]["kernel"] + own[name]["bias"][None] for name in ("key", "value"))
+
+
+def attention(query, key, value, mask, pk, pv):
+    """Attention over the prefix and what the mask [b, 1, t, t] lets through, one query after the other."""
+    b, heads, t, k = query.shape
+    out = np.zeros_like(query)
+    for row, head, at in np.ndindex(b, heads, t):
+        seen = np.flatnonzero(mask[row, 0, at])
+        columns = slice(head * k, (head + 1) * k)
+        keys = np.concatenate([pk[:, columns], key[row, head][seen]])
+        values = np.concatenate([pv[:, columns], value[row, head][seen]])
+        weights = np.exp(keys @ query[row, head, at] / np.sqrt(k))
+        out[row, head, at] = weights / weights.sum() @ values
+    return out
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_equals_attention_by_hand(kind):
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(3, 2, 5, 8)).astype(np.float32) for _ in range(3))
+    mask = rng.random((3, 1, 5, 5)) < 0.6  # some query may see nothing but the prefix
+    mask[0, 0, 0] = False
+    leaves = LEAVES[kind]["prefix_0"]
+    shared = leaves.get(SHARED, {})
+    for path in CORES:
+        ctx = Context(False, None, None, {}, shared)
+        args = tuple(map(jnp.asarray, (np.zeros((3, 5, 16), np.float32), query, key, value, mask)))
+        core = Core(0.0)
+        now = METHODS[kind].wrap(leaves[path], Site(path, 0, "Core", {}, ()),
+                                 lambda *args: core.apply({}, *args, train=False), args, ctx)  # fmt: skip
+        wanted = attention(*f64((query, key, value)), mask, *keys_values(leaves[path], shared))
+        np.testing.assert_allclose(now, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_reaches_the_logits_of_the_model(kind):
+    """Zero keys and values are not nothing: they draw attention. Both layers count."""
+    base = MODEL.apply({"params": PARAMS}, IDS)[0]
+    now = run(METHODS[kind], LEAVES[kind], IDS)[0]
+    assert np.abs(now - base).max() > 0.01
+    for path in CORES:
+        silent = {name: jax.tree.map(jnp.zeros_like, x) if name == path else x
+                  for name, x in LEAVES[kind]["prefix_0"].items()}  # fmt: skip
+        assert np.abs(run(METHODS[kind], {"prefix_0": silent}, IDS)[0] - now).max() > 1e-3
+
+
+def test_fold_equals_unfolded_and_drops_the_mlp():
+    method, leaves = METHODS["mlp"], LEAVES["mlp"]
+    folded = jpeft.fold(method, leaves)
+    assert set(folded["prefix_0"]) == set(CORES)
+    for path in CORES:
+        assert jax.tree.map(jnp.shape, folded["prefix_0"][path]) == {"key": (3, 16), "value": (3, 16)}
+        pk, pv = keys_values(leaves["prefix_0"][path], leaves["prefix_0"][SHARED])
+        np.testing.assert_allclose(folded["prefix_0"][path]["key"], pk, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(folded["prefix_0"][path]["value"], pv, rtol=1e-5, atol=1e-6)
+    unfolded = run(method, leaves, IDS)
+    now = run(method, folded, IDS)
+    np.testing.assert_allclose(now[0], unfolded[0], atol=1e-6)
+    flat = run(METHODS["flat"], folded, IDS)[0]  # a folded one is a flat one
+    np.testing.assert_allclose(flat, unfolded[0], atol=1e-6)
+    again = jpeft.fold(method, folded)
+    assert all(x is y for x, y in zip(*map(jax.tree.leaves, (again, folded)), strict=True))
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_padding_changes_nothing(kind):
+    lengths = [6, 3, 4]
+    mask = (np.arange(6) < np.array(lengths)[:, None]).astype(np.int32)
+    together = run(METHODS[kind], LEAVES[kind], IDS, mask)[0]
+    for i, n in enumerate(lengths):
+        alone = jpeft.apply(MODEL, METHODS[kind], {"params": PARAMS, "peft": LEAVES[kind]}, IDS[i : i + 1, :n])[0]
+        np.testing.assert_allclose(together[i], alone[0], atol=2e-6)
+
+
+def test_packed_rows():
+    """One copy of the prefix serves every segment of a row."""
+    a, b, c = IDS[0, :5], IDS[1, :3], IDS[2, :4]
+    packed = jnp.concatenate([a, b, c])[None]
+    segments = jnp.array([[1] * 5 + [2] * 3 + [3] * 4])
+    positions = jnp.concatenate([jnp.arange(n) for n in (5, 3, 4)])[None]
+    method, leaves = METHODS["mlp"], LEAVES["mlp"]
+    states = run(method, leaves, packed, segments, None, positions)[1].hidden_states
+    start = 0
+    for part in (a, b, c):
+        variables = {"params": PARAMS, "peft": leaves}
+        alone = jpeft.apply(MODEL, method, variables, part[None])[1].hidden_states
+        for now, wanted in zip(states, alone, strict=True):
+            np.testing.assert_allclose(now[0, start : start + len(part)], wanted[0], atol=3e-6)
+        start += len(part)
+
+
+def test_bfloat16():
+    model = Bert(BertConfig(**SHAPE, dtype="bfloat16"))
+    now, seen = run(METHODS["mlp"], LEAVES["mlp"], IDS, model=model)
+    assert seen.hidden_states[-1].dtype == jnp.bfloat16
+    assert 0 < np.abs(now - run(METHODS["mlp"], LEAVES["mlp"], IDS)[0]).max() < 0.2
+
+
+def test_shapes_and_initial_values_with_an_mlp():
+    leaves = jpeft.init(jpeft.prefix(40, 50), jax.random.key(1), SITES)["prefix_0"]
+    linear = {"kernel": (50, 16), "bias": (16,)}
+    assert jax.tree.map(jnp.shape, leaves) == {
+        SHARED: {"embedding": (40, 16), "mlp": {"kernel": (16, 50), "bias": (50,)}},
+        **{path: {"key": linear, "value": linear} for path in CORES},
+    }
+    assert float(leaves[SHARED]["embedding"].std()) == pytest.approx(1.0, rel=0.1)
+    assert abs(float(leaves[SHARED]["embedding"].mean())) < 0.15
+    for p, n_in in ((leaves[SHARED]["mlp"], 16), (leaves[CORES[0]]["key"], 50), (leaves[CORES[1]]["value"], 50)):
+        bound = n_in**-0.5
+        assert 0.95 * bound < float(jnp.abs(p["kernel"]).max()) <= bound
+        assert float(p["kernel"].std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert 0.5 * bound < float(jnp.abs(p["bias"]).max()) <= bound
+    drawn = [leaves[path][name]["kernel"] for path in CORES for name in ("key", "value")]
+    assert all(float(jnp.abs(x - y).max()) > 0.05 for i, x in enumerate(drawn) for y in drawn[:i])
+
+
+def test_shapes_and_initial_values_when_flat():
+    leaves = jpeft.init(jpeft.prefix(40, None, layers=[1]), jax.random.key(1), SITES)["prefix_0"]
+    assert jax.tree.map(jnp.shape, leaves) == {CORES[1]: {"key": (40, 16), "value": (40, 16)}}
+    for x in jax.tree.leaves(leaves):
+        assert float(x.std()) == pytest.approx(0.02, rel=0.1)
+    assert float(jnp.abs(leaves[CORES[1]]["key"] - leaves[CORES[1]]["value"]).max()) > 0.01
+
+
+def test_the_shared_part_is_the_same_for_any_choice_of_layers(key):
+    one = jpeft.init(jpeft.prefix(3, 8, layers=[1]), key, SITES)["prefix_0"]
+    both = jpeft.init(jpeft.prefix(3, 8), key, SITES)["prefix_0"]
+    assert set(one) == {SHARED, CORES[1]}
+    for name in one:
+        jax.tree.map(np.testing.assert_array_equal, one[name], both[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens must be positive, got 0"),
+        ({"num_virtual_tokens": -1, "mlp_hidden": None}, "num_virtual_tokens must be positive"),
+        ({"mlp_hidden": 0}, "mlp_hidden must be positive, got 0"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(UserError, match=message):
+        jpeft.prefix(**options)
+
+
+def test_a_target_that_is_not_there():
+    with pytest.raises(UserError, match="matches no site"):
+        jpeft.init(jpeft.prefix(targets="attention/cores"), jax.random.key(0), SITES)
+    with pytest.raises(UserError, match="layer 2 has no site"):
+        jpeft.init(jpeft.prefix(layers=[2]), jax.random.key(0), SITES)
+
+
+def test_it_cannot_be_merged():
+    merged = jpeft.merge(METHODS["mlp"], LEAVES["mlp"], PARAMS)
+    assert merged.params is PARAMS
+    assert merged.leaves["prefix_0"] is LEAVES["mlp"]["prefix_0"]
