@@ -116,10 +116,9 @@ def _check_workdir(workdir: Path, config: Config) -> None:
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir {workdir} is a file, not a folder")
-    mine = json.loads(config.to_json())
     if not path.is_file():
         return
-    there, here = (flatten_dict(x, sep=".") for x in (files.read_json(path), mine))
+    there, here = (flatten_dict(x, sep=".") for x in (files.read_json(path), json.loads(config.to_json())))
     differ = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if differ:
         told = "; ".join(f"config.{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in differ)

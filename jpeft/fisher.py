@@ -49,7 +49,9 @@ def fisher(loss: Callable[..., Array], tree: Tree, examples: Any, *rest: Any, mi
     @jax.jit
     def accumulate(total: Tree, tree: Tree, chunk: Any, weights: Array, rest: tuple) -> Tree:
         grads = jax.vmap(jax.grad(loss), (None, 0, *(None for _ in rest)))(tree, chunk, *rest)
-        return jax.tree.map(lambda t, g: t + jnp.tensordot(weights.astype(g.dtype), g * g, 1), total, grads)
+        return jax.tree.map(
+            lambda t, g: t + jnp.tensordot(weights.astype(t.dtype), jnp.square(g.astype(t.dtype)), 1), total, grads
+        )
 
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
     for chunk, weights in _chunks(examples, n, size):

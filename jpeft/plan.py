@@ -8,6 +8,7 @@ layer does not list are not in the graph.
 
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,7 +115,9 @@ def loads(text: str, source: str = "plan") -> Plan:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{source} is not JSON: {error}") from None
-    if not isinstance(raw, dict) or not all(layer.isdecimal() and isinstance(raw[layer], list) for layer in raw):
+    if not isinstance(raw, dict) or not all(
+        re.fullmatch("0|[1-9][0-9]*", layer) and isinstance(raw[layer], list) for layer in raw
+    ):
         shape = '{"<layer>": [{"method": ..., "options": {...}}, ...], ...}'
         raise UserError(f"{source} is no plan: expected {shape}")
     plan = {}
@@ -145,7 +148,7 @@ def read(name_or_path: str) -> Plan:
       UserError: if it is neither.
     """
     if name_or_path in PLANS:
-        return PLANS[name_or_path]
+        return {layer: list(entries) for layer, entries in PLANS[name_or_path].items()}
     path = Path(name_or_path)
     if not path.is_file():
         raise UserError(f"plan {name_or_path!r} is neither a file nor a named plan: {nearest(name_or_path, PLANS)}")

@@ -14,7 +14,7 @@ from jax import Array
 from jpeft.errors import UserError, nearest
 from jpeft.models.bert import ACTIVATIONS
 from jpeft.transform import Call, Context, Leaves, Params, Site, Sites, Transform, find, init_sites
-from jpeft.transforms.linear import kaiming_uniform, linear, linear_leaves, positive
+from jpeft.transforms.linear import kaiming_uniform, linear, linear_leaves, positive, sizes
 
 __all__ = ["houlsby", "parallel", "pfeiffer"]
 
@@ -147,7 +147,8 @@ def _init(
     reduction_factor: float,
     kernels: Callable[[Array, int, int], tuple[Array, Array]],
 ) -> Callable[[Array, Sites, Params | None], Leaves]:
-    positive(reduction_factor=reduction_factor, **({} if bottleneck is None else {"bottleneck": bottleneck}))
+    positive(reduction_factor=reduction_factor)
+    sizes(bottleneck=bottleneck)
 
     def make(key: Array, site: Site) -> dict[str, Any]:
         d = site.args[0].shape[-1]

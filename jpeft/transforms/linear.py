@@ -6,7 +6,7 @@ from jax import Array
 
 from jpeft.errors import UserError
 
-__all__ = ["dropout", "kaiming_uniform", "linear", "linear_leaves", "positive", "rate"]
+__all__ = ["dropout", "kaiming_uniform", "linear", "linear_leaves", "positive", "rate", "sizes"]
 
 
 def linear(x: Array, leaves: dict[str, Array]) -> Array:
@@ -40,6 +40,15 @@ def positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise UserError(f"{name} must be positive, got {value}")
+
+
+def sizes(**values: int | None) -> None:
+    """Raises UserError for the first value that is no positive whole number, by its name; None passes."""
+    for name, value in values.items():
+        if value is not None:
+            if not isinstance(value, int):
+                raise UserError(f"{name} must be a whole number, got {value!r}")
+            positive(**{name: value})
 
 
 def rate(**values: float) -> None:

@@ -8,7 +8,7 @@ from jax import Array
 from jpeft.errors import UserError
 from jpeft.transform import Call, Context, Leaves, Params, Site, Sites, Transform, find, init_sites, site_key
 from jpeft.transforms.linear import dropout as drop
-from jpeft.transforms.linear import kaiming_uniform, positive, rate
+from jpeft.transforms.linear import kaiming_uniform, positive, rate, sizes
 from jpeft.tree import replace
 
 __all__ = ["lora"]
@@ -40,7 +40,8 @@ def lora(
     Raises:
       UserError: if a size or rate is out of range; in `init`, if a target is missing or is not a Dense layer.
     """
-    positive(rank=rank, alpha=alpha)
+    sizes(rank=rank)
+    positive(alpha=alpha)
     rate(dropout=dropout)
     scale = alpha / rank
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.transform import SHARED, Call, Context, Leaves, Params, Site, Sites, Transform, find, init_sites, site_key
-from jpeft.transforms.linear import linear, linear_leaves, positive
+from jpeft.transforms.linear import linear, linear_leaves, sizes
 
 __all__ = ["prefix"]
 
@@ -40,7 +40,7 @@ def prefix(
     Raises:
       UserError: if a size is out of range; in `init`, if a target is missing.
     """
-    positive(num_virtual_tokens=num_virtual_tokens, **({} if mlp_hidden is None else {"mlp_hidden": mlp_hidden}))
+    sizes(num_virtual_tokens=num_virtual_tokens, mlp_hidden=mlp_hidden)
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         del params

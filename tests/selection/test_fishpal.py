@@ -112,3 +112,26 @@ def test_any_set_of_candidates(toy):
     assert min(scores[1].values()) > 0
     with pytest.raises(UserError, match="at least one candidate"):
         fishpal.attach({})
+
+
+def test_by_hand_on_numbers():
+    """Shared leaves count in every layer; a leaf counts with all its entries as soon as one is not zero."""
+    small = {name: CANDIDATES[name] for name in ("prefix", "lora")}
+    paths = [f"encoder/layer_{i}/attention" for i in (0, 1)]
+    fisher = {
+        "prefix_0": {
+            "shared": {"embedding": np.full((2, 4), 3.0)},
+            **{f"{path}/core": {"key": np.full((1, 2), 1.0 + i)} for i, path in enumerate(paths)},
+        },
+        "lora_0": {f"{path}/query": {"a": np.zeros((3, 2)), "b": np.full((2, 3), 2.0)} for path in paths},
+    }
+    fisher["lora_0"][f"{paths[1]}/query"]["a"][0, 0] = 6.0
+    assert fishpal.scores(fisher, 10, small, {}) == {
+        0: {"prefix": pytest.approx(10 * (24 + 2) / 10), "lora": pytest.approx(10 * 2.0)},
+        1: {"prefix": pytest.approx(10 * (24 + 4) / 10), "lora": pytest.approx(10 * (12 + 6) / 12)},
+    }
+    silent = jax.tree.map(np.zeros_like, fisher)
+    assert fishpal.scores(silent, 10, small, {}) == {i: {"prefix": 0.0, "lora": 0.0} for i in (0, 1)}
+    fisher["lora_0"]["pooler"] = {"b": np.ones((2, 3))}
+    with pytest.raises(UserError, match="'lora' sits at 'pooler', which is in no layer"):
+        fishpal.scores(fisher, 10, small, {})

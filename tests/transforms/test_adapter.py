@@ -125,9 +125,6 @@ def test_a_fresh_parallel_one_leaves_the_logits():
     method = jpeft.parallel()
     leaves = jpeft.init(method, jax.random.key(1), SITES)
     np.testing.assert_allclose(run(method, leaves), BASE, atol=1e-6)
-    # Without a bias the up-projection is all that keeps it from the logits.
-    leaves = jax.tree.map(lambda x: x + 0.1, leaves)
-    assert np.abs(run(method, leaves) - BASE).max() > 0.01
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_bfloat16():
     now = run(method, leaves, model=model)
     assert now.dtype == jnp.float32
     assert 0 < np.abs(now - run(method, leaves)).max() < 0.1
-    grads = jax.grad(lambda leaves: jpeft.apply(model, method, {"params": PARAMS, "peft": leaves}, IDS)[0].sum())(leaves)
+    grads = jax.grad(lambda leaves: run(method, leaves, model=model).sum())(leaves)
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     x = jnp.ones((2, 4), jnp.bfloat16)
     own = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 4))}

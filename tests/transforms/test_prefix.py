@@ -68,14 +68,16 @@ def test_equals_attention_by_hand(kind):
     query, key, value = (rng.normal(size=(3, 2, 5, 8)).astype(np.float32) for _ in range(3))
     mask = rng.random((3, 1, 5, 5)) < 0.6  # some query may see nothing but the prefix
     mask[0, 0, 0] = False
+
+    def core(*args):
+        return Core(0.0).apply({}, *args, train=False)
+
     leaves = LEAVES[kind]["prefix_0"]
     shared = leaves.get(SHARED, {})
     for path in CORES:
         ctx = Context(False, None, None, {}, shared)
         args = tuple(map(jnp.asarray, (np.zeros((3, 5, 16), np.float32), query, key, value, mask)))
-        core = Core(0.0)
-        now = METHODS[kind].wrap(leaves[path], Site(path, 0, "Core", {}, ()),
-                                 lambda *args: core.apply({}, *args, train=False), args, ctx)  # fmt: skip
+        now = METHODS[kind].wrap(leaves[path], Site(path, 0, "Core", {}, ()), core, args, ctx)
         wanted = attention(*f64((query, key, value)), mask, *keys_values(leaves[path], shared))
         np.testing.assert_allclose(now, wanted, rtol=1e-4, atol=1e-5)
 
