@@ -99,6 +99,7 @@ def run(config: Config, workdir: Path, console: Console | None = None) -> dict[s
     )
     if base.fresh:
         console.say(f"  not in the checkpoint, so initialised and trained: {', '.join(base.fresh)}")
+    del base  # each seed loads its own, with another head
     results = {}
     for seed in config.seeds:
         finished = workdir / f"seed_{seed}" / "result.json"
@@ -207,8 +208,7 @@ def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Con
     rate = optim.warmup_linear(configs.learning_rate(config), num_steps, config.train.warmup_ratio)
     optimizer = optim.adamw(rate, config.train.weight_decay)
     steps = compile_steps(stepping.train_step(model, method, optimizer), stepping.eval_step(model, method), seconds)
-    # Copies, because the step takes over its state's buffers and the base is read again below.
-    state = stepping.init_state(jax.tree.map(jax.numpy.array, trainable), optimizer)
+    state = stepping.init_state(trainable, optimizer)
     restored = checkpoint.restore(folder / "checkpoints" / "latest", state)
     reached = 0 if restored is None else int(restored.state.step)
     log = workdir / "metrics.jsonl"
