@@ -10,26 +10,28 @@ y = jpeft.apply(model, method, {"params": params, "peft": leaves}, x)
 
 from jpeft.errors import UserError
 from jpeft.fisher import fisher
+from jpeft.hook import apply
+from jpeft.methods import METHODS
 from jpeft.plan import Entry, Plan, build
 from jpeft.saved import Saved, load, predict
 from jpeft.selection import fishpal
+from jpeft.site import Site, find, layers, sites
 from jpeft.transform import (
     Chain,
     Context,
     Merged,
-    Site,
+    Setting,
     Transform,
-    apply,
     chain,
-    find,
     fold,
     init,
     instances,
-    layers,
     merge,
-    sites,
+    prepare,
 )
-from jpeft.transforms import METHODS, houlsby, lora, parallel, pfeiffer, prefix
+from jpeft.transforms.adapter import houlsby, parallel, pfeiffer
+from jpeft.transforms.lora import lora
+from jpeft.transforms.prefix import prefix
 from jpeft.version import __version__
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "Merged",
     "Plan",
     "Saved",
+    "Setting",
     "Site",
     "Transform",
     "UserError",
@@ -62,5 +65,6 @@ __all__ = [
     "pfeiffer",
     "predict",
     "prefix",
+    "prepare",
     "sites",
 ]

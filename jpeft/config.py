@@ -11,9 +11,9 @@ from ml_collections.config_dict import placeholder
 from jpeft import plan as plans
 from jpeft.data.tasks import TASKS
 from jpeft.errors import UserError, nearest
+from jpeft.methods import METHODS
 from jpeft.selection import SELECTIONS
 from jpeft.selection.fishpal import FACTORS
-from jpeft.transforms import METHODS
 
 __all__ = [
     "FISHPAL_LEARNING_RATE",

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import flax
 import jax
+import optax
 from flax.traverse_util import flatten_dict
 from jax import Array
 
 from jpeft import config as configs
-from jpeft import files, optim, saved, transform, tree
+from jpeft import files, optim, saved, site, transform, tree
 from jpeft import plan as plans
 from jpeft.config import Config
 from jpeft.data import batching, tasks
@@ -27,6 +28,7 @@ from jpeft.plan import Entry, Plan, Spec
 from jpeft.report import plots, tables
 from jpeft.report.console import Console
 from jpeft.selection import SELECTIONS, fishpal
+from jpeft.site import Sites
 from jpeft.training import checkpoint
 from jpeft.training import step as stepping
 from jpeft.training.loop import Schedule, compile_steps, fit
@@ -182,7 +184,7 @@ def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Con
     leaves_key, dropout_key = jax.random.split(jax.random.key(seed))
     base = _load_model(config, data.task, seed)
     model, params = Bert(base.config), base.params
-    sites = transform.sites(model, jax.ShapeDtypeStruct((1, data.buckets[0]), "int32"))
+    sites = site.sites(model, jax.ShapeDtypeStruct((1, data.buckets[0]), "int32"))
 
     if config.method == "fishpal":
         with _timed(seconds, "fisher"):
@@ -195,9 +197,12 @@ def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Con
         modules = [{"method": config.method, "options": configs.options(config, config.method)}]
     method = plans.build(modules)
     selected = SELECTIONS[config.method if config.method in SELECTIONS else "head"].trains
-    trained, frozen = tree.split(params, lambda path: _is_head(path, base) or selected(path))
-    trainable = {"params": trained, "peft": transform.init(method, leaves_key, sites, params)}
-    parameters = _count(params, trainable, method)
+    trained, rest = tree.split(params, lambda path: _is_head(path, base) or selected(path))
+    with _timed(seconds, "fisher"):
+        leaves = _leaves(method, model, params, sites, data, seed, leaves_key, folder / "prepared.safetensors", console)
+    parameters = _count(params, trained, leaves, method)
+    modified, fixed = transform.split(leaves)
+    trainable, frozen = {"params": trained, "peft": modified}, {"params": rest, "peft": fixed}
     console.say(
         f"  trains {parameters['trainable']:,} parameters ({parameters['trainable_percent']:.2f} %), "
         f"adds {parameters['added_at_inference']:,} at inference ({parameters['added_percent']:.2f} %)"
@@ -207,6 +212,10 @@ def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Con
     num_steps = schedule.num_epochs * batching.num_batches(data.train.size, schedule.batch_size)
     rate = optim.warmup_linear(configs.learning_rate(config), num_steps, config.train.warmup_ratio)
     optimizer = optim.adamw(rate, config.train.weight_decay)
+    if any(member.rate is not None for member in transform.members(method)):
+        factor = transform.rates(method)
+        by_path = optim.scale_by_path(lambda path: factor(path[1:]) if path[0] == "peft" else 1.0)
+        optimizer = optax.chain(optimizer, by_path)
     steps = compile_steps(stepping.train_step(model, method, optimizer), stepping.eval_step(model, method), seconds)
     state = stepping.init_state(trainable, optimizer)
     restored = checkpoint.restore(folder / "checkpoints" / "latest", state)
@@ -219,10 +228,10 @@ def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Con
     )  # fmt: skip
     parameters["module_bytes"] = saved.save(
         folder / "model",
-        fitted.state.trainable,
+        tree.union({"peft": fixed}, fitted.state.trainable),
         modules,
         base=base.source,
-        fingerprint=pretrained.fingerprint(frozen),
+        fingerprint=pretrained.fingerprint(frozen["params"]),
         task=config.task,
         labels=data.task.labels,
         max_length=config.train.max_length,
@@ -240,7 +249,7 @@ def _plan(
     config: Config,
     seed: int,
     base: pretrained.Pretrained,
-    sites: transform.Sites,
+    sites: Sites,
     data: Data,
     folder: Path,
     key: Array,
@@ -257,16 +266,11 @@ def _plan(
         factors = {name: config.fishpal.factors[name] for name in candidates}
         examples, index = batching.sample(data.train, min(config.fishpal.num_examples, data.train.size), seed)
         batch, _ = next(iter(batching.eval_batches(examples, examples.size, data.buckets)))
-        head, frozen = tree.split(base.params, lambda p: _is_head(p, base))
         everything = fishpal.attach(candidates)
+        trains, fixed = transform.split(transform.init(everything, key, sites, base.params))
         with console.waiting(f"  Fisher information of {', '.join(candidates)} over {examples.size} examples"):
-            information = fisher(
-                stepping.single_loss(Bert(base.config), everything),
-                transform.init(everything, key, sites, base.params),
-                batch,
-                head,
-                frozen,
-            )
+            loss = stepping.single_loss(Bert(base.config), everything)
+            information = fisher(loss, {"peft": trains}, batch, {"params": base.params, "peft": fixed})["peft"]
         scores = fishpal.scores(information, examples.size, candidates, factors)
         plan = fishpal.choose(scores, candidates)
         measured = {"num_examples": examples.size, "train_rows": index.tolist(), "factors": factors, "scores": scores}
@@ -282,11 +286,44 @@ def _say_plan(plan: Plan, console: Console) -> None:
         console.warn(f"the plan is {methods.pop()} throughout: the choice by layer changed nothing")
 
 
-def _count(params: dict[str, Any], trainable: dict[str, Any], method: transform.Chain) -> dict[str, Any]:
+def _leaves(
+    method: transform.Chain,
+    model: Bert,
+    params: dict[str, Any],
+    sites: Sites,
+    data: Data,
+    seed: int,
+    key: Array,
+    path: Path,
+    console: Console,
+) -> transform.Leaves:
+    """The leaves before training. What data decided is kept in a file, so that a resumed run need not ask again."""
+    fresh = transform.init(method, key, sites, params)
+    if all(member.prepare is None for member in transform.members(method)):
+        return fresh
+    if path.is_file():
+        return saved.read_leaves(path)
+
+    def sample(n: int) -> batching.Batch:
+        examples, _ = batching.sample(data.train, min(n, data.train.size), seed)
+        return next(iter(batching.eval_batches(examples, examples.size, data.buckets)))[0]
+
+    single = stepping.single_loss(model, method)
+    variables = {"params": params, "peft": fresh}
+    setting = transform.Setting(lambda v, example: single(v, example, {}), variables, "", sites, sample, key)
+    with console.waiting(f"  {', '.join(transform.instances(method))}: looking at the data"):
+        leaves = transform.prepare(method, setting)
+    saved.write_leaves(path, leaves)
+    return leaves
+
+
+def _count(
+    params: dict[str, Any], trained: dict[str, Any], leaves: transform.Leaves, method: transform.Chain
+) -> dict[str, Any]:
     """The parameter counts of `report.json`; percentages are of the plain model, base and head."""
     total, head = tree.count(params), tree.count(params["classifier"])
-    left = jax.eval_shape(lambda leaves: _deployed(method, leaves, params), trainable["peft"])
-    trains, added = tree.count(trainable), tree.count(left)
+    left = jax.eval_shape(lambda leaves: _deployed(method, leaves, params), leaves)
+    trains, added = tree.count(trained) + tree.count(transform.split(leaves)[0]), tree.count(left)
     return {
         "base": total - head,
         "head": head,

@@ -1,12 +1,15 @@
 """Optimisers for small trainable sets: AdamW as the references run it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
-__all__ = ["adamw", "warmup_linear"]
+from jpeft.tree import flatten, unflatten
+
+__all__ = ["adamw", "scale_by_path", "warmup_linear"]
 
 
 def warmup_linear(learning_rate: float, num_steps: int, warmup_ratio: float) -> optax.Schedule:
@@ -36,3 +39,13 @@ def adamw(schedule: optax.Schedule, weight_decay: float, clip_norm: float = 1.0)
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(schedule, weight_decay=weight_decay, mask=decays),
     )
+
+
+def scale_by_path(factor: Callable[[tuple[str, ...]], float]) -> optax.GradientTransformation:
+    """Multiplies the update of each leaf of a nested dict by `factor(path)`: learning rates by leaf, when put last."""
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        del params
+        return unflatten({path: u * factor(path) for path, u in flatten(updates).items()})
+
+    return optax.stateless(scale)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jpeft.errors import UserError, nearest
+from jpeft.methods import METHODS
 from jpeft.transform import Chain, Transform, chain
-from jpeft.transforms import METHODS
 
 __all__ = ["PLANS", "Entry", "Plan", "Spec", "build", "check", "dumps", "loads", "make", "read", "spec", "uniform"]
 
@@ -31,7 +31,7 @@ Plan = dict[int, list[Entry]]
 Spec = list[dict[str, Any]]  # [{"method": ..., "options": {..., "layers": [...]}}], what a saved model is rebuilt from
 
 
-def make(method: str, **options: Any) -> Transform:
+def make(method: str, **options: Any) -> Transform | Chain:
     """The transform of a method by its name.
 
     Raises:

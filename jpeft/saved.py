@@ -16,13 +16,14 @@ import numpy as np
 
 from jpeft.errors import UserError
 from jpeft.files import read_json, write_json
+from jpeft.hook import apply
 from jpeft.models.bert import Bert
 from jpeft.plan import Spec, build
-from jpeft.transform import Chain, apply, fold
+from jpeft.transform import Chain, fold
 from jpeft.tree import flatten, split, unflatten, union
 from jpeft.version import __version__
 
-__all__ = ["Saved", "load", "predict", "save"]
+__all__ = ["Saved", "load", "predict", "read_leaves", "save", "write_leaves"]
 
 WEIGHTS, DESCRIPTION = "modules.safetensors", "jpeft.json"
 
@@ -47,6 +48,24 @@ class Saved(NamedTuple):
     task: str
     max_length: int
     tokenizer: Path
+
+
+def write_leaves(path: Path, leaves: Mapping[str, Any]) -> None:
+    """Writes a nested dict of arrays as one safetensors file, atomically."""
+    from safetensors.numpy import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    tensors = {":".join(keys): np.asarray(x) for keys, x in flatten(leaves).items()}
+    save_file(tensors, beside, metadata={"format": "jpeft"})
+    os.replace(beside, path)
+
+
+def read_leaves(path: Path) -> dict[str, Any]:
+    """The inverse of `write_leaves`, with jax arrays."""
+    from safetensors.numpy import load_file
+
+    return unflatten({tuple(key.split(":")): jax.numpy.asarray(x) for key, x in load_file(path).items()})
 
 
 def save(
@@ -75,14 +94,8 @@ def save(
     Returns:
       The size of the weights file in bytes.
     """
-    from safetensors.numpy import save_file
-
     kept = {"params": trainable["params"], "peft": fold(build(modules), trainable["peft"])}
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {":".join(path): np.asarray(x) for path, x in flatten(kept).items()}
-    beside = folder / f".{WEIGHTS}.part"
-    save_file(tensors, beside, metadata={"format": "jpeft"})
-    os.replace(beside, folder / WEIGHTS)
+    write_leaves(folder / WEIGHTS, kept)
     description = {
         "jpeft": __version__,
         "base": {"name": base, "fingerprint": fingerprint},
@@ -108,8 +121,6 @@ def load(folder: str | Path, base: str | None = None) -> Saved:
     Raises:
       UserError: if the folder is not one of ours or the base model is another one.
     """
-    from safetensors.numpy import load_file
-
     from jpeft.models import pretrained
 
     folder = Path(folder)
@@ -119,7 +130,7 @@ def load(folder: str | Path, base: str | None = None) -> Saved:
     labels = tuple(description["labels"])
     name = base or description["base"]["name"]
     loaded = pretrained.load(name, num_labels=len(labels) or 1, key=jax.random.key(0))
-    kept = unflatten({tuple(key.split(":")): x for key, x in load_file(folder / WEIGHTS).items()})
+    kept = read_leaves(folder / WEIGHTS)
     trained = flatten(kept["params"])
     _, frozen = split(loaded.params, lambda path: path in trained)
     if pretrained.fingerprint(frozen) != description["base"]["fingerprint"]:
@@ -128,7 +139,7 @@ def load(folder: str | Path, base: str | None = None) -> Saved:
     return Saved(
         Bert(loaded.config),
         build(description["modules"]),
-        jax.tree.map(jax.numpy.asarray, variables),
+        variables,
         labels,
         description["task"],
         description["max_length"],

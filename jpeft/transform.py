@@ -17,66 +17,45 @@ Leaves that were captured by a closure instead would be silently wrong under `nn
 interceptors; as variables they are right under jit, grad, vmap, remat and scan.
 """
 
-import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from jax import Array
 
-from jpeft.errors import UserError, nearest
+from jpeft import tree
+from jpeft.site import Site, Sites
 
 __all__ = [
+    "FIXED",
     "SHARED",
+    "Call",
     "Chain",
     "Context",
+    "Leaves",
     "Merged",
-    "Site",
-    "Sites",
+    "Params",
+    "Setting",
     "Transform",
-    "apply",
     "chain",
-    "find",
     "fold",
     "init",
     "init_sites",
     "instances",
-    "layer_of",
-    "layers",
+    "members",
     "merge",
+    "prepare",
+    "rates",
     "site_key",
-    "sites",
+    "split",
 ]
 
 SHARED = "shared"  # the key, beside the sites of an instance, of the leaves that all its sites read
-_LEAVES, _CONTEXT = "peft", "peft_context"  # the variable collections that the hook reads
-_LAYER = re.compile(r"(?:^|/)(?:layers?|blocks?|h)_(\d+)(?:/|$)")
+FIXED = "fixed"  # the key, anywhere among the leaves, of those that are stored with the method but never train
 
 Params = Mapping[str, Any]
 Leaves = dict[str, Any]
-
-
-class Site(NamedTuple):
-    """One submodule call of a model.
-
-    Attributes:
-      path: the module's path, such as "encoder/layer_3/attention/query".
-      layer: the number of the layer that it is in, or None; read from path parts such as `layer_3` or `blocks_3`.
-      kind: the module's class, such as "Dense".
-      params: the site's own parameters, as nested `jax.ShapeDtypeStruct`s.
-      args: its positional arguments, arrays as `jax.ShapeDtypeStruct`s.
-    """
-
-    path: str
-    layer: int | None
-    kind: str
-    params: Params
-    args: tuple[Any, ...]
-
-
-Sites = dict[str, Site]
 
 
 class Context(NamedTuple):
@@ -101,6 +80,27 @@ class Context(NamedTuple):
 Call = Callable[..., Any]
 
 
+class Setting(NamedTuple):
+    """What a method may look at before training, when data decides its leaves.
+
+    Attributes:
+      loss: (variables, example) -> scalar loss of one example, without dropout.
+      variables: {"params": all parameters, the head included, "peft": the leaves of the whole chain}.
+      instance: whose leaves are wanted: `variables["peft"][instance]` holds them as `init` made them.
+      sites: the sites of the model.
+      sample: (n) -> n examples from a seeded shuffle of the training set, fewer if there are fewer: a pytree of arrays
+        with a leading axis.
+      key: a PRNG key.
+    """
+
+    loss: Callable[[Mapping[str, Any], Any], Array]
+    variables: Mapping[str, Any]
+    instance: str
+    sites: Sites
+    sample: Callable[[int], Any]
+    key: Array
+
+
 class Transform(NamedTuple):
     """A method: what it adds to a model, and what happens when the forward pass reaches a site that has leaves.
 
@@ -111,6 +111,12 @@ class Transform(NamedTuple):
         that was written before. None means that the leaves are merged into the parameters inside the forward pass.
       merge: (leaves, params) -> params with the method folded into the base weights, a new pytree. None if impossible.
       fold: (leaves) -> leaves without what only training needs. None if there is nothing of the kind.
+      rate: (path of a leaf) -> factor on the learning rate, as LoRA+ wants for B. None means 1 throughout. The path
+        starts at the site: ("encoder/layer_1/attention/query", "b").
+      prepare: (setting) -> leaves, instead of those that `init` made, for what data decides before training, such as
+        the mask of FISH. None if data decides nothing.
+      penalty: (logits [b, c], again) -> [b], added to the training loss of each example. `again()` is another training
+        pass over the batch with fresh randomness and gives its logits, as AdaMix compares. None means nothing is added.
     """
 
     name: str
@@ -118,6 +124,9 @@ class Transform(NamedTuple):
     wrap: Callable[[Any, Site, Call, tuple[Any, ...], Context], Any] | None
     merge: Callable[[Leaves, Params], Params] | None = None
     fold: Callable[[Leaves], Leaves] | None = None
+    rate: Callable[[tuple[str, ...]], float] | None = None
+    prepare: Callable[[Setting], Leaves] | None = None
+    penalty: Callable[[Array, Callable[[], Array]], Array] | None = None
 
 
 class Chain(NamedTuple):
@@ -136,120 +145,21 @@ class Merged(NamedTuple):
 
 def chain(*transforms: Transform | Chain) -> Chain:
     """Composes transforms in the order written: where two meet at a site, the later one wraps the earlier one."""
-    return Chain(tuple(t for each in transforms for t in _members(each)))
+    return Chain(tuple(t for each in transforms for t in members(each)))
 
 
-def _members(transform: Transform | Chain) -> tuple[Transform, ...]:
+def members(transform: Transform | Chain) -> tuple[Transform, ...]:
+    """The transforms that a chain is made of, in order; a single one is its own only member."""
     return transform.members if isinstance(transform, Chain) else (transform,)
 
 
 def instances(transform: Transform | Chain) -> dict[str, Transform]:
     """The members by instance name: the method's name and a count, "lora_0", "prefix_0", "lora_1"."""
     named: dict[str, Transform] = {}
-    for member in _members(transform):
+    for member in members(transform):
         count = sum(other.name == member.name for other in named.values())
         named[f"{member.name}_{count}"] = member
     return named
-
-
-def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
-    """Lists every submodule call of a model, without computing anything.
-
-    Args:
-      model: any linen module.
-      *args: what the model's `__call__` takes: arrays or `jax.ShapeDtypeStruct`s.
-      **kwargs: likewise; flags such as `train=False` too.
-
-    Returns:
-      The sites by path, in the order in which the forward pass reaches them. A module that is called twice is listed
-      with the arguments of its first call.
-    """
-    found: dict[str, Site] = {}
-
-    def spy(call: Call, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        path = _path(context)
-        if path and path not in found:
-            found[path] = _site(path, context.module, args)
-        return call(*args, **kwargs)
-
-    def trace(*arrays: Any) -> Any:
-        leaves = iter(arrays)
-        filled = [next(leaves) if _is_array(x) else x for x in flat]
-        a, k = jax.tree.unflatten(treedef, filled)
-        # Without jit, because `nn.jit` would trace the first of several equal modules only.
-        with nn.intercept_methods(spy), jax.disable_jit():
-            return model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, *a, **k)
-
-    flat, treedef = jax.tree.flatten((args, kwargs))
-    variables = jax.eval_shape(trace, *(x for x in flat if _is_array(x)))
-    params = variables.get("params", {})
-    return {path: site._replace(params=_subtree(params, path)) for path, site in found.items()}
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
-def _path(context: nn.module.InterceptorContext) -> str:
-    """The path of the module whose `__call__` this is; "" for other methods and for the root."""
-    module = context.module
-    if context.method_name != "__call__" or module.scope is None:
-        return ""
-    return "/".join(module.path)
-
-
-def _site(path: str, module: nn.Module, args: tuple) -> Site:
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x, args)
-    return Site(path, layer_of(path), type(module).__name__, {}, shapes)
-
-
-def _subtree(tree: Params, path: str) -> Params:
-    for part in path.split("/"):
-        tree = tree.get(part, {})
-    return tree
-
-
-def layer_of(path: str) -> int | None:
-    """The layer number in a path: 3 for "encoder/layer_3/attention/query", None for "pooler"."""
-    found = _LAYER.search(path)
-    return int(found.group(1)) if found else None
-
-
-def layers(sites: Sites) -> tuple[int, ...]:
-    """The layer numbers that occur among the sites, in ascending order."""
-    return tuple(sorted({site.layer for site in sites.values() if site.layer is not None}))
-
-
-def find(sites: Sites, pattern: str, layers: Iterable[int] | None = None) -> tuple[Site, ...]:
-    """The sites whose path, or the end of whose path, matches a regular expression.
-
-    Args:
-      sites: the sites of the model.
-      pattern: matched against whole path parts from the end: "query", "query|value", "layer_[0-3]/attention/query".
-      layers: only in these layers; each of them must have a match. None means everywhere.
-
-    Returns:
-      The matches in the order of the forward pass, at least one.
-
-    Raises:
-      UserError: if nothing matches, in all or in a layer asked for. A mistyped path is never silently a no-op.
-    """
-    try:
-        regex = re.compile(rf"(?:.*/)?(?:{pattern})")
-    except re.error as error:
-        raise UserError(f"pattern {pattern!r} is not a regular expression: {error}") from None
-    hits = [site for path, site in sites.items() if regex.fullmatch(path)]
-    if not hits:
-        close = nearest(pattern.rsplit("/", 1)[-1], dict.fromkeys(path.rsplit("/", 1)[-1] for path in sites))
-        raise UserError(f"pattern {pattern!r} matches no site of the model: {close}")
-    if layers is None:
-        return tuple(hits)
-    wanted = set(layers)
-    for layer in sorted(wanted - {site.layer for site in hits}):
-        have = sorted({site.layer for site in hits if site.layer is not None})
-        span = f"layers {have[0]} to {have[-1]} have" if have else "its matches are in no layer"
-        raise UserError(f"layer {layer} has no site that matches {pattern!r}: {span}")
-    return tuple(site for site in hits if site.layer in wanted)
 
 
 def site_key(key: Array, path: str) -> Array:
@@ -281,118 +191,23 @@ def init(transform: Transform | Chain, key: Array, sites: Sites, params: Params 
     return {name: member.init(site_key(key, name), sites, params) for name, member in named.items()}
 
 
-def apply(
-    model: nn.Module,
-    transform: Transform | Chain,
-    variables: Mapping[str, Any],
-    *args: Any,
-    mask: Array | None = None,
-    rngs: dict[str, Array] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """`model.apply` with a transform around its sites.
+def prepare(transform: Transform | Chain, setting: Setting) -> Leaves:
+    """Lets each member that asks for it choose its leaves by data, in the order of the chain.
 
     Args:
-      model: any linen module.
       transform: a method or a chain.
-      variables: as for `model.apply`, with the leaves under "peft".
-      *args: what the model's `__call__` takes.
-      mask: handed to the wraps as `ctx.mask`; for our encoders, the attention mask.
-      rngs: as for `model.apply`. With a "dropout" key the wraps are in training mode and draw from it.
-      **kwargs: what the model's `__call__` takes, and `mutable` or `method`, as for `model.apply`.
+      setting: as in `Setting`, with the fresh leaves of all members; `instance` is set here.
 
     Returns:
-      What `model.apply` returns.
-
-    Raises:
-      UserError: if the leaves are not this transform's, or are at places that the model does not have.
+      The leaves of all members.
     """
-    variables = dict(variables)
-    leaves = variables.pop("peft", {})
-    members = instances(transform)
-    if set(leaves) != set(members):
-        raise UserError(f"leaves of {sorted(leaves)} do not fit a transform with {sorted(members)}")
-    key = None if rngs is None else rngs.get("dropout")
-    placed: dict[str, dict[str, Any]] = {}
-    for name, member in members.items():
-        if member.wrap is None and member.merge is not None:
-            variables["params"] = member.merge(leaves[name], variables["params"])
-            continue
-        shared = leaves[name].get(SHARED, {})
-        for path, own in leaves[name].items():
-            if path != SHARED:
-                placed.setdefault(path, {})[name] = {"own": own, "shared": shared}
-    ambient: dict[str, Any] = {name: x for name, x in (("key", key), ("mask", mask)) if x is not None}
-    ambient["members"] = _Members(members.values())
-    reached: set[str] = set()
-
-    def hook(call: Call, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        # A wrap may run a module of its own with `.apply`: its scope has no leaves, so it is left alone.
-        path, module = _path(context), context.module
-        if path not in placed or not module.has_variable(_LEAVES, "leaves"):
-            return call(*args, **kwargs)
-        reached.add(path)
-        here, around = module.get_variable(_LEAVES, "leaves"), module.get_variable(_CONTEXT, "ambient")
-        own_params = module.variables.get("params", {})
-        site = _site(path, module, args)._replace(params=own_params)
-        ctx = Context("key" in around, around.get("key"), around.get("mask"), own_params, {})
-
-        def inner(*a: Any) -> Any:
-            return call(*a, **kwargs)
-
-        for name, member in members.items():  # not `here`: a traced dict comes back sorted by key
-            if name in here:
-                held = here[name]
-                inner = _wrapped(member, held["own"], site, inner, ctx._replace(shared=held["shared"]))
-        return inner(*args)
-
-    with nn.intercept_methods(hook):
-        out = model.apply(
-            {
-                **variables,
-                _LEAVES: _place(placed, "leaves"),
-                _CONTEXT: _place(dict.fromkeys(placed, ambient), "ambient"),
-            },
-            *args,
-            rngs=rngs,
-            **kwargs,
-        )
-    _check_reached(set(placed) - reached, model, args, kwargs)
-    return out
-
-
-@jax.tree_util.register_static
-class _Members(tuple):
-    """The members of a chain as a pytree without leaves: in the variables, they enter the cache key of `nn.jit`."""
-
-    __slots__ = ()
-
-
-def _wrapped(member: Transform, own: Any, site: Site, inner: Call, ctx: Context) -> Call:
-    assert member.wrap is not None
-    wrap = member.wrap
-    return lambda *args: wrap(own, site, inner, args, ctx)
-
-
-def _place(by_path: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """{"a/b": x} to the nested {"a": {"b": {name: x}}} that linen scopes read."""
-    tree: dict[str, Any] = {}
-    for path, value in by_path.items():
-        node = tree
-        for part in path.split("/"):
-            node = node.setdefault(part, {})
-        node[name] = value
-    return tree
-
-
-def _check_reached(unreached: set[str], model: nn.Module, args: tuple, kwargs: dict) -> None:
-    # Under `nn.jit` a cached trace does not call the hook again, so a site that was not reached is only suspicious.
-    if not unreached:
-        return
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("mutable", "method")}
-    have = sites(model, *args, **kwargs)
-    for path in sorted(unreached - set(have)):
-        raise UserError(f"the model has no site {path!r} that the leaves are for: {nearest(path, have)}")
+    leaves = dict(setting.variables["peft"])
+    for name, member in instances(transform).items():
+        if member.prepare is not None:
+            variables = {**setting.variables, "peft": leaves}
+            here = setting._replace(instance=name, variables=variables, key=site_key(setting.key, name))
+            leaves = {**leaves, name: member.prepare(here)}
+    return leaves
 
 
 def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merged:
@@ -422,3 +237,19 @@ def fold(transform: Transform | Chain, leaves: Leaves) -> Leaves:
     """Drops what only training needs, such as the MLP of a prefix; the transform stays and reads the smaller leaves."""
     folded = {name: member.fold for name, member in instances(transform).items()}
     return {name: leaves[name] if fn is None else fn(leaves[name]) for name, fn in folded.items()}
+
+
+def split(leaves: Leaves) -> tuple[Leaves, Leaves]:
+    """The leaves that train, and those under a "fixed" key; `jpeft.tree.union` puts them together again."""
+    return tree.split(leaves, lambda path: FIXED not in path)
+
+
+def rates(transform: Transform | Chain) -> Callable[[tuple[str, ...]], float]:
+    """The function from a leaf's path, instance first, to its factor on the learning rate."""
+    named = instances(transform)
+
+    def rate(path: tuple[str, ...]) -> float:
+        own = named[path[0]].rate
+        return 1.0 if own is None else own(path[1:])
+
+    return rate

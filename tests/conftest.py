@@ -34,7 +34,7 @@ class Toy(NamedTuple):
     ids: jax.Array
     mask: jax.Array
     labels: jax.Array
-    sites: jpeft.transform.Sites
+    sites: jpeft.site.Sites
 
     def logits(self, method, leaves, params=None, ids=None, mask=None, **kwargs):
         """Logits with a method's leaves in place."""

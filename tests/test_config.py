@@ -5,8 +5,8 @@ import pytest
 
 from jpeft import config as configs
 from jpeft.errors import UserError
+from jpeft.methods import METHODS
 from jpeft.selection import SELECTIONS
-from jpeft.transforms import METHODS
 
 
 def make(**changes):

@@ -11,7 +11,8 @@ import jpeft
 from jpeft import tree
 from jpeft.errors import UserError
 from jpeft.models import Bert, BertConfig
-from jpeft.transform import SHARED, Transform, find, init_sites, layer_of, site_key
+from jpeft.site import find, layer_of
+from jpeft.transform import SHARED, Transform, init_sites, site_key
 
 D = 5
 

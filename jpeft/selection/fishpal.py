@@ -11,6 +11,7 @@ counts in every layer. A leaf whose Fisher information is zero throughout does n
 B is zero, and would only dilute the mean. Each layer keeps the candidate with the highest score.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 
 from jpeft.errors import UserError
 from jpeft.plan import Entry, Plan, make
-from jpeft.transform import SHARED, Chain, Leaves, chain, instances, layer_of
+from jpeft.site import layer_of
+from jpeft.transform import SHARED, Chain, Leaves, chain, instances, members
 
 __all__ = ["CANDIDATES", "FACTORS", "Candidates", "Scores", "attach", "choose", "scores"]
 
@@ -64,17 +66,21 @@ def scores(
     for name in set(factors) - set(candidates) - set(FACTORS):
         raise UserError(f"factor for {name!r}, which is no candidate: there are {', '.join(candidates)}")
     table: Scores = {}
-    for candidate, instance in zip(candidates, instances(attach(candidates)), strict=True):
-        by_site = dict(fisher[instance])
-        shared = _total(by_site.pop(SHARED, {}))
-        own: dict[int, np.ndarray] = {}
-        for path, leaves in by_site.items():
-            layer = layer_of(path)
-            if layer is None:
-                raise UserError(f"candidate {candidate!r} sits at {path!r}, which is in no layer")
-            own[layer] = own.get(layer, np.zeros(2)) + _total(leaves)
-        for layer, total in own.items():
-            summed, count = total + shared
+    named = iter(instances(attach(candidates)))
+    for candidate, entry in candidates.items():
+        totals: dict[int, np.ndarray] = {}
+        for instance in itertools.islice(named, len(members(make(entry.method, **entry.options)))):
+            by_site = dict(fisher[instance])
+            shared = _total(by_site.pop(SHARED, {}))
+            own: dict[int, np.ndarray] = {}
+            for path, leaves in by_site.items():
+                layer = layer_of(path)
+                if layer is None:
+                    raise UserError(f"candidate {candidate!r} sits at {path!r}, which is in no layer")
+                own[layer] = own.get(layer, shared) + _total(leaves)
+            for layer, total in own.items():
+                totals[layer] = totals.get(layer, np.zeros(2)) + total
+        for layer, (summed, count) in totals.items():
             mean = summed / count if count else 0.0
             table.setdefault(layer, {})[candidate] = float(factors.get(candidate, 1.0) * num_examples * mean)
     return {layer: table[layer] for layer in sorted(table)}

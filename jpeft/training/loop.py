@@ -138,7 +138,7 @@ def fit(
         console.say(f"resuming at step {int(state.step):,} of {per_epoch * schedule.num_epochs:,}")
 
     def save(name: str) -> None:
-        kept = {name: seconds.get(name, 0.0) for name in ("compile", "train", "evaluate")}
+        kept = {name: seconds.get(name, 0.0) for name in ("fisher", "compile", "train", "evaluate")}
         checkpoint.save(folder / name, state, checkpoint.Progress(history, loss_sum, kept))
 
     with console.training(per_epoch * schedule.num_epochs, int(state.step)) as bar:

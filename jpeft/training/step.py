@@ -1,8 +1,10 @@
 """One training step and one evaluation step, as pure functions of three pytrees.
 
-    frozen      what never changes: the base model, less what was selected to train
-    trainable   {"params": the head and selected base leaves, "peft": the leaves of the transform}
+    frozen      what never changes: the base model less what was selected to train, and leaves that are fixed
+    trainable   the rest: the head, selected base leaves, the leaves of the transform
     opt_state   the optimiser's, for `trainable` alone
+
+The first two are {"params": ..., "peft": ...}, and their union is the variables of the model.
 
 `frozen` is an argument, not a captured constant, and gradients are taken by `trainable` alone: XLA then drops the
 backward pass of everything that does not train.
@@ -18,7 +20,8 @@ import optax
 from jax import Array
 
 from jpeft.data.batching import Batch
-from jpeft.transform import Chain, Transform, apply
+from jpeft.hook import apply
+from jpeft.transform import Chain, Transform, members
 from jpeft.tree import union
 
 __all__ = ["State", "StepMetrics", "eval_step", "example_losses", "forward", "init_state", "single_loss", "train_step"]
@@ -64,7 +67,7 @@ def forward(
     logits, _ = apply(
         model,
         transform,
-        {"params": union(frozen, trainable["params"]), "peft": trainable["peft"]},
+        union(frozen, trainable),
         batch.input_ids,
         batch.attention_mask,
         batch.token_type_ids,
@@ -90,10 +93,18 @@ def train_step(
     The dropout key of a step is `key` folded with the step's number, so a resumed run draws what it would have drawn.
     """
 
+    penalties = [member.penalty for member in members(transform) if member.penalty is not None]
+
     def step(state: State, frozen: Tree, batch: Batch, key: Array) -> tuple[State, StepMetrics]:
+        key = jax.random.fold_in(key, state.step)
+
         def loss(trainable: Tree) -> Array:
-            logits = forward(model, transform, trainable, frozen, batch, jax.random.fold_in(key, state.step))
-            return jnp.average(example_losses(logits, batch.labels), weights=batch.weights)
+            def again() -> Array:
+                return forward(model, transform, trainable, frozen, batch, jax.random.fold_in(key, 1))
+
+            logits = forward(model, transform, trainable, frozen, batch, key)
+            losses = example_losses(logits, batch.labels) + sum(penalty(logits, again) for penalty in penalties)
+            return jnp.average(losses, weights=batch.weights)
 
         value, grads = jax.value_and_grad(loss)(state.trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -108,12 +119,14 @@ def eval_step(model: nn.Module, transform: Transform | Chain) -> Callable[[Tree,
     return lambda trainable, frozen, batch: forward(model, transform, trainable, frozen, batch)
 
 
-def single_loss(model: nn.Module, transform: Transform | Chain) -> Callable[[Tree, Batch, Tree, Tree], Array]:
-    """The function (leaves, example, head, frozen) -> loss of one example without a batch axis, for `jpeft.fisher`."""
+def single_loss(model: nn.Module, transform: Transform | Chain) -> Callable[[Tree, Batch, Tree], Array]:
+    """The function (part, example, rest) -> loss of one example without a batch axis, for `jpeft.fisher`.
 
-    def loss(leaves: Tree, example: Batch, head: Tree, frozen: Tree) -> Array:
+    `part` and `rest` together are the variables, as `trainable` and `frozen` are in training.
+    """
+
+    def loss(part: Tree, example: Batch, rest: Tree) -> Array:
         batch = jax.tree.map(lambda x: x[None], example)
-        logits = forward(model, transform, {"params": head, "peft": leaves}, frozen, batch)
-        return example_losses(logits, batch.labels)[0]
+        return example_losses(forward(model, transform, part, rest, batch), batch.labels)[0]
 
     return loss

@@ -13,7 +13,8 @@ from jax import Array
 
 from jpeft.errors import UserError, nearest
 from jpeft.models.bert import ACTIVATIONS
-from jpeft.transform import Call, Context, Leaves, Params, Site, Sites, Transform, find, init_sites
+from jpeft.site import Site, Sites, find
+from jpeft.transform import Call, Context, Leaves, Params, Transform, init_sites
 from jpeft.transforms.linear import kaiming_uniform, linear, linear_leaves, positive, sizes
 
 __all__ = ["houlsby", "parallel", "pfeiffer"]

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.errors import UserError
-from jpeft.transform import Call, Context, Leaves, Params, Site, Sites, Transform, find, init_sites, site_key
+from jpeft.site import Site, Sites, find
+from jpeft.transform import Call, Context, Leaves, Params, Transform, init_sites, site_key
 from jpeft.transforms.linear import dropout as drop
 from jpeft.transforms.linear import kaiming_uniform, positive, rate, sizes
 from jpeft.tree import replace

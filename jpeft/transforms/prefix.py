@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.transform import SHARED, Call, Context, Leaves, Params, Site, Sites, Transform, find, init_sites, site_key
+from jpeft.site import Site, Sites, find
+from jpeft.transform import SHARED, Call, Context, Leaves, Params, Transform, init_sites, site_key
 from jpeft.transforms.linear import linear, linear_leaves, sizes
 
 __all__ = ["prefix"]

@@ -34,7 +34,7 @@ def setup(method=METHOD, trains=lambda path: path[0] == "classifier", dropout=0.
     params = model.init(jax.random.key(0), x)["params"]
     trained, frozen = tree.split(params, trains)
     leaves = jpeft.init(method, jax.random.key(1), jpeft.sites(model, x), params)
-    return model, {"params": trained, "peft": leaves}, frozen
+    return model, {"params": trained, "peft": leaves}, {"params": frozen}
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_metrics_are_the_loss_before_the_step_and_its_gradient(key, optimizer):
     model, trainable, frozen = setup(dropout=0.0)
 
     def loss(trainable):
-        params = tree.union(frozen, trainable["params"])
+        params = tree.union(frozen["params"], trainable["params"])
         b = batch()
         logits, _ = jpeft.apply(
             model, METHOD, {"params": params, "peft": trainable["peft"]}, b.input_ids, b.attention_mask,
@@ -145,7 +145,7 @@ def test_evaluation_has_no_dropout():
 def test_full_fine_tuning_is_plain_optax(key, optimizer):
     nothing = jpeft.chain()
     model, trainable, frozen = setup(nothing, trains=lambda path: True, dropout=0.0)
-    assert frozen == {}
+    assert frozen == {"params": {}}
     assert trainable["peft"] == {}
     params, opt_state = trainable["params"], optimizer.init(trainable["params"])
     state = stepping.init_state(trainable, optimizer)
@@ -201,5 +201,5 @@ def test_single_loss_is_the_loss_of_one_row(key):
     single = stepping.single_loss(model, METHOD)
     for i in range(2):
         row = jax.tree.map(lambda x, i=i: x[i], b)
-        got = single(trainable["peft"], row, trainable["params"], frozen)
+        got = single(trainable, row, frozen)
         np.testing.assert_allclose(got, expected[i], rtol=1e-5)

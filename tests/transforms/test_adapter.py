@@ -8,7 +8,8 @@ import pytest
 import jpeft
 from jpeft.errors import UserError
 from jpeft.models import Bert, BertConfig
-from jpeft.transform import Context, Site
+from jpeft.site import Site
+from jpeft.transform import Context
 
 SHAPE = {
     "vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40,

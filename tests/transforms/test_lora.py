@@ -7,7 +7,8 @@ import jpeft
 from jpeft import tree
 from jpeft.errors import UserError
 from jpeft.models import Bert, BertConfig
-from jpeft.transform import Context, Site
+from jpeft.site import Site
+from jpeft.transform import Context
 
 SHAPE = {
     "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,

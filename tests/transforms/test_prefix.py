@@ -7,7 +7,8 @@ import jpeft
 from jpeft.errors import UserError
 from jpeft.models import Bert, BertConfig
 from jpeft.models.bert import Core
-from jpeft.transform import SHARED, Context, Site
+from jpeft.site import Site
+from jpeft.transform import SHARED, Context
 
 SHAPE = {
     "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
