@@ -16,6 +16,7 @@ from jpeft.plan import Entry, Plan, build
 from jpeft.saved import Saved, load, predict
 from jpeft.selection import fishpal
 from jpeft.site import Site, find, layers, sites
+from jpeft.summary import Summary, summary
 from jpeft.transform import (
     Chain,
     Context,
@@ -44,6 +45,7 @@ __all__ = [
     "Saved",
     "Setting",
     "Site",
+    "Summary",
     "Transform",
     "UserError",
     "__version__",
@@ -67,4 +69,5 @@ __all__ = [
     "prefix",
     "prepare",
     "sites",
+    "summary",
 ]

@@ -23,6 +23,7 @@ __all__ = [
     "demo",
     "learning_rate",
     "method_names",
+    "modules",
     "options",
     "variant",
 ]
@@ -32,7 +33,7 @@ Config = Any  # an `ml_collections.ConfigDict`, whose fields are attributes that
 
 
 def method_names() -> tuple[str, ...]:
-    """What `config.method` can be."""
+    """What `config.method` can be; several of `jpeft.METHODS` can be joined by "+", such as "houlsby+layer_norm"."""
     return ("fishpal", *SELECTIONS, *METHODS)
 
 
@@ -115,12 +116,19 @@ def variant(config: Config, name: str) -> Config:
 
 
 def learning_rate(config: Config) -> float:
-    """The configured learning rate, or the method's own."""
+    """The configured learning rate, or the method's own; of several methods, the first one's."""
     if config.train.learning_rate is not None:
         return config.train.learning_rate
     if config.method == "fishpal":
         return FISHPAL_LEARNING_RATE
-    return {**SELECTIONS, **METHODS}[config.method].learning_rate
+    return {**SELECTIONS, **METHODS}[config.method.split("+")[0]].learning_rate
+
+
+def modules(config: Config) -> plans.Spec:
+    """What `jpeft.build` makes the configured method from; nothing for a selection."""
+    if config.method in SELECTIONS:
+        return []
+    return [{"method": name, "options": options(config, name)} for name in config.method.split("+")]
 
 
 def options(config: Config, method: str) -> dict[str, Any]:
@@ -138,8 +146,11 @@ def check(config: Config) -> None:
     """
     if config.task not in TASKS:
         raise UserError(f"config.task {config.task!r} is unknown: {nearest(config.task, TASKS)}")
-    if config.method not in method_names():
-        raise UserError(f"config.method {config.method!r} is unknown: {nearest(config.method, method_names())}")
+    parts = config.method.split("+")
+    for part in parts:
+        known = method_names() if len(parts) == 1 else METHODS
+        if part not in known:
+            raise UserError(f"config.method {part!r} is unknown: {nearest(part, known)}")
     for method in METHODS:
         try:
             plans.make(method, **options(config, method))

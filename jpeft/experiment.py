@@ -14,21 +14,20 @@ import flax
 import jax
 import optax
 from flax.traverse_util import flatten_dict
-from jax import Array
 
+from jpeft import choice, files, optim, saved, site, transform, tree
 from jpeft import config as configs
-from jpeft import files, optim, saved, site, transform, tree
 from jpeft import plan as plans
+from jpeft.choice import Case
 from jpeft.config import Config
 from jpeft.data import batching, tasks
 from jpeft.errors import UserError
-from jpeft.fisher import fisher
 from jpeft.models import Bert, pretrained
-from jpeft.plan import Entry, Plan, Spec
+from jpeft.plan import Plan
 from jpeft.report import plots, tables
 from jpeft.report.console import Console
 from jpeft.selection import SELECTIONS, fishpal
-from jpeft.site import Sites
+from jpeft.summary import Summary, summary
 from jpeft.training import checkpoint
 from jpeft.training import step as stepping
 from jpeft.training.loop import Schedule, compile_steps, fit
@@ -53,6 +52,7 @@ class Result(NamedTuple):
 
     Attributes:
       history: one row an epoch.
+      summary: the table of what trains and what stays, in Markdown.
       parameters: as in `report.json`.
       seconds: by kind of work, over all starts of the run.
       train_examples: examples trained on, epochs counted.
@@ -61,6 +61,7 @@ class Result(NamedTuple):
     """
 
     history: list[dict[str, Any]]
+    summary: str
     parameters: dict[str, Any]
     seconds: dict[str, float]
     train_examples: int
@@ -185,28 +186,24 @@ def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Con
     base = _load_model(config, data.task, seed)
     model, params = Bert(base.config), base.params
     sites = site.sites(model, jax.ShapeDtypeStruct((1, data.buckets[0]), "int32"))
+    case = Case(config, seed, base, model, sites, data.train, data.buckets, folder, leaves_key, console)
 
-    if config.method == "fishpal":
-        with _timed(seconds, "fisher"):
-            plan = _plan(config, seed, base, sites, data, folder, leaves_key, console)
-        modules = plans.spec(plan)
-        _say_plan(plan, console)
-    elif config.method in SELECTIONS:
-        modules: Spec = []
-    else:
-        modules = [{"method": config.method, "options": configs.options(config, config.method)}]
-    method = plans.build(modules)
+    with _timed(seconds, "fisher"):
+        if config.method == "fishpal":
+            plan = choice.plan(case)
+            modules = plans.spec(plan)
+            _say_plan(plan, console)
+        else:
+            modules = configs.modules(config)
+        method = plans.build(modules)
+        leaves = choice.leaves(case, method)
     selected = SELECTIONS[config.method if config.method in SELECTIONS else "head"].trains
     trained, rest = tree.split(params, lambda path: _is_head(path, base) or selected(path))
-    with _timed(seconds, "fisher"):
-        leaves = _leaves(method, model, params, sites, data, seed, leaves_key, folder / "prepared.safetensors", console)
-    parameters = _count(params, trained, leaves, method)
     modified, fixed = transform.split(leaves)
     trainable, frozen = {"params": trained, "peft": modified}, {"params": rest, "peft": fixed}
-    console.say(
-        f"  trains {parameters['trainable']:,} parameters ({parameters['trainable_percent']:.2f} %), "
-        f"adds {parameters['added_at_inference']:,} at inference ({parameters['added_percent']:.2f} %)"
-    )
+    made = summary(method, leaves, params, trained)
+    console.say(str(made))
+    parameters = _count(made, params)
 
     schedule = Schedule(config.train.num_epochs, config.train.batch_size, seed, data.buckets)
     num_steps = schedule.num_epochs * batching.num_batches(data.train.size, schedule.batch_size)
@@ -237,46 +234,12 @@ def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Con
         max_length=config.train.max_length,
     )
     seen, evaluated = (examples.size * schedule.num_epochs for examples in (data.train, data.dev))
-    return Result(fitted.history, parameters, fitted.seconds, seen, evaluated, _peak_memory())
+    return Result(fitted.history, str(made), parameters, fitted.seconds, seen, evaluated, _peak_memory())
 
 
 def _is_head(path: tuple[str, ...], base: pretrained.Pretrained) -> bool:
     """The head trains always, and so does a pooler that the checkpoint lacked."""
     return path[0] in ("classifier", *base.fresh)
-
-
-def _plan(
-    config: Config,
-    seed: int,
-    base: pretrained.Pretrained,
-    sites: Sites,
-    data: Data,
-    folder: Path,
-    key: Array,
-    console: Console,
-) -> Plan:
-    """FishPAL's plan: the given one, the one that an earlier start of this run measured, or a new measurement."""
-    path = folder / "plan.json"
-    if path.is_file():
-        return plans.read(str(path))
-    if config.fishpal.plan is not None:
-        plan = plans.read(config.fishpal.plan)
-    else:
-        candidates = {name: Entry(name, configs.options(config, name)) for name in config.fishpal.candidates}
-        factors = {name: config.fishpal.factors[name] for name in candidates}
-        examples, index = batching.sample(data.train, min(config.fishpal.num_examples, data.train.size), seed)
-        batch, _ = next(iter(batching.eval_batches(examples, examples.size, data.buckets)))
-        everything = fishpal.attach(candidates)
-        trains, fixed = transform.split(transform.init(everything, key, sites, base.params))
-        with console.waiting(f"  Fisher information of {', '.join(candidates)} over {examples.size} examples"):
-            loss = stepping.single_loss(Bert(base.config), everything)
-            information = fisher(loss, {"peft": trains}, batch, {"params": base.params, "peft": fixed})["peft"]
-        scores = fishpal.scores(information, examples.size, candidates, factors)
-        plan = fishpal.choose(scores, candidates)
-        measured = {"num_examples": examples.size, "train_rows": index.tolist(), "factors": factors, "scores": scores}
-        files.write_json(folder / "fisher.json", measured)
-    files.write_text(path, plans.dumps(plan))
-    return plan
 
 
 def _say_plan(plan: Plan, console: Console) -> None:
@@ -286,57 +249,18 @@ def _say_plan(plan: Plan, console: Console) -> None:
         console.warn(f"the plan is {methods.pop()} throughout: the choice by layer changed nothing")
 
 
-def _leaves(
-    method: transform.Chain,
-    model: Bert,
-    params: dict[str, Any],
-    sites: Sites,
-    data: Data,
-    seed: int,
-    key: Array,
-    path: Path,
-    console: Console,
-) -> transform.Leaves:
-    """The leaves before training. What data decided is kept in a file, so that a resumed run need not ask again."""
-    fresh = transform.init(method, key, sites, params)
-    if all(member.prepare is None for member in transform.members(method)):
-        return fresh
-    if path.is_file():
-        return saved.read_leaves(path)
-
-    def sample(n: int) -> batching.Batch:
-        examples, _ = batching.sample(data.train, min(n, data.train.size), seed)
-        return next(iter(batching.eval_batches(examples, examples.size, data.buckets)))[0]
-
-    single = stepping.single_loss(model, method)
-    variables = {"params": params, "peft": fresh}
-    setting = transform.Setting(lambda v, example: single(v, example, {}), variables, "", sites, sample, key)
-    with console.waiting(f"  {', '.join(transform.instances(method))}: looking at the data"):
-        leaves = transform.prepare(method, setting)
-    saved.write_leaves(path, leaves)
-    return leaves
-
-
-def _count(
-    params: dict[str, Any], trained: dict[str, Any], leaves: transform.Leaves, method: transform.Chain
-) -> dict[str, Any]:
+def _count(made: Summary, params: dict[str, Any]) -> dict[str, Any]:
     """The parameter counts of `report.json`; percentages are of the plain model, base and head."""
-    total, head = tree.count(params), tree.count(params["classifier"])
-    left = jax.eval_shape(lambda leaves: _deployed(method, leaves, params), leaves)
-    trains, added = tree.count(trained) + tree.count(transform.split(leaves)[0]), tree.count(left)
+    trains, added = sum(row.trainable for row in made.rows), sum(row.added for row in made.rows)
+    head = tree.count(params["classifier"])
     return {
-        "base": total - head,
+        "base": made.base - head,
         "head": head,
         "trainable": trains,
-        "trainable_percent": 100 * trains / total,
+        "trainable_percent": 100 * trains / made.base,
         "added_at_inference": added,
-        "added_percent": 100 * added / total,
+        "added_percent": 100 * added / made.base,
     }
-
-
-def _deployed(method: transform.Chain, leaves: transform.Leaves, params: dict[str, Any]) -> transform.Leaves:
-    """The leaves that are still there when the model serves: folded, and less what merges into the base."""
-    return transform.merge(method, transform.fold(method, leaves), params).leaves
 
 
 def _peak_memory() -> int:
@@ -384,7 +308,8 @@ def _report(
     if measured:
         title = f"Fisher scores and the kept module of each layer\n{config.task}, {config.model}"
         plots.fisher_scores(workdir / PICTURE, measured, title)
-    page = tables.markdown(report, chosen, PICTURE if measured else None)
+    summaries = {seed: result.summary for seed, result in results.items()}
+    page = tables.markdown(report, chosen, summaries, PICTURE if measured else None)
     files.write_text(workdir / "report.md", page)
     console.say()
     console.say(tables.compare([report]))

@@ -1,4 +1,4 @@
-"""The diagonal of the empirical Fisher information, one example at a time."""
+"""The diagonal of the Fisher information, one example at a time."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -7,14 +7,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.errors import UserError
+from jpeft.errors import UserError, nearest
 
-__all__ = ["fisher"]
+__all__ = ["expected_fisher", "fisher"]
 
 Tree = TypeVar("Tree")
+VALUES: dict[str, Callable[[Array], Array]] = {"square": jnp.square, "absolute": jnp.abs}
 
 
-def fisher(loss: Callable[..., Array], tree: Tree, examples: Any, *rest: Any, microbatch: int | None = None) -> Tree:
+def fisher(
+    loss: Callable[..., Array],
+    tree: Tree,
+    examples: Any,
+    *rest: Any,
+    values: str = "square",
+    microbatch: int | None = None,
+) -> Tree:
     """Mean over examples of the squared gradient of each example's own loss, (1/n) sum_i (d loss_i / d tree)^2.
 
     With the loss -log p(y_i | x_i) at the true label this is the empirical Fisher information (Kirkpatrick et al. 2017,
@@ -28,6 +36,7 @@ def fisher(loss: Callable[..., Array], tree: Tree, examples: Any, *rest: Any, mi
       examples: a pytree of arrays with a common leading axis n.
       *rest: further arguments of `loss`, such as frozen parameters; handed to the compiled function as arguments, so
         that they are not baked into it as constants.
+      values: "square" of the gradients, or their "absolute" value as in FISH mask's variant.
       microbatch: examples at a time. None means 1 on CPU, where batched small products are slower than one after the
         other, and 8 elsewhere.
 
@@ -35,12 +44,76 @@ def fisher(loss: Callable[..., Array], tree: Tree, examples: Any, *rest: Any, mi
       A pytree like `tree`, float32 (float64 where `tree` is).
 
     Raises:
-      UserError: if there are no examples, `microbatch` is below 1, or a gradient is not finite.
+      UserError: if there are no examples, `microbatch` is below 1, `values` is unknown, or a gradient is not finite.
 
     >>> import jax.numpy as jnp
     >>> fisher(lambda w, x: w * x, jnp.float32(2.0), jnp.array([1.0, 3.0])).item()  # (1 + 9) / 2
     5.0
     """
+    measure = _measure(values)
+
+    def one(tree: Tree, example: Any, *rest: Any) -> Tree:
+        return jax.tree.map(measure, jax.grad(loss)(tree, example, *rest))
+
+    return _mean(one, tree, examples, rest, microbatch)
+
+
+def expected_fisher(
+    logits: Callable[..., Array],
+    tree: Tree,
+    examples: Any,
+    *rest: Any,
+    values: str = "square",
+    microbatch: int | None = None,
+) -> Tree:
+    """Fisher information over the model's own predictions, (1/n) sum_i sum_c p(c | x_i) (d log p(c | x_i) / d tree)^2.
+
+    Exact in c: one forward pass an example and one backward pass a class; labels are not read. A single logit is the
+    mean of a normal distribution of variance 1/2, the one whose -log p is the squared error, up to a constant; its
+    information is 2 (d logit / d tree)^2.
+
+    Args:
+      logits: (tree, example, *rest) -> [c], without randomness.
+      tree: as for `fisher`, and so are the other arguments.
+      examples: as for `fisher`.
+      *rest: as for `fisher`.
+      values: as for `fisher`.
+      microbatch: as for `fisher`.
+
+    Returns:
+      A pytree like `tree`, float32 (float64 where `tree` is).
+
+    Raises:
+      UserError: as `fisher`.
+    """
+    measure = _measure(values)
+
+    def one(tree: Tree, example: Any, *rest: Any) -> Tree:
+        out, backward = jax.vjp(lambda t: logits(t, example, *rest), tree)
+        if out.shape == (1,):
+            (grads,) = backward(jnp.full_like(out, 2**0.5))
+            return jax.tree.map(measure, grads)
+        probabilities, to_logits = jax.nn.softmax(out), jnp.eye(out.size, dtype=out.dtype) - jax.nn.softmax(out)[None]
+
+        def add(total: Tree, c: tuple[Array, Array]) -> tuple[Tree, None]:
+            probability, cotangent = c
+            (grads,) = backward(cotangent)
+            return jax.tree.map(lambda t, g: t + probability.astype(t.dtype) * measure(g), total, grads), None
+
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, tree), (probabilities, to_logits))[0]
+
+    return _mean(one, tree, examples, rest, microbatch)
+
+
+def _measure(values: str) -> Callable[[Array], Array]:
+    """The function that is applied to gradients, in float32 at least."""
+    if values not in VALUES:
+        raise UserError(f"values {values!r} is unknown: {nearest(values, VALUES)}")
+    return lambda g: VALUES[values](g.astype(jnp.promote_types(g.dtype, jnp.float32)))
+
+
+def _mean(one: Callable[..., Tree], tree: Tree, examples: Any, rest: tuple, microbatch: int | None) -> Tree:
+    """The mean of one(tree, example, *rest) over examples, by microbatches."""
     n = len(jax.tree.leaves(examples)[0])
     size = min(n, microbatch if microbatch is not None else 1 if jax.default_backend() == "cpu" else 8)
     if n == 0 or size < 1:
@@ -48,10 +121,8 @@ def fisher(loss: Callable[..., Array], tree: Tree, examples: Any, *rest: Any, mi
 
     @jax.jit
     def accumulate(total: Tree, tree: Tree, chunk: Any, weights: Array, rest: tuple) -> Tree:
-        grads = jax.vmap(jax.grad(loss), (None, 0, *(None for _ in rest)))(tree, chunk, *rest)
-        return jax.tree.map(
-            lambda t, g: t + jnp.tensordot(weights.astype(t.dtype), jnp.square(g.astype(t.dtype)), 1), total, grads
-        )
+        each = jax.vmap(one, (None, 0, *(None for _ in rest)))(tree, chunk, *rest)
+        return jax.tree.map(lambda t, x: t + jnp.tensordot(weights.astype(t.dtype), x.astype(t.dtype), 1), total, each)
 
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
     for chunk, weights in _chunks(examples, n, size):

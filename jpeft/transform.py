@@ -85,6 +85,7 @@ class Setting(NamedTuple):
 
     Attributes:
       loss: (variables, example) -> scalar loss of one example, without dropout.
+      logits: (variables, example) -> its float32 logits [c], likewise.
       variables: {"params": all parameters, the head included, "peft": the leaves of the whole chain}.
       instance: whose leaves are wanted: `variables["peft"][instance]` holds them as `init` made them.
       sites: the sites of the model.
@@ -94,6 +95,7 @@ class Setting(NamedTuple):
     """
 
     loss: Callable[[Mapping[str, Any], Any], Array]
+    logits: Callable[[Mapping[str, Any], Any], Array]
     variables: Mapping[str, Any]
     instance: str
     sites: Sites

@@ -34,7 +34,11 @@ def split(tree: Mapping[str, Any], belongs: Callable[[tuple[str, ...]], bool]) -
 
 def union(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """The tree that holds the leaves of both; the inverse of `split`. Where both hold a path, the second wins."""
-    return unflatten({**flatten(first), **flatten(second)})
+    both = dict(first)
+    for name, x in second.items():
+        here = both.get(name)
+        both[name] = union(here, x) if isinstance(here, Mapping) and isinstance(x, Mapping) else x
+    return both
 
 
 def count(tree: Any) -> int:

@@ -50,6 +50,28 @@ def randomised(leaves: Any, seed: int = 7, scale: float = 0.3) -> Any:
     return treedef.unflatten([scale * jax.random.normal(k, x.shape) for k, x in zip(keys, flat, strict=True)])
 
 
+def setting(toy: Toy, method: jpeft.Transform | jpeft.Chain, key: jax.Array) -> jpeft.Setting:
+    """What `prepare` sees: single examples of the toy batch, with the plain cross entropy."""
+    leaves = jpeft.init(method, key, toy.sites, toy.params)
+
+    def logits(variables, example):
+        ids, mask, _ = example
+        return jpeft.apply(toy.model, method, variables, ids[None], mask[None], mask=mask[None])[0][0]
+
+    def loss(variables, example):
+        return -jax.nn.log_softmax(logits(variables, example))[example[2]]
+
+    return jpeft.Setting(
+        loss=loss,
+        logits=logits,
+        variables={"params": toy.params, "peft": leaves},
+        instance="",
+        sites=toy.sites,
+        sample=lambda n: jax.tree.map(lambda x: x[:n], (toy.ids, toy.mask, toy.labels)),
+        key=key,
+    )
+
+
 @pytest.fixture(scope="session")
 def toy() -> Toy:
     config = BertConfig(

@@ -7,6 +7,7 @@ from conftest import randomised
 
 import jpeft
 from jpeft import UserError, fisher
+from jpeft.fisher import expected_fisher
 
 
 def close_by_leaf(got, wanted, tolerance=1e-5):
@@ -83,3 +84,38 @@ def test_a_gradient_that_is_not_finite_names_the_leaf():
     tree = {"good": jnp.ones(()), "bad": jnp.zeros(())}
     with pytest.raises(UserError, match=r"'bad'.*not finite"):
         fisher(lambda t, x: x * t["good"] + jnp.sqrt(t["bad"]), tree, jnp.ones(2))
+
+
+@pytest.mark.parametrize("values", ["square", "absolute"])
+def test_expected_fisher_equals_a_loop_over_classes(values):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        w, x = jnp.asarray(rng.normal(size=(4, 3))), jnp.asarray(rng.normal(size=(5, 4)))
+        logits = lambda w, row: jnp.tanh(row @ w)
+        wanted = np.zeros((4, 3))
+        for row in x:
+            p = np.exp(logits(w, row)) / np.exp(logits(w, row)).sum()
+            for c in range(3):
+                grad = np.asarray(
+                    jax.grad(lambda w: jnp.log(jnp.exp(logits(w, row))[c] / jnp.exp(logits(w, row)).sum()))(w)
+                )
+                wanted += p[c] * (grad**2 if values == "square" else np.abs(grad)) / 5
+        got = expected_fisher(logits, w, x, values=values, microbatch=2)
+        np.testing.assert_allclose(got, wanted, rtol=1e-12)
+
+
+def test_expected_fisher_of_regression_is_that_of_a_normal_distribution():
+    """By sampling targets from N(logit, 1/2) and squaring the gradient of the squared error."""
+    w, x = jnp.array([0.5, -1.0]), jnp.array([[1.0, 2.0], [0.3, -0.7]])
+    logit = lambda w, row: jnp.sin(w @ row)[None]
+    got = expected_fisher(logit, w, x)
+    noise = np.sqrt(0.5) * np.random.default_rng(0).normal(size=(100_000, 1))
+    grads = [np.asarray(jax.grad(lambda w: logit(w, row)[0])(w)) for row in x]
+    sampled = np.mean([np.mean((2 * noise * g) ** 2, axis=0) for g in grads], axis=0)
+    np.testing.assert_allclose(got, sampled, rtol=0.02)
+
+
+def test_absolute_values_are_averaged_too():
+    assert fisher(lambda w, x: w * x, jnp.float32(0.0), jnp.array([1.0, -3.0]), values="absolute") == 2.0
+    with pytest.raises(UserError, match="values 'cube' is unknown"):
+        fisher(lambda w, x: w * x, jnp.float32(0.0), jnp.array([1.0]), values="cube")

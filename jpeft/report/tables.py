@@ -52,12 +52,18 @@ def _entry(entry: Any) -> str:
     return f"{entry.method}({given})" if given else entry.method
 
 
-def markdown(report: Mapping[str, Any], plans: Mapping[int, Mapping[int, Sequence[Any]]], picture: str | None) -> str:
+def markdown(
+    report: Mapping[str, Any],
+    plans: Mapping[int, Mapping[int, Sequence[Any]]],
+    summaries: Mapping[int, str],
+    picture: str | None,
+) -> str:
     """The page.
 
     Args:
       report: what goes into `report.json`.
       plans: by seed, for FishPAL.
+      summaries: by seed, the Markdown table of what trains and what stays.
       picture: file name of the picture of the Fisher scores, or None.
     """
     metrics, counts = report["metrics"], report["parameters"]
@@ -76,6 +82,10 @@ def markdown(report: Mapping[str, Any], plans: Mapping[int, Mapping[int, Sequenc
         lines += [f"- seed {seed}: layers " + "; ".join(plan_lines(plan)) for seed, plan in plans.items()]
         if picture:
             lines += ["", f"![Fisher scores by layer and candidate, the chosen ones marked]({picture})"]
+    lines += ["", "## What trains and what stays at inference", ""]
+    alike = len(set(summaries.values())) == 1
+    for seed, text in list(summaries.items())[: 1 if alike else None]:
+        lines += [text] if alike else [f"Seed {seed}:", "", text, ""]
     lines += ["", "## What it costs", "", "| | |", "| --- | ---: |"]
     lines += [f"| {text} | {counts[name]:,.0f} |" for name, text in _COUNTS.items()]
     lines += [

@@ -24,7 +24,17 @@ from jpeft.hook import apply
 from jpeft.transform import Chain, Transform, members
 from jpeft.tree import union
 
-__all__ = ["State", "StepMetrics", "eval_step", "example_losses", "forward", "init_state", "single_loss", "train_step"]
+__all__ = [
+    "State",
+    "StepMetrics",
+    "eval_step",
+    "example_losses",
+    "forward",
+    "init_state",
+    "single_logits",
+    "single_loss",
+    "train_step",
+]
 
 Tree = dict[str, Any]
 
@@ -124,9 +134,14 @@ def single_loss(model: nn.Module, transform: Transform | Chain) -> Callable[[Tre
 
     `part` and `rest` together are the variables, as `trainable` and `frozen` are in training.
     """
+    logits = single_logits(model, transform)
+    return lambda part, example, rest: example_losses(logits(part, example, rest)[None], example.labels[None])[0]
 
-    def loss(part: Tree, example: Batch, rest: Tree) -> Array:
-        batch = jax.tree.map(lambda x: x[None], example)
-        return example_losses(forward(model, transform, part, rest, batch), batch.labels)[0]
 
-    return loss
+def single_logits(model: nn.Module, transform: Transform | Chain) -> Callable[[Tree, Batch, Tree], Array]:
+    """The function (part, example, rest) -> logits [num_labels] of one example, otherwise as `single_loss`."""
+    return lambda part, example, rest: forward(model, transform, part, rest, jax.tree.map(_row, example))[0]
+
+
+def _row(x: Array) -> Array:
+    return x[None]

@@ -5,6 +5,8 @@ import pytest
 from jpeft.plan import Entry
 from jpeft.report import tables
 
+SUMMARY = {0: "| a table |"}
+
 
 def report(scores=((0.5, 0.6), (0.7, 0.8)), **changes):
     per_seed = [
@@ -61,7 +63,7 @@ def test_plan_lines_join_neighbours_only():
 
 
 def test_markdown_shows_every_seed_and_the_spread():
-    page = tables.markdown(report(), {}, None)
+    page = tables.markdown(report(), {}, SUMMARY, None)
     assert page.startswith("# lora on mrpc (minilm)\n")
     assert "| 0 | 50.00 (51.00) | 60.00 (60.00) |" in page
     assert "| 1 | 70.00 (71.00) | 80.00 (80.00) |" in page
@@ -76,22 +78,22 @@ def test_markdown_shows_every_seed_and_the_spread():
 
 
 def test_markdown_tables_have_rows_of_one_width():
-    page = tables.markdown(report(), {0: {0: [Entry("lora")]}}, None)
+    page = tables.markdown(report(), {0: {0: [Entry("lora")]}}, SUMMARY, None)
     for block in page.split("\n\n"):
         if block.startswith("|"):
             assert len({line.count("|") for line in block.splitlines()}) == 1, block
 
 
 def test_markdown_of_one_seed_has_no_spread():
-    assert "±" not in tables.markdown(report(scores=[(0.5, 0.6)]), {}, None)
+    assert "±" not in tables.markdown(report(scores=[(0.5, 0.6)]), {}, SUMMARY, None)
 
 
 def test_markdown_shows_plans_and_the_picture():
     plans = {0: {0: [Entry("lora")], 1: [Entry("lora")]}, 1: {0: [Entry("prefix")]}}
-    page = tables.markdown(report(), plans, "fisher.png")
+    page = tables.markdown(report(), plans, SUMMARY, "fisher.png")
     assert "- seed 0: layers 0-1 lora\n- seed 1: layers 0 prefix" in page
     assert "](fisher.png)" in page
-    assert "![" not in tables.markdown(report(), plans, None)
+    assert "![" not in tables.markdown(report(), plans, SUMMARY, None)
 
 
 def test_compare_aligns_rows_and_leaves_out_what_a_task_lacks():
@@ -104,3 +106,11 @@ def test_compare_aligns_rows_and_leaves_out_what_a_task_lacks():
     assert set("".join(rule)) == {"-"}
     assert rows[0][3:5] == ["60.00 ± 14.14", "70.00 ± 14.14"]
     assert rows[1][:5] == ["fishpal", "sst2", "minilm", "90.00", "-"]
+
+
+def test_the_summary_is_told_once_if_all_seeds_agree():
+    page = tables.markdown(report(), {}, {0: "| x |", 1: "| x |"}, None)
+    assert page.count("| x |") == 1
+    page = tables.markdown(report(), {}, {0: "| x |", 1: "| y |"}, None)
+    assert "Seed 0:\n\n| x |" in page
+    assert "Seed 1:\n\n| y |" in page

@@ -1,0 +1,125 @@
+"""FISH mask and random mask."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import randomised, setting
+
+import jpeft
+from jpeft import tree
+from jpeft.selection.mask import fish, random_mask, take, top
+from jpeft.transform import FIXED, split
+
+RATIO = 0.05
+
+
+def entries(leaves):
+    """{(parameter path, flat index)} of all leaves."""
+    found = set()
+    for (_, path, name, kind, *_), x in tree.flatten(leaves).items():
+        if kind == FIXED:
+            found |= {(f"{path}/{name}", int(i)) for i in x}
+    return found
+
+
+@pytest.mark.parametrize("labels", ["empirical", "expected"])
+@pytest.mark.parametrize("values", ["square", "absolute"])
+def test_fish_takes_the_largest_of_a_loop(toy, key, labels, values):
+    method = fish(RATIO, num_examples=4, labels=labels, values=values)
+    leaves = jpeft.prepare(method, setting(toy, method, key))
+
+    def log_p(params, i, c):
+        logits = toy.model.apply({"params": params}, toy.ids[i : i + 1], toy.mask[i : i + 1])[0][0]
+        return jax.nn.log_softmax(logits)[c]
+
+    grad = jax.jit(jax.grad(log_p), static_argnums=(1,))
+    measure = np.square if values == "square" else np.abs
+    total = None
+    for i in range(4):
+        probabilities = np.exp([float(log_p(toy.params, i, c)) for c in range(3)])
+        for c in range(3) if labels == "expected" else [int(toy.labels[i])]:
+            weight = probabilities[c] if labels == "expected" else 1.0
+            here = jax.tree.map(lambda g, w=weight: w * measure(np.asarray(g, np.float64)), grad(toy.params, i, c))
+            total = here if total is None else jax.tree.map(np.add, total, here)
+    body = {path: x for path, x in tree.flatten(total).items() if path[0] != "classifier"}
+    budget = int(RATIO * tree.count(toy.params)) - tree.count(toy.params["classifier"])
+    everything = np.concatenate([x.ravel() for x in body.values()])
+    threshold = np.sort(everything)[-budget]
+    chosen = entries(leaves)
+    assert len(chosen) == budget
+    scores = np.array([tree.flatten(total)[tuple(path.split("/"))].ravel()[i] for path, i in chosen])
+    assert scores.min() >= threshold * (1 - 1e-3)  # the same set but for rounding at the border
+
+
+@pytest.mark.parametrize("make", [fish, random_mask])
+def test_a_fresh_mask_changes_nothing_and_a_trained_one_only_its_entries(toy, key, make):
+    method = make(RATIO)
+    leaves = jpeft.init(method, key, toy.sites, toy.params)
+    np.testing.assert_array_equal(toy.logits(method, leaves), toy.logits(jpeft.chain(), {}))
+    values, fixed = split(leaves)
+    leaves = tree.union(randomised(values), fixed)
+    merged = jpeft.merge(method, leaves, toy.params)
+    assert merged.leaves == {}
+    expected = {path: np.array(x) for path, x in tree.flatten(toy.params).items()}
+    for (instance, path, name, kind, *_), index in tree.flatten(fixed).items():
+        assert kind == FIXED
+        expected[(*path.split("/"), name)].reshape(-1)[index] = leaves[instance][path][name]["values"]
+    for path, x in tree.flatten(merged.params).items():
+        np.testing.assert_array_equal(x, expected[path])
+    unmerged = toy.logits(method, leaves)
+    np.testing.assert_allclose(unmerged, toy.logits(jpeft.chain(), {}, params=merged.params), atol=1e-5)
+    assert np.abs(unmerged - toy.logits(jpeft.chain(), {})).max() > 1e-2
+
+
+def test_a_random_mask_is_as_large_as_fish_and_its_seed_decides_it(toy, key):
+    one = jpeft.init(random_mask(RATIO), key, toy.sites, toy.params)
+    two = jpeft.init(random_mask(RATIO), jax.random.key(1), toy.sites, toy.params)
+    same = jpeft.init(random_mask(RATIO), key, toy.sites, toy.params)
+    assert entries(one) == entries(same) != entries(two)
+    assert tree.count(split(one)[0]) == len(entries(one)) == len(entries(two))
+    of_fish = jpeft.prepare(fish(RATIO, 2), setting(toy, fish(RATIO, 2), key))
+    assert len(entries(of_fish)) == len(entries(one))
+
+
+def test_top_is_a_stable_sort_over_all_arrays():
+    scores = {"a": np.array([[3.0, 1.0], [2.0, 2.0]]), "b": np.array([2.0, 5.0]), "c": np.array([0.0])}
+    flat = np.concatenate([x.ravel() for x in scores.values()])
+    for k in range(8):
+        chosen = top(scores, k)
+        order = sorted(np.argsort(-flat, kind="stable")[:k])
+        offset = {"a": 0, "b": 4, "c": 6}
+        assert sorted(offset[name] + i for name, index in chosen.items() for i in index) == order
+        assert all(index.dtype == np.int32 and index.size for index in chosen.values())
+
+
+def test_all_entries_can_be_chosen(toy, key):
+    leaves = jpeft.init(random_mask(1.0), key, toy.sites, toy.params)
+    assert tree.count(split(leaves)[0]) == tree.count(toy.params) - tree.count(toy.params["classifier"])
+
+
+def test_gradients_are_those_of_the_entries(toy, key):
+    method = random_mask(RATIO)
+    values, fixed = split(jpeft.init(method, key, toy.sites, toy.params))
+    got = jax.grad(lambda v: (toy.logits(method, tree.union(v, fixed)) ** 2).sum())(values)
+    plain = jax.grad(lambda p: (toy.model.apply({"params": p}, toy.ids, toy.mask)[0] ** 2).sum())(toy.params)
+    for (instance, path, name, _), g in tree.flatten(got).items():
+        dense = tree.flatten(plain)[(*path.split("/"), name)]
+        index = fixed[instance][path][name][FIXED]["index"]
+        np.testing.assert_allclose(g, dense.reshape(-1)[index], rtol=1e-4, atol=1e-5)
+
+
+def test_take_keeps_order():
+    leaves = take({("x", "w"): jnp.arange(6.0).reshape(2, 3)}, {("x", "w"): np.array([1, 4], np.int32)})
+    np.testing.assert_array_equal(leaves["x"]["w"]["values"], [1.0, 4.0])
+
+
+def test_what_cannot_be_is_refused(toy, key):
+    with pytest.raises(jpeft.UserError, match="less than the head's 51"):
+        jpeft.init(fish(0.001), key, toy.sites, toy.params)
+    with pytest.raises(jpeft.UserError, match="ratio must be above 0 and at most 1, got 2"):
+        fish(2)
+    with pytest.raises(jpeft.UserError, match=r"labels 'expect' is unknown.*expected"):
+        fish(labels="expect")
+    with pytest.raises(jpeft.UserError, match="give `params`"):
+        jpeft.init(random_mask(), key, toy.sites)
