@@ -58,7 +58,7 @@ def layer_norm(layers: Sequence[int] | None = None, targets: str = "LayerNorm") 
 
 
 def top_k_layers(num_layers: int = 2) -> Transform:
-    """Trains the last layers whole, and the pooler above them: the variable fine-tuning of Houlsby et al. 2019.
+    """Trains the last layers whole and the pooler above them, as Houlsby et al. 2019 (arXiv:1902.00751) compare with.
 
     Args:
       num_layers: k, how many layers from the top.

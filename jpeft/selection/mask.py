@@ -81,7 +81,7 @@ def fish(
 
 
 def random_mask(ratio: float = 0.005, targets: str = BODY) -> Transform:
-    """Trains entries drawn at random, as many as FISH mask trains at the same ratio: the control.
+    """Trains entries drawn at random, as many as FISH mask does: the control of Sung et al. 2021, arXiv:2111.09839.
 
     Args:
       ratio: trained share of all parameters, the head's included.
