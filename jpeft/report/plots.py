@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jpeft.selection.fishpal import Scores
 
-__all__ = ["fisher_scores"]
+__all__ = ["fisher_scores", "methods"]
 
 
 def fisher_scores(path: Path, by_seed: Mapping[int, Scores], title: str) -> None:
@@ -60,3 +61,32 @@ def fisher_scores(path: Path, by_seed: Mapping[int, Scores], title: str) -> None
     figure.colorbar(image, ax=panels, label="log10 of score", shrink=0.9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
+
+
+def methods(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes a PNG: the primary score of each method over the share of parameters that it trains.
+
+    Args:
+      path: of the PNG.
+      rows: by method, as `jpeft.report.methods` measures them.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    primary = ""
+    for name, row in rows.items():
+        if "metrics" not in row:
+            continue
+        primary = row["primary_metric"]
+        # The head alone trains nothing of the base: it stands at the left edge of a logarithmic axis.
+        share, value = max(row["trainable_percent"], 1e-3), 100 * row["metrics"][primary]
+        panel.plot(share, value, "o", color="tab:blue" if row["merges"] else "tab:orange")
+        panel.annotate(name, (share, value), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    panel.set_xscale("log")
+    panel.set_xlabel("trained share of bert-base in percent, without the head (blue: merges into the base)")
+    panel.set_ylabel(f"{primary} in percent")
+    panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

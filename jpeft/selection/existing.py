@@ -8,7 +8,6 @@ Reached as {site path: {"kernel": ..., "bias": ...}}, with the names and shapes 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from jax import Array
 
@@ -17,7 +16,7 @@ from jpeft.site import Site, Sites, find
 from jpeft.site import layers as layers_of
 from jpeft.transform import Leaves, Params, Transform
 from jpeft.transforms.linear import sizes
-from jpeft.tree import replace
+from jpeft.tree import at, replace
 
 __all__ = ["bitfit", "layer_norm", "top_k_layers"]
 
@@ -92,7 +91,7 @@ def _retrain(name: str, where: Callable[[Sites], Sequence[Site]], trains: Callab
         for site in where(sites):
             own = [leaf for leaf in own_parameters(site) if trains(leaf)]
             if own:
-                values = values_at(params, site.path)
+                values = at(params, site.path)
                 leaves[site.path] = {leaf: values[leaf] for leaf in own}
         if not leaves:
             raise UserError(f"{name} finds no parameters at the sites that it was given")
@@ -109,10 +108,3 @@ def _retrain(name: str, where: Callable[[Sites], Sequence[Site]], trains: Callab
 def own_parameters(site: Site) -> tuple[str, ...]:
     """The names of the arrays that belong to a site itself, not to a module inside it."""
     return tuple(name for name, x in site.params.items() if hasattr(x, "shape"))
-
-
-def values_at(params: Params, path: str) -> Any:
-    """The parameters of the site at a path."""
-    for part in path.split("/"):
-        params = params[part]
-    return params

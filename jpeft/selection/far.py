@@ -24,11 +24,10 @@ import optax
 from jax import Array
 
 from jpeft.errors import UserError
-from jpeft.selection.existing import values_at
 from jpeft.site import Site, Sites, find
 from jpeft.transform import FIXED, Call, Context, Leaves, Params, Setting, Transform
 from jpeft.transforms.linear import positive, sizes
-from jpeft.tree import replace
+from jpeft.tree import at, replace
 
 __all__ = ["distances", "far"]
 
@@ -73,14 +72,14 @@ def far(
         del key
         if params is None:
             raise UserError("far starts from the model's parameters: give `params` to init")
-        nets = {path: values_at(params, path) for path in where(sites)}
+        nets = {path: at(params, path) for path in where(sites)}
         return _take(
             params, {path: np.arange(max(1, int(ratio * net[FIRST]["bias"].size))) for path, net in nets.items()}
         )
 
     def prepare(setting: Setting) -> Leaves:
         params = setting.variables["params"]
-        nets = {path: values_at(params, path) for path in where(setting.sites)}
+        nets = {path: at(params, path) for path in where(setting.sites)}
         moved = _prime(setting, nets, num_examples, batch_size, learning_rate)
         ranked = {path: np.argsort(-moves, kind="stable") for path, moves in moved.items()}
         return _take(
@@ -100,9 +99,9 @@ def far(
         for path, own in leaves.items():
             nodes = own[FIXED]["nodes"]
             where = (slice(None), nodes) if "bias" in own else nodes
-            params = replace(params, f"{path}/kernel", lambda w, own=own, at=where: w.at[at].set(own["kernel"]))
+            params = replace(params, f"{path}/kernel", lambda w, own=own, to=where: w.at[to].set(own["kernel"]))
             if "bias" in own:
-                params = replace(params, f"{path}/bias", lambda b, own=own, at=nodes: b.at[at].set(own["bias"]))
+                params = replace(params, f"{path}/bias", lambda b, own=own, to=nodes: b.at[to].set(own["bias"]))
         return params
 
     return Transform("far", init, wrap, merge, prepare=prepare)
@@ -143,7 +142,7 @@ def _take(params: Params, nodes: Mapping[str, Any]) -> Leaves:
     """The leaves that hold the given nodes of the feed-forward networks at the given paths."""
     leaves: Leaves = {}
     for path, index in nodes.items():
-        net, fixed = values_at(params, path), {"nodes": jnp.asarray(index, jnp.int32)}
+        net, fixed = at(params, path), {"nodes": jnp.asarray(index, jnp.int32)}
         first, second = net[FIRST], net[SECOND]
         leaves[f"{path}/{FIRST}"] = {"kernel": first["kernel"][:, index], "bias": first["bias"][index], FIXED: fixed}
         leaves[f"{path}/{SECOND}"] = {"kernel": second["kernel"][index], FIXED: fixed}

@@ -16,11 +16,11 @@ from jax import Array
 
 from jpeft.errors import UserError, nearest
 from jpeft.fisher import expected_fisher, fisher
-from jpeft.selection.existing import BODY, own_parameters, values_at
+from jpeft.selection.existing import BODY, own_parameters
 from jpeft.site import Sites, find
 from jpeft.transform import FIXED, Leaves, Params, Setting, Transform
 from jpeft.transforms.linear import sizes
-from jpeft.tree import count, flatten, replace, unflatten, union
+from jpeft.tree import at, count, flatten, replace, unflatten, union
 
 __all__ = ["fish", "random_mask", "take", "top"]
 
@@ -154,7 +154,7 @@ def _write(w: Array, leaf: Mapping[str, Any]) -> Array:
 
 def _candidates(params: Params, sites: Sites, targets: str) -> dict[tuple[str, str], Any]:
     where = find(sites, targets)
-    return {(site.path, name): values_at(params, site.path)[name] for site in where for name in own_parameters(site)}
+    return {(site.path, name): at(params, site.path)[name] for site in where for name in own_parameters(site)}
 
 
 def _budget(ratio: float, params: Params, candidates: Chosen) -> int:

@@ -61,7 +61,8 @@ class StepMetrics(NamedTuple):
 
 
 def init_state(trainable: Tree, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step."""
+    """The state before the first step, of copies: a step takes over their buffers, and leaves may be the base's own."""
+    trainable = jax.tree.map(jnp.array, trainable)
     return State(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
 

@@ -1,21 +1,17 @@
 """Bottleneck adapters: Houlsby (two a layer), Pfeiffer (one a layer) and parallel.
 
-An adapter is a residual bottleneck, h + up(f(down(h))) with down [d, b] and up [b, d]; the three differ in where it
-sits. All of them stay in the model at inference: about 4 d b floating-point operations a token each.
+An adapter is a residual bottleneck, h + up(f(down(h))) with down [d, b] and up [b, d], see
+`jpeft.transforms.bottleneck`; the three differ in where it sits. All of them stay in the model at inference: about
+4 d b floating-point operations a token each.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
-from jpeft.errors import UserError, nearest
-from jpeft.models.bert import ACTIVATIONS
-from jpeft.site import Site, Sites, find
-from jpeft.transform import Call, Context, Leaves, Params, Transform, init_sites
-from jpeft.transforms.linear import kaiming_uniform, linear, linear_leaves, positive, sizes
+from jpeft.site import Site
+from jpeft.transform import Call, Context, Leaves, Transform
+from jpeft.transforms.bottleneck import Bottleneck, added, checked, init_of, like_lora, normal
 
 __all__ = ["houlsby", "parallel", "pfeiffer"]
 
@@ -26,6 +22,11 @@ def houlsby(
     activation: str = "swish",
     layers: Sequence[int] | None = None,
     targets: str = "attention_add_norm|ffn_add_norm",
+    scale: float = 1.0,
+    learned_scale: bool = False,
+    gate: bool = False,
+    ln_before: bool = False,
+    ln_after: bool = False,
 ) -> Transform:
     """An adapter after the attention projection and one after the feed-forward, before residual and LayerNorm.
 
@@ -39,20 +40,29 @@ def houlsby(
       activation: f, a name in `jpeft.models.bert.ACTIVATIONS`.
       layers: only in these layers; None means all.
       targets: pattern of sites with arguments (hidden, residual), see `jpeft.find`.
+      scale: a constant factor on what the adapter adds, or where a learned one starts.
+      learned_scale: whether the factor is trained.
+      gate: whether a gate opens the adapter for each example, as in UniPELT, see `jpeft.transforms.gate`.
+      ln_before: whether the adapter has a LayerNorm of its own before `down`.
+      ln_after: whether it has one on what it adds.
 
     Returns:
-      A transform with leaves {path: {"down": {"kernel": [d, b], "bias": [b]}, "up": {"kernel": [b, d], "bias": [d]}}}.
+      A transform with leaves {path: {"down": {"kernel": [d, b], "bias": [b]}, "up": {"kernel": [b, d], "bias": [d]}}},
+      and as chosen "scale" [1], "gate" {"kernel": [d, 1], "bias": [1]}, "ln_before" and "ln_after" {"scale": [d],
+      "bias": [d]}.
 
     Raises:
       UserError: if a size is out of range or the activation unknown; in `init`, if a target is missing.
     """
-    f = _activation(activation)
+    spec = checked(
+        Bottleneck(bottleneck, reduction_factor, activation, scale, learned_scale, gate, ln_before, ln_after)
+    )
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         hidden, residual = args
-        return call(hidden + _bottleneck(leaves, hidden, f), residual)
+        return call(hidden + added(spec, leaves, hidden, ctx), residual)
 
-    return Transform("houlsby", _init(targets, layers, bottleneck, reduction_factor, _normal), wrap)
+    return Transform("houlsby", init_of(spec, normal, targets, layers), wrap)
 
 
 def pfeiffer(
@@ -61,6 +71,11 @@ def pfeiffer(
     activation: str = "relu",
     layers: Sequence[int] | None = None,
     targets: str = "ffn_add_norm",
+    scale: float = 1.0,
+    learned_scale: bool = False,
+    gate: bool = False,
+    ln_before: bool = False,
+    ln_after: bool = False,
 ) -> Transform:
     """One adapter a layer, after the feed-forward.
 
@@ -74,6 +89,11 @@ def pfeiffer(
       activation: f, a name in `jpeft.models.bert.ACTIVATIONS`.
       layers: only in these layers; None means all.
       targets: pattern of sites with arguments (hidden, residual), see `jpeft.find`.
+      scale: as in `houlsby`, and so are the rest.
+      learned_scale: whether the factor is trained.
+      gate: whether a gate opens the adapter for each example; it reads x, too.
+      ln_before: whether the adapter has a LayerNorm of its own before `down`.
+      ln_after: whether it has one on what it adds.
 
     Returns:
       A transform with leaves as those of `houlsby`, at one site a layer.
@@ -81,13 +101,15 @@ def pfeiffer(
     Raises:
       UserError: if a size is out of range or the activation unknown; in `init`, if a target is missing.
     """
-    f = _activation(activation)
+    spec = checked(
+        Bottleneck(bottleneck, reduction_factor, activation, scale, learned_scale, gate, ln_before, ln_after)
+    )
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         hidden, residual = args
-        return call(hidden + _bottleneck(leaves, call(hidden, residual), f), residual)
+        return call(hidden + added(spec, leaves, call(hidden, residual), ctx), residual)
 
-    return Transform("pfeiffer", _init(targets, layers, bottleneck, reduction_factor, _normal), wrap)
+    return Transform("pfeiffer", init_of(spec, normal, targets, layers), wrap)
 
 
 def parallel(
@@ -97,6 +119,10 @@ def parallel(
     scale: float = 4.0,
     layers: Sequence[int] | None = None,
     targets: str = "ffn",
+    learned_scale: bool = False,
+    gate: bool = False,
+    ln_before: bool = False,
+    ln_after: bool = False,
 ) -> Transform:
     """An adapter beside the feed-forward: ffn(x) + scale * up(f(down(x))).
 
@@ -107,9 +133,13 @@ def parallel(
       bottleneck: b; None means d / `reduction_factor`.
       reduction_factor: d / b, read when `bottleneck` is None.
       activation: f, a name in `jpeft.models.bert.ACTIVATIONS`.
-      scale: the constant factor.
+      scale: the constant factor, or where a learned one starts.
       layers: only in these layers; None means all.
       targets: pattern of sites with the argument (x), see `jpeft.find`.
+      learned_scale: whether the factor is trained.
+      gate: whether a gate opens the adapter for each example, as in UniPELT, see `jpeft.transforms.gate`.
+      ln_before: whether the adapter has a LayerNorm of its own before `down`.
+      ln_after: whether it has one on what it adds.
 
     Returns:
       A transform with leaves as those of `houlsby`.
@@ -117,52 +147,12 @@ def parallel(
     Raises:
       UserError: if a size is out of range or the activation unknown; in `init`, if a target is missing.
     """
-    f = _activation(activation)
-    positive(scale=scale)
+    spec = checked(
+        Bottleneck(bottleneck, reduction_factor, activation, scale, learned_scale, gate, ln_before, ln_after)
+    )
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         (x,) = args
-        y = call(x)
-        return y + _bottleneck(leaves, x, f) * jnp.asarray(scale, y.dtype)
+        return call(x) + added(spec, leaves, x, ctx)
 
-    return Transform("parallel", _init(targets, layers, bottleneck, reduction_factor, _lora_like), wrap)
-
-
-def _bottleneck(leaves: Leaves, x: Array, f: Callable[[Array], Array]) -> Array:
-    return linear(f(linear(x, leaves["down"])), leaves["up"])
-
-
-def _normal(key: Array, d: int, b: int) -> tuple[Array, Array]:
-    down, up = jax.random.split(key)
-    return 0.02 * jax.random.normal(down, (d, b)), 0.02 * jax.random.normal(up, (b, d))
-
-
-def _lora_like(key: Array, d: int, b: int) -> tuple[Array, Array]:
-    return kaiming_uniform(key, (d, b)), jnp.zeros((b, d))
-
-
-def _init(
-    targets: str,
-    layers: Sequence[int] | None,
-    bottleneck: int | None,
-    reduction_factor: float,
-    kernels: Callable[[Array, int, int], tuple[Array, Array]],
-) -> Callable[[Array, Sites, Params | None], Leaves]:
-    positive(reduction_factor=reduction_factor)
-    sizes(bottleneck=bottleneck)
-
-    def make(key: Array, site: Site) -> dict[str, Any]:
-        d = site.args[0].shape[-1]
-        b = bottleneck or int(d / reduction_factor)
-        if b < 1:
-            raise UserError(f"reduction_factor {reduction_factor} leaves no bottleneck at hidden size {d}")
-        down, up = kernels(key, d, b)
-        return {"down": linear_leaves(down), "up": linear_leaves(up)}
-
-    return lambda key, sites, params: init_sites(key, find(sites, targets, layers), make)
-
-
-def _activation(name: str) -> Callable[[Array], Array]:
-    if name not in ACTIVATIONS:
-        raise UserError(f"activation {name!r} is unknown: {nearest(name, ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    return Transform("parallel", init_of(spec, like_lora, targets, layers), wrap)

@@ -1,18 +1,21 @@
-"""Low-rank adaptation of any Dense layer (Hu et al. 2021, arXiv:2106.09685; reference: microsoft/LoRA)."""
+"""Low-rank adaptation of any Dense layer (Hu et al. 2021, arXiv:2106.09685; reference: microsoft/LoRA).
 
-from collections.abc import Sequence
+rsLoRA is Kalajdzievski 2023, arXiv:2312.03732. Relatives that start from the base weights: `dora` and `pissa`.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 from jax import Array
 
 from jpeft.errors import UserError
-from jpeft.site import Site, Sites, find
+from jpeft.site import Site, Sites
 from jpeft.transform import Call, Context, Leaves, Params, Transform, init_sites, site_key
-from jpeft.transforms.linear import dropout as drop
-from jpeft.transforms.linear import kaiming_uniform, positive, rate, sizes
+from jpeft.transforms.gate import gate_leaves, gate_value
+from jpeft.transforms.low_rank import LowRank, dense_shape, faster_b, fresh, low_rank, product, scale_at, where
 from jpeft.tree import replace
 
-__all__ = ["lora"]
+__all__ = ["lora", "rslora"]
 
 
 def lora(
@@ -21,6 +24,10 @@ def lora(
     targets: str = "query|value",
     layers: Sequence[int] | None = None,
     dropout: float = 0.0,
+    rank_pattern: Mapping | None = None,
+    alpha_pattern: Mapping | None = None,
+    learning_rate_ratio: float = 1.0,
+    gate: bool = False,
 ) -> Transform:
     """y = x W + (alpha / rank) x A B, with W frozen.
 
@@ -28,50 +35,95 @@ def lora(
     bit-identical. The product is taken as (x A) B: a materialised W + A B costs more in training and is only made by
     `merge`, after which inference costs nothing.
 
+    With `gate`, as in UniPELT (arXiv:2110.07577), a gate takes the place of alpha / rank: the mean over an example's
+    real tokens of sigmoid(x w + b), see `jpeft.transforms.gate`. It depends on the input, so it cannot be merged, and
+    inference costs 2 rank (in + out) + 2 in floating-point operations a token.
+
     Args:
       rank: r, the inner dimension.
       alpha: the scale's numerator.
       targets: pattern of the Dense layers, see `jpeft.find`.
       layers: only in these layers; None means all.
       dropout: rate at which entries of x are dropped on their way into A, in training.
+      rank_pattern: {pattern: rank} for sites that want another one, {"layer_[0-3]/.*": 4} for instance. Patterns match
+        as in `jpeft.find`; of several the first one counts.
+      alpha_pattern: {pattern: alpha}, likewise.
+      learning_rate_ratio: B's learning rate over A's. LoRA+ (Hayou et al. 2024, arXiv:2402.12354) advises 16.
+      gate: whether a gate takes the place of the scale.
+
+    Returns:
+      A transform with leaves {path: {"a": [in, rank], "b": [rank, out]}}, and with `gate` {"gate": {"kernel": [in, 1],
+      "bias": [1]}} beside them.
+
+    Raises:
+      UserError: if an option is out of range; in `init`, if a target is missing or is not a Dense layer, a pattern
+        matches no target, or a gated target's input has no time axis.
+    """
+    if gate and alpha_pattern:
+        raise UserError("a gated LoRA has no alpha: drop alpha_pattern or gate")
+    spec = low_rank(rank, alpha, targets, layers, dropout, rank_pattern, alpha_pattern)
+    return _lora("lora", spec, learning_rate_ratio, gate)
+
+
+def rslora(
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: str = "query|value",
+    layers: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    rank_pattern: Mapping | None = None,
+    alpha_pattern: Mapping | None = None,
+    learning_rate_ratio: float = 1.0,
+) -> Transform:
+    """Rank-stabilised LoRA: y = x W + (alpha / sqrt(rank)) x A B.
+
+    The update then keeps its size as the rank grows, where LoRA's shrinks. All else, the cost too, is as in `lora`.
+
+    Args:
+      rank: r, the inner dimension.
+      alpha: the scale's numerator.
+      targets: pattern of the Dense layers, see `jpeft.find`.
+      layers: only in these layers; None means all.
+      dropout: rate at which entries of x are dropped on their way into A, in training.
+      rank_pattern: {pattern: rank}, as in `lora`.
+      alpha_pattern: {pattern: alpha}, as in `lora`.
+      learning_rate_ratio: B's learning rate over A's.
 
     Returns:
       A transform with leaves {path: {"a": [in, rank], "b": [rank, out]}}.
 
     Raises:
-      UserError: if a size or rate is out of range; in `init`, if a target is missing or is not a Dense layer.
+      UserError: as `lora`.
     """
-    sizes(rank=rank)
-    positive(alpha=alpha)
-    rate(dropout=dropout)
-    scale = alpha / rank
+    spec = low_rank(rank, alpha, targets, layers, dropout, rank_pattern, alpha_pattern)
+    return _lora("rslora", spec._replace(root=True), learning_rate_ratio, gate=False)
 
+
+def _lora(name: str, spec: LowRank, learning_rate_ratio: float, gate: bool) -> Transform:
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         del params
 
-        def make(key: Array, site: Site) -> dict[str, Array]:
-            shape_in, shape_out = dense_shape(site)
-            return {"a": kaiming_uniform(key, (shape_in, rank)), "b": jnp.zeros((rank, shape_out))}
+        def make(key: Array, site: Site) -> Leaves:
+            return fresh(spec, key, site) | (_fresh_gate(key, site) if gate else {})
 
-        return init_sites(key, find(sites, targets, layers), make)
+        return init_sites(key, where(spec, sites), make)
 
-    def wrap(leaves: dict[str, Array], site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
+    def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         (x,) = args
         y = call(x)
-        x = drop(x, dropout, site_key(ctx.key, site.path) if ctx.key is not None else None).astype(y.dtype)
-        return y + (x @ leaves["a"].astype(y.dtype)) @ leaves["b"].astype(y.dtype) * jnp.asarray(scale, y.dtype)
+        factor = gate_value(x, leaves["gate"], ctx.mask) if gate else scale_at(spec, site.path, leaves)
+        return y + product(spec, x, leaves["a"], leaves["b"], site, ctx, y) * jnp.asarray(factor, y.dtype)
 
     def merge(leaves: Leaves, params: Params) -> Params:
-        for path, leaf in leaves.items():
-            params = replace(params, f"{path}/kernel", lambda w, leaf=leaf: w + scale * (leaf["a"] @ leaf["b"]))
+        for path, own in leaves.items():
+            update = scale_at(spec, path, own) * (own["a"] @ own["b"])
+            params = replace(params, f"{path}/kernel", lambda w, update=update: w + update)
         return params
 
-    return Transform("lora", init, wrap, merge)
+    return Transform(name, init, wrap, None if gate else merge, rate=faster_b(learning_rate_ratio))
 
 
-def dense_shape(site: Site) -> tuple[int, int]:
-    """(in, out) of a site that is a Dense layer; a UserError for any other site."""
-    kernel = site.params.get("kernel")
-    if kernel is None or len(kernel.shape) != 2:
-        raise UserError(f"site {site.path!r} is a {site.kind} without a two-dimensional kernel: name Dense layers")
-    return kernel.shape
+def _fresh_gate(key: Array, site: Site) -> Leaves:
+    if len(site.args[0].shape) != 3:
+        raise UserError(f"site {site.path!r} reads {site.args[0].shape}: a gate needs [rows, tokens, features]")
+    return {"gate": gate_leaves(dense_shape(site)[0], site_key(key, "gate"))}

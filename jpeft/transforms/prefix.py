@@ -8,6 +8,7 @@ from jax import Array
 
 from jpeft.site import Site, Sites, find
 from jpeft.transform import SHARED, Call, Context, Leaves, Params, Transform, init_sites, site_key
+from jpeft.transforms.gate import gate_leaves, gate_value
 from jpeft.transforms.linear import linear, linear_leaves, sizes
 
 __all__ = ["prefix"]
@@ -18,6 +19,7 @@ def prefix(
     mlp_hidden: int | None = 512,
     layers: Sequence[int] | None = None,
     targets: str = "attention/core",
+    gate: bool = False,
 ) -> Transform:
     """Attention over [P_k; K] and [P_v; V], with P = `num_virtual_tokens` rows that every token of every row sees.
 
@@ -26,6 +28,8 @@ def prefix(
     Without one (`mlp_hidden=None`) keys and values are the parameters. Linear layers start as PyTorch's do, from
     U(-1/sqrt(in), 1/sqrt(in)); flat keys and values from N(0, 0.02). Positions are not shifted (AdapterHub's way;
     peft shifts them).
+    With `gate`, as in UniPELT (arXiv:2110.07577), each layer's keys and values are scaled for each example by the mean
+    over its real tokens of sigmoid(x w + b), x being the layer's input; see `jpeft.transforms.gate`.
     At inference a prefix costs 4 P d floating-point operations a token and layer. It cannot be merged.
 
     Args:
@@ -33,10 +37,12 @@ def prefix(
       mlp_hidden: the hidden size of the reparametrisation, 512 in AdapterHub and the FishPAL thesis; None for none.
       layers: only in these layers; None means all.
       targets: pattern of sites with arguments (hidden, query, key, value, mask), heads before time; see `jpeft.find`.
+      gate: whether keys and values are gated.
 
     Returns:
       A transform with leaves {"shared": {"embedding": [P, d], "mlp": linear [d, hidden]}, path: {"key": linear
-      [hidden, d], "value": likewise}}, or {path: {"key": [P, d], "value": [P, d]}} when flat or folded.
+      [hidden, d], "value": likewise}}, or {path: {"key": [P, d], "value": [P, d]}} when flat or folded; with `gate`
+      "gate": linear [d, 1] beside them.
 
     Raises:
       UserError: if a size is out of range; in `init`, if a target is missing.
@@ -52,8 +58,11 @@ def prefix(
             shape = (num_virtual_tokens, _width(site))
             return {"key": 0.02 * jax.random.normal(k, shape), "value": 0.02 * jax.random.normal(v, shape)}
 
+        def gates(key: Array, site: Site) -> Leaves:
+            return {"gate": gate_leaves(site.args[0].shape[-1], site_key(key, "gate"))} if gate else {}
+
         if mlp_hidden is None:
-            return init_sites(key, where, flat)
+            return init_sites(key, where, lambda key, site: {**flat(key, site), **gates(key, site)})
 
         def mapped(key: Array, site: Site, hidden: int = mlp_hidden) -> Leaves:
             k, v = jax.random.split(key)
@@ -66,23 +75,27 @@ def prefix(
             "embedding": jax.random.normal(embedding, (num_virtual_tokens, d)),
             "mlp": _torch_linear(mlp, d, mlp_hidden),
         }
-        return {SHARED: shared, **init_sites(key, where, mapped)}
+        return {SHARED: shared, **init_sites(key, where, lambda key, site: {**mapped(key, site), **gates(key, site)})}
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         hidden, query, key, value, mask = args
         own = _keys_values(leaves, ctx.shared)
         rows = (*mask.shape[:-1], own["key"].shape[0])
+        keys, values = _heads(own["key"], key), _heads(own["value"], value)
+        if gate:
+            opened = gate_value(hidden, leaves["gate"], ctx.mask)[:, None]
+            keys, values = keys * opened, values * opened
         return call(
             hidden,
             query,
-            jnp.concatenate([_heads(own["key"], key), key], axis=-2),
-            jnp.concatenate([_heads(own["value"], value), value], axis=-2),
+            jnp.concatenate([keys, key], axis=-2),
+            jnp.concatenate([values, value], axis=-2),
             jnp.concatenate([jnp.ones(rows, bool), mask], axis=-1),
         )
 
     def fold(leaves: Leaves) -> Leaves:
         shared = leaves.get(SHARED, {})
-        return {path: _keys_values(own, shared) for path, own in leaves.items() if path != SHARED}
+        return {path: {**own, **_keys_values(own, shared)} for path, own in leaves.items() if path != SHARED}
 
     return Transform("prefix", init, wrap, fold=fold)
 

@@ -41,9 +41,10 @@ def run(folder, steps=STEPS, log=None, train=None, schedule=SCHEDULE):
     """Trains from the start or from what `folder` holds; the log's rows and the result."""
     x = jax.numpy.ones((1, 8), int)
     params = MODEL.init(jax.random.key(0), x)["params"]
-    trained, frozen = tree.split(params, lambda path: path[0] == "classifier")
+    trained, rest = tree.split(params, lambda path: path[0] == "classifier")
     leaves = jpeft.init(METHOD, jax.random.key(1), jpeft.sites(MODEL, x), params)
     state = stepping.init_state({"params": trained, "peft": leaves}, OPTIMIZER)
+    frozen = {"params": rest}
     restored = checkpoint.restore(folder / "latest", state)
     return loop.fit(
         steps, state, frozen, train or examples(), examples(10, seed=1), TASKS["mrpc"], schedule, jax.random.key(2), {},

@@ -198,3 +198,91 @@ def test_errors(kind):
 def test_the_scale_of_a_parallel_one():
     with pytest.raises(UserError, match="scale must be positive"):
         jpeft.parallel(scale=0)
+
+
+def layer_norm(p, x):
+    p = {name: np.asarray(v, np.float64) for name, v in p.items()}
+    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return normed * p["scale"] + p["bias"]
+
+
+OPTIONS = {
+    "scale": {"scale": 0.5},
+    "learned": {"learned_scale": True},
+    "gate": {"gate": True},
+    "ln_before": {"ln_before": True},
+    "ln_after": {"ln_after": True},
+    "all": {"learned_scale": True, "gate": True, "ln_before": True, "ln_after": True},
+}
+
+
+def addition(leaves, x, activation, mask, scale=1.0, learned_scale=False, gate=False, ln_before=False, ln_after=False):
+    """What an adapter adds, row by row."""
+    rows = []
+    for row, real in zip(np.asarray(x, np.float64), mask > 0, strict=True):
+        inner = layer_norm(leaves["ln_before"], row) if ln_before else row
+        out = bottleneck(leaves, inner[None], activation)[0] * (float(leaves["scale"][0]) if learned_scale else scale)
+        if gate:
+            w, b = (np.asarray(leaves["gate"][name], np.float64) for name in ("kernel", "bias"))
+            out = out * np.mean([1 / (1 + np.exp(-(token @ w + b))) for token in row[real]])
+        rows.append(layer_norm(leaves["ln_after"], out) if ln_after else out)
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_options(kind, options):
+    """What is scaled, gated and normalised, and what the gate reads: the adapter's input, before its own LayerNorm."""
+    hidden, residual, _ = draw()
+    method = KINDS[kind](4, activation="tanh", **options)
+    width = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
+    at = {f"layer_0/{end}": Site(f"layer_0/{end}", 0, "Toy", {}, (width,)) for end in ("ffn_add_norm", "ffn")}
+    targets = KINDS[kind](4, targets="ffn" if kind == "parallel" else "ffn_add_norm", activation="tanh", **options)
+    leaves = next(iter(targets.init(jax.random.key(0), at, None).values()))
+    leaves = randomise(leaves, 3, 0.8)
+    mask = np.array([[1, 1, 0], [1, 2, 2]])
+    ctx = Context(False, None, jnp.asarray(mask), {}, {})
+    site = Site("x", None, "Toy", {}, ())
+    scale = {"scale": 4.0} if kind == "parallel" else {}
+    if kind == "parallel":
+        now = method.wrap(leaves, site, jnp.sin, (jnp.asarray(hidden),), ctx)
+        wanted = np.sin(hidden) + addition(leaves, hidden, "tanh", mask, **(scale | options))
+    else:
+        now = method.wrap(leaves, site, jnorm, (jnp.asarray(hidden), jnp.asarray(residual)), ctx)
+        reads = hidden if kind == "houlsby" else norm(hidden + residual)
+        wanted = norm(hidden + addition(leaves, reads, "tanh", mask, **options) + residual)
+    np.testing.assert_allclose(now, wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_leaves_that_options_add(kind):
+    method = KINDS[kind](4, scale=3.0, learned_scale=True, gate=True, ln_before=True, ln_after=True)
+    for own in jpeft.init(method, jax.random.key(1), SITES)[f"{kind}_0"].values():
+        assert set(own) == {"down", "up", "scale", "gate", "ln_before", "ln_after"}
+        np.testing.assert_array_equal(own["scale"], [3.0])
+        assert own["gate"]["kernel"].shape == (D, 1)
+        for name in ("ln_before", "ln_after"):
+            np.testing.assert_array_equal(own[name]["scale"], np.ones(D))
+            np.testing.assert_array_equal(own[name]["bias"], np.zeros(D))
+
+
+def test_a_learned_scale_starts_where_the_constant_one_is():
+    same = jpeft.parallel(4), jpeft.parallel(4, learned_scale=True)
+    leaves = [jpeft.init(method, jax.random.key(1), SITES) for method in same]
+    drawn = randomise(leaves[0], 2)
+    learned = {
+        "parallel_0": {path: {**leaves[1]["parallel_0"][path], **own} for path, own in drawn["parallel_0"].items()}
+    }
+    np.testing.assert_allclose(run(same[1], learned), run(same[0], drawn), atol=1e-5)
+
+
+def test_a_fresh_gated_parallel_one_leaves_the_logits():
+    method = jpeft.parallel(gate=True, ln_before=True, learned_scale=True)
+    np.testing.assert_allclose(run(method, jpeft.init(method, jax.random.key(1), SITES)), BASE, atol=1e-6)
+
+
+def test_a_gate_needs_a_sequence():
+    with pytest.raises(UserError, match="a gate needs"):
+        jpeft.init(jpeft.parallel(4, targets="pooler", gate=True), jax.random.key(0), SITES)
+    with pytest.raises(UserError, match="scale must be positive"):
+        jpeft.houlsby(scale=-1.0)

@@ -8,7 +8,10 @@ from jpeft import tree
 from jpeft.errors import UserError
 from jpeft.models import Bert, BertConfig
 from jpeft.site import Site
-from jpeft.transform import Context
+from jpeft.transform import Context, rates, split
+from jpeft.transforms.dora import dora
+from jpeft.transforms.lora import rslora
+from jpeft.transforms.pissa import pissa
 
 SHAPE = {
     "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
@@ -173,3 +176,125 @@ def test_a_target_that_is_no_dense_layer(target):
 def test_a_target_that_is_not_there():
     with pytest.raises(UserError, match="did you mean 'query'"):
         jpeft.init(jpeft.lora(targets="qeury"), jax.random.key(0), SITES)
+
+
+def test_rslora_divides_by_the_root_of_the_rank():
+    method = rslora(9, 12.0)
+    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+    kernel = np.asarray(jax.random.normal(jax.random.key(3), (16, 16)), np.float64)
+    x = jax.random.normal(jax.random.key(4), (2, 5, 16))
+    own = leaves["rslora_0"]["encoder/layer_1/attention/value"]
+    a, b = (np.asarray(own[name], np.float64) for name in "ab")
+    wanted = np.asarray(x, np.float64) @ (kernel + 4.0 * a @ b)
+    np.testing.assert_allclose(site_call(method, own, x, jnp.float32(kernel)), wanted, atol=1e-5)
+    merged = jpeft.merge(method, leaves, PARAMS)
+    np.testing.assert_allclose(base(merged.params), run(method, leaves), atol=1e-5)
+
+
+def test_ranks_and_alphas_by_pattern_the_first_match_counts():
+    method = jpeft.lora(
+        4, 8.0, rank_pattern={"layer_0/.*": 2, "query": 3}, alpha_pattern={"layer_1/attention/query": 6.0}
+    )
+    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+    flat = tree.flatten(PARAMS)
+    for layer, name, rank, scale in ((0, "query", 2, 4), (0, "value", 2, 4), (1, "query", 3, 2), (1, "value", 4, 2)):
+        path = f"encoder/layer_{layer}/attention/{name}"
+        own = leaves["lora_0"][path]
+        assert own["a"].shape == (16, rank)
+        assert own["b"].shape == (rank, 16)
+        at = (*path.split("/"), "kernel")
+        flat[at] = flat[at] + scale * own["a"] @ own["b"]
+    np.testing.assert_allclose(run(method, leaves), base(tree.unflatten(flat)), atol=1e-5)
+    merged = jpeft.merge(method, leaves, PARAMS)
+    np.testing.assert_allclose(base(merged.params), run(method, leaves), atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [jpeft.lora, rslora, dora, pissa])
+def test_lora_plus_is_a_rate_for_b_alone(make):
+    method = make(2, learning_rate_ratio=16.0)
+    rate = rates(method)
+    trained, _ = split(jpeft.init(method, jax.random.key(0), SITES, PARAMS))
+    found = {path[-1]: rate(path) for path in tree.flatten(trained)}
+    assert found.pop("b") == 16.0
+    assert set(found.values()) == {1.0}
+    assert make(2).rate is None
+
+
+def gated_by_loop(x, y, own, mask):
+    """y + gate(x) (x A) B, row by row and token by token, in NumPy's float64."""
+    a, b, w, c = (np.asarray(z, np.float64) for z in (own["a"], own["b"], own["gate"]["kernel"], own["gate"]["bias"]))
+    out = np.array(y, np.float64)
+    for row in range(len(x)):
+        real = [t for t in range(x.shape[1]) if t < x.shape[1] - mask.shape[1] or mask[row, t - x.shape[1]] > 0]
+        gate = np.mean([1 / (1 + np.exp(-(x[row, t] @ w + c))) for t in real])
+        out[row] += gate * (x[row] @ a @ b)
+    return out
+
+
+@pytest.mark.parametrize("prompts", [0, 2])
+def test_a_gate_takes_the_place_of_the_scale(prompts):
+    method = jpeft.lora(3, 99.0, gate=True)
+    assert method.merge is None
+    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2, scale=0.5)
+    own = leaves["lora_0"]["encoder/layer_0/attention/query"]
+    assert jax.tree.map(jnp.shape, own) == {"a": (16, 3), "b": (3, 16), "gate": {"kernel": (16, 1), "bias": (1,)}}
+    x = jax.random.normal(jax.random.key(4), (3, 5 + prompts, 16))
+    mask = jnp.array([[1, 1, 1, 1, 1], [1, 1, 2, 0, 0], [1, 0, 0, 0, 0]])
+    site = Site("layer_0/query", 0, "Dense", {}, ())
+    now = method.wrap(own, site, lambda x: 2 * x, (x,), Context(False, None, mask, {}, {}))
+    np.testing.assert_allclose(now, gated_by_loop(x, 2 * x, own, mask), atol=1e-5)
+    everything = method.wrap(own, site, lambda x: 2 * x, (x,), Context(False, None, None, {}, {}))
+    np.testing.assert_allclose(everything, gated_by_loop(x, 2 * x, own, np.ones((3, 5))), atol=1e-5)
+    assert np.abs(everything - now).max() > 1e-3
+
+
+def test_a_fresh_gated_one_leaves_the_logits_bit_identical():
+    method = jpeft.lora(2, gate=True)
+    leaves = jpeft.init(method, jax.random.key(1), SITES)
+    np.testing.assert_array_equal(run(method, leaves), base())
+    plain = jpeft.init(jpeft.lora(2), jax.random.key(1), SITES)["lora_0"]
+    for path, own in leaves["lora_0"].items():
+        np.testing.assert_array_equal(own["a"], plain[path]["a"])
+
+
+def test_padding_does_not_move_a_gated_one():
+    method = jpeft.lora(2, gate=True)
+    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+    mask = jnp.ones_like(IDS).at[:, 4:].set(0)
+
+    def logits(ids, mask):
+        return jpeft.apply(MODEL, method, {"params": PARAMS, "peft": leaves}, ids, mask, mask=mask)[0]
+
+    np.testing.assert_allclose(logits(IDS, mask), logits(IDS[:, :4], mask[:, :4]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\] must be positive, got 0"),
+        ({"rank_pattern": {"query": 2.5}}, r"rank_pattern\['query'\] must be a whole number"),
+        ({"alpha_pattern": {"query": -1.0}}, r"alpha_pattern\['query'\] must be positive"),
+        ({"learning_rate_ratio": 0.0}, "learning_rate_ratio must be positive"),
+    ],
+)
+@pytest.mark.parametrize("make", [jpeft.lora, rslora, dora, pissa])
+def test_the_familys_options_out_of_range(make, options, message):
+    with pytest.raises(UserError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize("make", [jpeft.lora, rslora, dora, pissa])
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_no_target(make, name):
+    method = make(**{name: {"query": 2, "layer_0/attention/value": 3}}, layers=[1])
+    with pytest.raises(UserError, match=f"{name} 'layer_0/attention/value' matches none of the targets: did you mean"):
+        jpeft.init(method, jax.random.key(0), SITES, PARAMS)
+    with pytest.raises(UserError, match="not a regular expression"):
+        jpeft.init(make(**{name: {"(": 2}}), jax.random.key(0), SITES, PARAMS)
+
+
+def test_a_gate_has_no_alpha_and_needs_a_sequence():
+    with pytest.raises(UserError, match="a gated LoRA has no alpha"):
+        jpeft.lora(gate=True, alpha_pattern={"query": 2.0})
+    with pytest.raises(UserError, match="a gate needs"):
+        jpeft.init(jpeft.lora(gate=True, targets="pooler"), jax.random.key(0), SITES)

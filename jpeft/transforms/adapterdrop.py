@@ -1,0 +1,113 @@
+"""AdapterDrop: adapters that can be left out of the lower layers (Rücklé et al. 2020, arXiv:2010.11918)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.errors import UserError
+from jpeft.site import Site, Sites, find, layer_of
+from jpeft.site import layers as layers_of
+from jpeft.transform import FIXED, SHARED, Call, Context, Leaves, Params, Transform, init_sites
+from jpeft.transforms.bottleneck import Bottleneck, added, checked, fresh, normal
+
+__all__ = ["adapterdrop", "drop_layers"]
+
+_DRAW = 0xAD  # folded into the step's key, so that the draw is no other method's
+
+
+def adapterdrop(
+    bottleneck: int | None = None,
+    reduction_factor: float = 16,
+    activation: str = "relu",
+    drop: int = 0,
+    robust: bool = True,
+    layers: Sequence[int] | None = None,
+    targets: str = "ffn_add_norm",
+) -> Transform:
+    """Pfeiffer adapters that work without those of the first layers.
+
+    Robust training draws n from 0 ... L - 1 in every step, L being the number of layers of the model, and the layers
+    below n then act as if they had no adapter; so one module serves with any `drop`. At inference the first `drop`
+    layers have none: they are left out of the graph, and `fold` removes their leaves.
+
+    n is drawn inside the compiled step and layers are masked, so that nothing is compiled twice. It saves no training
+    time: the masked adapters are still computed, and the backward pass goes down to the lowest layer. A step compiled
+    for each n could stop above layer n - 1, which is (L - 1) / 2L of the encoder's backward pass on average, for L
+    compilations. With `robust=False` that is what happens for the single n = `drop` ("specialised" in the paper): those
+    layers have no leaves, in training neither, and XLA drops their backward pass.
+
+    At inference an adapter costs 4 d b floating-point operations a token, those of dropped layers nothing; Pfeiffer's
+    second LayerNorm is saved with them. It cannot be merged.
+
+    Args:
+      bottleneck: b; None means d / `reduction_factor`.
+      reduction_factor: d / b, read when `bottleneck` is None.
+      activation: f, a name in `jpeft.models.bert.ACTIVATIONS`.
+      drop: how many of the model's first layers have no adapter at inference, and without `robust` in training too.
+      robust: whether training draws how many layers to leave out.
+      layers: adapters only in these layers; None means all.
+      targets: pattern of sites with arguments (hidden, residual) in layers, see `jpeft.find`.
+
+    Returns:
+      A transform with leaves as those of `jpeft.pfeiffer`; if robust, with L as {"fixed": {"num_layers": int32}}.
+
+    Raises:
+      UserError: if an option is out of range; in `init`, if a target is missing or in no layer, or none is left.
+    """
+    spec = checked(Bottleneck(bottleneck, reduction_factor, activation))
+    if isinstance(drop, bool) or not isinstance(drop, int) or drop < 0:
+        raise UserError(f"drop must be a whole number from 0 up, got {drop!r}")
+
+    def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
+        del params
+        where = find(sites, targets, layers)
+        for site in where:
+            if site.layer is None:
+                raise UserError(f"site {site.path!r} is in no layer: adapterdrop counts layers")
+        num_layers = max(layers_of(sites)) + 1
+        if not any(site.layer >= drop for site in where if site.layer is not None):
+            raise UserError(f"drop {drop} leaves no adapter: the last one is in layer {where[-1].layer}")
+
+        def make(key: Array, site: Site) -> Leaves:
+            fixed = {FIXED: {"num_layers": jnp.asarray(num_layers, jnp.int32)}} if robust else {}
+            return {**fresh(spec, key, site, normal), **fixed}
+
+        leaves = init_sites(key, where, make)
+        return leaves if robust else drop_layers(leaves, drop)
+
+    def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
+        hidden, residual = args
+        drawing = ctx.key is not None and FIXED in leaves
+        if not drawing and site.layer is not None and site.layer < drop:
+            return call(hidden, residual)
+        change = added(spec, leaves, call(hidden, residual), ctx)
+        if drawing:
+            assert ctx.key is not None
+            first = jax.random.randint(jax.random.fold_in(ctx.key, _DRAW), (), 0, leaves[FIXED]["num_layers"])
+            change = jnp.where(first <= (site.layer or 0), change, jnp.zeros_like(change))
+        return call(hidden + change, residual)
+
+    def fold(leaves: Leaves) -> Leaves:
+        left = drop_layers(leaves, drop)
+        return {path: {name: x for name, x in own.items() if name != FIXED} for path, own in left.items()}
+
+    return Transform("adapterdrop", init, wrap, fold=fold)
+
+
+def drop_layers(leaves: Leaves, n: int) -> Leaves:
+    """The leaves of an instance without those in the model's first n layers; what is in no layer stays.
+
+    >>> drop_layers({"encoder/layer_0/ffn_add_norm": {}, "encoder/layer_1/ffn_add_norm": {}}, 1)
+    {'encoder/layer_1/ffn_add_norm': {}}
+
+    Args:
+      leaves: {site path: leaves} of one instance of any method.
+      n: how many layers.
+
+    Returns:
+      A new dict that holds what is left by reference.
+    """
+    where = {path: None if path == SHARED else layer_of(path) for path in leaves}
+    return {path: own for path, own in leaves.items() if (layer := where[path]) is None or layer >= n}

@@ -1,0 +1,64 @@
+"""Lengthening a model's input: vectors that stand before the text, with positions and mask to match."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.site import Site, Sites
+from jpeft.transform import Params
+from jpeft.tree import at
+
+__all__ = ["before_states", "before_words", "width", "word_embeddings"]
+
+
+def before_words(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The arguments of the site "embeddings/inputs" with vectors before the text, as Hugging Face peft puts them.
+
+    They take the first positions and token type 0, the text moves behind them, and all tokens of the row see them. On
+    RoBERTa positions count through, as with PyTorch's `inputs_embeds`.
+
+    Args:
+      vectors: [P, d].
+      args: word vectors [b, t, d], token types, positions, mask [b, t], one segment a row.
+
+    Returns:
+      The same four with P + t tokens.
+    """
+    words, token_types, positions, mask = args
+    b, p = len(words), len(vectors)
+    first = jnp.broadcast_to(jnp.arange(p, dtype=positions.dtype)[None], (b, p)) + positions[:, :1]
+    return (
+        _join(vectors, words),
+        jnp.concatenate([jnp.zeros((b, p), token_types.dtype), token_types], 1),
+        jnp.concatenate([first, positions + p], 1),
+        _longer(mask, p),
+    )
+
+
+def before_states(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The arguments (hidden [b, t, d], mask [b, t]) of an encoder with vectors before the states.
+
+    That is behind the embeddings' LayerNorm, without positions or token types, as AdapterHub puts them.
+    """
+    hidden, mask = args
+    return _join(vectors, hidden), _longer(mask, len(vectors))
+
+
+def _join(vectors: Array, rows: Array) -> Array:
+    own = jnp.broadcast_to(vectors.astype(rows.dtype)[None], (len(rows), *vectors.shape))
+    return jnp.concatenate([own, rows], 1)
+
+
+def _longer(mask: Array, p: int) -> Array:
+    """The mask with p tokens of the row's own segment in front."""
+    return jnp.concatenate([jnp.broadcast_to(mask[:, :1], (len(mask), p)), mask], 1)
+
+
+def width(site: Site) -> int:
+    """d, from the site's first argument [b, t, d]."""
+    return site.args[0].shape[-1]
+
+
+def word_embeddings(sites: Sites, params: Params) -> Array:
+    """The table [vocabulary, d] of the model's word embeddings."""
+    (path,) = (path for path in sites if path.split("/")[-1] == "word_embeddings")
+    return at(params, path)["embedding"]

@@ -1,0 +1,88 @@
+"""KronA: a Kronecker product beside any Dense layer (Edalati et al. 2022, arXiv:2212.10650)."""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.errors import UserError
+from jpeft.site import Site, Sites, find
+from jpeft.transform import Call, Context, Leaves, Params, Transform, init_sites, site_key
+from jpeft.transforms.linear import dropout as drop
+from jpeft.transforms.linear import kaiming_uniform, positive, rate, sizes
+from jpeft.transforms.low_rank import dense_shape
+from jpeft.tree import replace
+
+__all__ = ["krona"]
+
+
+def krona(
+    shape: Sequence[int] | None = None,
+    scale: float = 1.0,
+    targets: str = "query|value",
+    layers: Sequence[int] | None = None,
+    dropout: float = 0.0,
+) -> Transform:
+    """y = x W + s x (A kron B), with W frozen.
+
+    A [a1, a2] starts from U(-1/sqrt(a1), 1/sqrt(a1)) and B [in / a1, out / a2] from 0, so a fresh one leaves the
+    output bit-identical. The rank of the update is the product of the factors' ranks: with as many parameters as a
+    LoRA of rank 1, it can be full. With x as an [a1, in / a1] matrix X, x (A kron B) is A' X B, so two small products
+    do and the [in, out] product is made by `merge` alone; after that inference costs nothing.
+
+    Args:
+      shape: (a1, a2), which divide in and out; None takes the factors of in and out next to their square roots, the
+        larger of in's in A and of out's in B. That is the fewest parameters, as in the paper: [32, 24] and [24, 32]
+        for [768, 768].
+      scale: s.
+      targets: pattern of the Dense layers, see `jpeft.find`.
+      layers: only in these layers; None means all.
+      dropout: rate at which entries of x are dropped on their way into the product, in training.
+
+    Returns:
+      A transform with leaves {path: {"a": [a1, a2], "b": [in / a1, out / a2]}}.
+
+    Raises:
+      UserError: if an option is out of range; in `init`, if a target is missing or is not a Dense layer, or if the
+        shape does not divide its kernel's.
+    """
+    positive(scale=scale)
+    rate(dropout=dropout)
+    if shape is not None:
+        if len(shape) != 2:
+            raise UserError(f"shape must be two numbers, got {tuple(shape)}")
+        sizes(**{f"shape[{i}]": size for i, size in enumerate(shape)})
+
+    def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
+        del params
+
+        def make(key: Array, site: Site) -> Leaves:
+            whole = dense_shape(site)
+            a1, a2 = shape or (whole[0] // _divisor(whole[0]), _divisor(whole[1]))
+            if whole[0] % a1 or whole[1] % a2:
+                raise UserError(f"shape {(a1, a2)} does not divide {whole}, the kernel's shape at {site.path!r}")
+            return {"a": kaiming_uniform(key, (a1, a2)), "b": jnp.zeros((whole[0] // a1, whole[1] // a2))}
+
+        return init_sites(key, find(sites, targets, layers), make)
+
+    def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
+        (x,) = args
+        y = call(x)
+        a, b = leaves["a"].astype(y.dtype), leaves["b"].astype(y.dtype)
+        x = drop(x, dropout, None if ctx.key is None else site_key(ctx.key, site.path)).astype(y.dtype)
+        x = x.reshape(*x.shape[:-1], a.shape[0], b.shape[0]) @ b
+        return y + jnp.einsum("...io,ia->...ao", x, a).reshape(y.shape) * jnp.asarray(scale, y.dtype)
+
+    def merge(leaves: Leaves, params: Params) -> Params:
+        for path, own in leaves.items():
+            update = scale * jnp.kron(own["a"], own["b"])
+            params = replace(params, f"{path}/kernel", lambda w, update=update: w + update)
+        return params
+
+    return Transform("krona", init, wrap, merge)
+
+
+def _divisor(n: int) -> int:
+    """The largest divisor of n that is not above its square root."""
+    return next(k for k in range(math.isqrt(n), 0, -1) if n % k == 0)

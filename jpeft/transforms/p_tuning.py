@@ -1,0 +1,162 @@
+"""P-tuning: a prompt whose vectors come from a small trained encoder (Liu et al. 2021, arXiv:2103.10385).
+
+Reference: THUDM/P-tuning; the shapes of the encoders are those of Hugging Face peft, whose weights map one to one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.errors import UserError, nearest
+from jpeft.site import Site, Sites, find
+from jpeft.transform import FIXED, Call, Context, Leaves, Params, Transform, init_sites, site_key
+from jpeft.transforms.inputs import before_words, width, word_embeddings
+from jpeft.transforms.linear import dropout as drop
+from jpeft.transforms.linear import linear, rate, sizes
+from jpeft.transforms.prompt import check_ids
+
+__all__ = ["p_tuning"]
+
+ENCODERS = ("lstm", "mlp")
+TARGET = "embeddings/inputs"
+PROMPT = "prompt"
+
+
+def p_tuning(
+    num_virtual_tokens: int = 20,
+    encoder: str = "lstm",
+    hidden: int = 128,
+    num_layers: int = 2,
+    dropout: float = 0.0,
+    template: Sequence[str | int] | None = None,
+) -> Transform:
+    """P vectors before the text, made by an encoder from P trained embeddings, with real tokens among them if wanted.
+
+    "lstm": a bidirectional LSTM of `num_layers` layers with `hidden` units a direction, then linear 2h to 2h, relu,
+    linear 2h to d. "mlp": linear d to h, relu, linear h to h, relu, linear h to d. Embeddings start from N(0, 1),
+    linear layers from U(-1/sqrt(in), 1/sqrt(in)) and LSTMs from U(-1/sqrt(h), 1/sqrt(h)), as PyTorch's do.
+
+    `template` says what stands before the text, in order: "prompt" for the next virtual token, a whole number for an
+    anchor, the real token with that id, whose word vector is frozen: ("prompt", "prompt", 2054, "prompt"). None means
+    the virtual tokens alone. A BERT head reads the first of them instead of [CLS], as in peft.
+
+    `fold` runs the encoder once and keeps its P vectors. At inference the model runs so many tokens more a row.
+
+    Args:
+      num_virtual_tokens: P.
+      encoder: "lstm" or "mlp".
+      hidden: h.
+      num_layers: of the LSTM; the MLP has three.
+      dropout: between the layers of the LSTM, in training.
+      template: "prompt" P times, and token ids; see above.
+
+    Returns:
+      A transform with leaves {path: {"embedding": [P, d], "lstm": {"0": {"forward": {"input": linear [d, 4h],
+      "recurrent": linear [h, 4h]}, "backward": ...}, ...}, "mlp": {"0": linear, ...}, "fixed": {"anchors": [A, d]}}};
+      gates in the order input, forget, cell, output. Folded: {path: {"vectors": [P, d], "fixed": ...}}.
+
+    Raises:
+      UserError: if an option is unknown or out of range, or the template has other than P prompts; in `init`, if the
+        model has no "embeddings/inputs", or there are anchors and no parameters are given.
+    """
+    sizes(num_virtual_tokens=num_virtual_tokens, hidden=hidden, num_layers=num_layers)
+    rate(dropout=dropout)
+    if encoder not in ENCODERS:
+        raise UserError(f"encoder {encoder!r} is unknown: {nearest(encoder, ENCODERS)}")
+    order = tuple(template) if template is not None else (PROMPT,) * num_virtual_tokens
+    if order.count(PROMPT) != num_virtual_tokens or not all(part == PROMPT or isinstance(part, int) for part in order):
+        raise UserError(f"template must hold 'prompt' {num_virtual_tokens} times and token ids, got {order}")
+    anchors = [part for part in order if isinstance(part, int)]
+
+    def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
+        if anchors and params is None:
+            raise UserError("p_tuning takes its anchors from the model's word embeddings: give `params` to init")
+
+        def make(key: Array, site: Site) -> Leaves:
+            d, (first, second, third) = width(site), jax.random.split(key, 3)
+            leaves: Leaves = {"embedding": jax.random.normal(first, (num_virtual_tokens, d))}
+            if encoder == "lstm":
+                inputs = [d] + [2 * hidden] * (num_layers - 1)
+                keys = jax.random.split(second, num_layers)
+                leaves["lstm"] = {
+                    str(i): _lstm_leaves(k, n, hidden) for i, (k, n) in enumerate(zip(keys, inputs, strict=True))
+                }
+                widths = [2 * hidden, 2 * hidden, d]
+            else:
+                widths = [d, hidden, hidden, d]
+            keys = jax.random.split(third, len(widths) - 1)
+            pairs = zip(keys, widths[:-1], widths[1:], strict=True)
+            leaves["mlp"] = {str(i): _uniform(k, n, m, n) for i, (k, n, m) in enumerate(pairs)}
+            if anchors and params is not None:
+                table = word_embeddings(sites, params)
+                check_ids(anchors, table)
+                leaves[FIXED] = {"anchors": table[jnp.asarray(anchors)]}
+            return leaves
+
+        return init_sites(key, find(sites, TARGET), make)
+
+    def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> tuple[Array, ...]:
+        key = site_key(ctx.key, site.path) if ctx.key is not None else None
+        vectors = leaves["vectors"] if "vectors" in leaves else _encode(leaves, dropout, key)
+        if anchors:
+            trained, frozen = iter(vectors), iter(leaves[FIXED]["anchors"])
+            vectors = jnp.stack([next(trained) if part == PROMPT else next(frozen) for part in order])
+        return call(*before_words(vectors, args))
+
+    def fold(leaves: Leaves) -> Leaves:
+        return {path: _folded(own) for path, own in leaves.items()}
+
+    return Transform("p_tuning", init, wrap, fold=fold)
+
+
+def _folded(own: Leaves) -> Leaves:
+    if "vectors" in own:
+        return own
+    return {"vectors": _encode(own, 0.0, None), **({FIXED: own[FIXED]} if FIXED in own else {})}
+
+
+def _encode(leaves: Leaves, dropout: float, key: Array | None) -> Array:
+    """The prompt vectors [P, d], in float32 whatever the model computes in: they are few."""
+    x = leaves["embedding"]
+    layers = [leaves["lstm"][str(i)] for i in range(len(leaves.get("lstm", {})))]
+    for i, layer in enumerate(layers):
+        if i and key is not None:
+            x = drop(x, dropout, jax.random.fold_in(key, i))
+        x = jnp.concatenate([_lstm(layer["forward"], x), _lstm(layer["backward"], x[::-1])[::-1]], -1)
+    for i in range(len(leaves["mlp"])):
+        x = linear(jax.nn.relu(x) if i else x, leaves["mlp"][str(i)])
+    return x
+
+
+def _lstm(leaves: Leaves, x: Array) -> Array:
+    """One direction of one layer: [P, n] to [P, h], by PyTorch's equations."""
+
+    def step(carry: tuple[Array, Array], gates: Array) -> tuple[tuple[Array, Array], Array]:
+        h, c = carry
+        i, f, g, o = jnp.split(gates + linear(h[None], leaves["recurrent"])[0], 4)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    start = jnp.zeros(leaves["recurrent"]["kernel"].shape[0], x.dtype)
+    return jax.lax.scan(step, (start, start), linear(x, leaves["input"]))[1]
+
+
+def _lstm_leaves(key: Array, n: int, h: int) -> Leaves:
+    keys = jax.random.split(key, 4)
+    directions = (("forward", keys[:2]), ("backward", keys[2:]))
+    return {
+        name: {"input": _uniform(i, n, 4 * h, h), "recurrent": _uniform(r, h, 4 * h, h)} for name, (i, r) in directions
+    }
+
+
+def _uniform(key: Array, n: int, m: int, fan: int) -> dict[str, Any]:
+    """A linear layer [n, m] with kernel and bias from U(-1/sqrt(fan), 1/sqrt(fan))."""
+    kernel, bias, bound = *jax.random.split(key), fan**-0.5
+    return {
+        "kernel": jax.random.uniform(kernel, (n, m), minval=-bound, maxval=bound),
+        "bias": jax.random.uniform(bias, (m,), minval=-bound, maxval=bound),
+    }

@@ -1,0 +1,95 @@
+"""LoRA from the principal singular vectors, PiSSA (Meng et al. 2024, arXiv:2404.02948; reference: GraphPKU/PiSSA)."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.errors import UserError
+from jpeft.site import Site, Sites
+from jpeft.transform import FIXED, Call, Context, Leaves, Params, Transform, init_sites
+from jpeft.transforms.low_rank import dense_shape, faster_b, kernel_at, low_rank, product, rank_at, scale_at, where
+from jpeft.tree import replace
+
+__all__ = ["pissa"]
+
+
+def pissa(
+    rank: int = 8,
+    alpha: float = 8.0,
+    targets: str = "query|value",
+    layers: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    rank_pattern: Mapping | None = None,
+    alpha_pattern: Mapping | None = None,
+    learning_rate_ratio: float = 1.0,
+) -> Transform:
+    """y = x W + (alpha / rank) x (A B - A0 B0), where A0 B0 is the best approximation of W of that rank.
+
+    With the singular value decomposition W = U S V, A0 = U sqrt(S rank / alpha) and B0 = sqrt(S rank / alpha) V for
+    the largest singular values, and A and B start from them: training moves the principal part of W and leaves the
+    rest. The paper (and peft) puts W - A0 B0 in the place of W; here the base stays as it is and A0, B0 are stored
+    beside A, B, which is the same function. A fresh one leaves the output unchanged.
+
+    As the difference of two products is that of two large numbers, it is taken as (A - A0) B + A0 (B - B0), which is
+    as exact in bfloat16 as LoRA is. It costs two LoRAs of that rank in training; `merge` makes inference free. `init`
+    decomposes every target, about a third of a second for [768, 768] on a CPU.
+
+    Args:
+      rank: r, the inner dimension.
+      alpha: the scale's numerator; the paper's is the rank.
+      targets: pattern of the Dense layers, see `jpeft.find`.
+      layers: only in these layers; None means all.
+      dropout: rate at which entries of x are dropped on their way into the update, in training. (In peft they are
+        dropped on their way into A B alone.)
+      rank_pattern: {pattern: rank}, as in `lora`.
+      alpha_pattern: {pattern: alpha}, as in `lora`.
+      learning_rate_ratio: B's learning rate over A's.
+
+    Returns:
+      A transform with leaves {path: {"a": [in, rank], "b": [rank, out], "fixed": {"a": A0, "b": B0}}}.
+
+    Raises:
+      UserError: as `lora`; in `init`, if it is not given the parameters to start from, or the rank is larger than a
+        kernel's own.
+    """
+    spec = low_rank(rank, alpha, targets, layers, dropout, rank_pattern, alpha_pattern)
+
+    def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
+        def make(key: Array, site: Site) -> Leaves:
+            rank, shape = rank_at(spec, site.path), dense_shape(site)
+            if rank > min(shape):
+                raise UserError(f"rank {rank} at {site.path!r}, whose kernel {shape} has {min(shape)} singular values")
+            u, s, v = jnp.linalg.svd(kernel_at(params, site.path), full_matrices=False)
+            a, b = u[:, :rank], v[:rank]
+            root = jnp.sqrt(s[:rank] / scale_at(spec, site.path, {"a": a}))
+            start = {"a": a * root.reshape(1, -1), "b": root.reshape(-1, 1) * b}
+            # A copy, because the step that trains `start` may take over its memory.
+            return {**start, FIXED: jax.tree.map(jnp.copy, start)}
+
+        return init_sites(key, where(spec, sites), make)
+
+    def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
+        (x,) = args
+        y = call(x)
+        scale = jnp.asarray(scale_at(spec, site.path, leaves), y.dtype)
+        return y + product(spec, x, *_difference(leaves), site, ctx, y) * scale
+
+    def merge(leaves: Leaves, params: Params) -> Params:
+        for path, own in leaves.items():
+            a, b = _difference(own)
+            update = scale_at(spec, path, own) * (a @ b)
+            params = replace(params, f"{path}/kernel", lambda w, update=update: w + update)
+        return params
+
+    return Transform("pissa", init, wrap, merge, rate=faster_b(learning_rate_ratio))
+
+
+def _difference(leaves: Leaves) -> tuple[Array, Array]:
+    """A B - A0 B0 as one product of twice the rank: [A - A0, A0] @ [B; B - B0]."""
+    a, b, start = leaves["a"], leaves["b"], leaves[FIXED]
+    return (
+        jnp.concatenate([a - start["a"], start["a"]], axis=-1),
+        jnp.concatenate([b, b - start["b"]], axis=-2),
+    )

@@ -1,0 +1,82 @@
+"""Prompt tuning: trained vectors before the text (Lester et al. 2021, arXiv:2104.08691)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.errors import UserError, nearest
+from jpeft.site import Site, Sites, find
+from jpeft.transform import Call, Context, Leaves, Params, Transform, init_sites
+from jpeft.transforms.inputs import before_states, before_words, width, word_embeddings
+from jpeft.transforms.linear import sizes
+
+__all__ = ["prompt"]
+
+PLACES = {"words": ("embeddings/inputs", before_words), "states": ("encoder", before_states)}
+
+
+def prompt(
+    num_virtual_tokens: int = 20,
+    start_from: str = "vocabulary",
+    token_ids: Sequence[int] | None = None,
+    placement: str = "words",
+) -> Transform:
+    """P trained vectors before the text; a BERT head then reads the first of them instead of [CLS], as in the peers.
+
+    At inference the model runs P tokens more a row. It cannot be merged.
+
+    Args:
+      num_virtual_tokens: P.
+      start_from: "vocabulary" starts from rows of the word embeddings, drawn at random or those of `token_ids`;
+        "random" from N(0, 1).
+      token_ids: the P rows to start from; None draws them. Only with "vocabulary".
+      placement: "words" puts the vectors among the word vectors, before positions, token types and LayerNorm (Hugging
+        Face peft); "states" behind the LayerNorm, without positions (AdapterHub).
+
+    Returns:
+      A transform with leaves {path: {"embedding": [P, d]}}.
+
+    Raises:
+      UserError: if an option is unknown, out of range or does not fit the others; in `init`, if the model has no such
+        place, or no parameters are given although the vectors start from them.
+    """
+    sizes(num_virtual_tokens=num_virtual_tokens)
+    for name, value, known in (
+        ("start_from", start_from, ("vocabulary", "random")),
+        ("placement", placement, PLACES),
+    ):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is unknown: {nearest(value, known)}")
+    if token_ids is not None and (start_from != "vocabulary" or len(token_ids) != num_virtual_tokens):
+        raise UserError(f"token_ids must be {num_virtual_tokens} ids, and start_from 'vocabulary': got {token_ids}")
+    target, lengthen = PLACES[placement]
+
+    def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
+        if params is None and start_from == "vocabulary":
+            raise UserError("prompt starts from the model's word embeddings: give `params` to init")
+
+        def make(key: Array, site: Site) -> dict[str, Array]:
+            if params is None or start_from == "random":
+                return {"embedding": jax.random.normal(key, (num_virtual_tokens, width(site)))}
+            table = word_embeddings(sites, params)
+            rows = jax.random.randint(key, (num_virtual_tokens,), 0, len(table))
+            if token_ids is not None:
+                check_ids(token_ids, table)
+                rows = jnp.asarray(token_ids)
+            return {"embedding": table[rows]}
+
+        return init_sites(key, find(sites, target), make)
+
+    def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> tuple[Array, ...]:
+        return call(*lengthen(leaves["embedding"], args))
+
+    return Transform("prompt", init, wrap)
+
+
+def check_ids(token_ids: Sequence[int], table: Array) -> None:
+    """Raises UserError for the first id that is no row of the table."""
+    for i in token_ids:
+        if not 0 <= i < len(table):
+            raise UserError(f"token id {i} is not in the vocabulary of {len(table)}")

@@ -1,0 +1,159 @@
+"""Fine-tuning in few dimensions: structure-aware intrinsic dimension (Aghajanyan et al. 2020, arXiv:2012.13255).
+
+The map from few dimensions to many is Fastfood (Le et al. 2013, arXiv:1408.3060). Its random numbers are drawn again
+from a stored seed in every forward pass, from bare Threefry (Salmon et al. 2011), because what is saved must read the
+same in every version of JAX, and `jax.random` does not promise that.
+"""
+
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.random import threefry_2x32
+
+from jpeft import tree
+from jpeft.errors import UserError
+from jpeft.site import Site, Sites, find, layer_of
+from jpeft.transform import FIXED, SHARED, Leaves, Params, Transform, init_sites
+from jpeft.transforms.linear import sizes
+
+__all__ = ["fastfood", "hadamard", "said"]
+
+
+def said(
+    intrinsic_dim: int = 1000,
+    layer_wise: bool = True,
+    targets: str = "query|value",
+    layers: Sequence[int] | None = None,
+) -> Transform:
+    """theta = theta_0 + lambda_layer Fastfood(d): one trained vector d moves every parameter of the targets.
+
+    d [intrinsic_dim] starts at 0, so a fresh one changes nothing, and each layer's lambda at 1. Each parameter tensor
+    has a projection of its own, scaled so that it changes by about |d|. It is merged inside the forward pass: every
+    training step makes all of the targets' weights anew, in O(D log D) for D of them: with the gradient about 0.1 s for
+    [768, 768] on two CPU cores. `merge` does it once, after which inference costs nothing.
+
+    A target is a site with everything below it. The paper moves the whole model, `targets=r"embeddings|layer_\\d+"`,
+    which is for accelerators; the default moves what LoRA does, kernels and biases. What is saved is d, the lambdas
+    and a seed for each target.
+
+    Args:
+      intrinsic_dim: the length of d.
+      layer_wise: whether there are lambdas, one for each layer and one for all that is outside of layers (the paper's
+        SAID); without them it is the paper's DID.
+      targets: pattern of the sites whose parameters move, see `jpeft.find`; what is below another target counts once.
+      layers: only in these layers; None means all.
+
+    Returns:
+      A transform with leaves {"shared": {"d": [intrinsic_dim], "lambda": {"layer_0": [], ..., "outside": []}},
+      path: {"fixed": {"seed": uint32 []}}}.
+
+    Raises:
+      UserError: if the size is out of range; in `init`, if a target is missing or has no parameters.
+    """
+    sizes(intrinsic_dim=intrinsic_dim)
+
+    def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
+        del params
+        found = find(sites, targets, layers)
+        paths = {site.path for site in found}
+        chosen = [site for site in found if paths.isdisjoint(_above(site.path))]
+        shared: Leaves = {"d": jnp.zeros(intrinsic_dim)}
+        if layer_wise:
+            shared["lambda"] = {_group(site.path): jnp.ones(()) for site in chosen}
+        return {SHARED: shared, **init_sites(key, chosen, _seed)}
+
+    def merge(leaves: Leaves, params: Params) -> Params:
+        d, lambdas = leaves[SHARED]["d"], leaves[SHARED].get("lambda")
+        for path, own in leaves.items():
+            if path != SHARED:
+                factor = lambdas[_group(path)] if lambdas else 1.0
+
+                def moved(subtree: Params, seed: Array = own[FIXED]["seed"], factor: Array | float = factor) -> Params:
+                    flat = tree.flatten(subtree)
+                    return tree.unflatten(
+                        {name: x + factor * fastfood(d, seed, "/".join(name), x.shape) for name, x in flat.items()}
+                    )
+
+                params = tree.replace(params, path, moved)
+        return params
+
+    return Transform("said", init, None, merge)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "shape"))  # traced once for all tensors of one shape
+def fastfood(d: Array, seed: Array, name: str, shape: tuple[int, ...]) -> Array:
+    """H G P H B d, cut to D entries and scaled by 1 / sqrt(D sum(G^2)): a random linear map that about keeps the norm.
+
+    H is the Hadamard matrix of size n, the next power of two that holds both D and d; B are random signs, P is a
+    permutation and G are standard normal. The reference implementation draws P uniformly, by a sort that would take
+    most of the time; this P mixes with multiplications and shifts.
+
+    Args:
+      d: the vector to map, padded with zeros to [n].
+      seed: uint32 [], decides B, P and G,
+      name: as does this.
+      shape: of the result, with D entries.
+
+    Returns:
+      The image of d, in the given shape.
+    """
+    size = math.prod(shape)
+    n = 1 << max((max(size, d.size) - 1).bit_length(), 1)
+    key = jnp.stack([jnp.asarray(seed, jnp.uint32), jnp.asarray(zlib.crc32(name.encode()), jnp.uint32)])
+    signs, g, mixers = jnp.split(threefry_2x32(key, jnp.arange(2 * n + 16, dtype=jnp.uint32)), [n, 2 * n])
+    g = _normal(g)
+    x = jnp.pad(d, (0, n - d.size)) * jnp.where(signs >> 31, 1.0, -1.0)
+    x = hadamard(x).at[_permutation(mixers, n)].get(unique_indices=True, mode="promise_in_bounds")
+    return (hadamard(x * g)[:size] / jnp.sqrt(size * jnp.sum(g**2))).reshape(shape)
+
+
+def hadamard(x: Array) -> Array:
+    """The Hadamard matrix (Sylvester's, of ones and minus ones) times x [n], n = 2, 4, 8, ..., in n log2(n) additions.
+
+    Each step combines the two halves, whose indices differ in the highest bit, and makes it the lowest one: every step
+    is the same, and after log2(n) of them each bit has had its turn and is back in its place.
+    """
+
+    def step(_: int, x: Array) -> Array:
+        low, high = x.reshape(2, -1)
+        return jnp.stack([low + high, low - high], axis=-1).reshape(-1)
+
+    return jax.lax.fori_loop(0, x.size.bit_length() - 1, step, x)
+
+
+def _permutation(mixers: Array, n: int) -> Array:
+    """A permutation of 0, ..., n - 1 for n a power of two: each round is one-to-one, and together they scatter."""
+    bits = n.bit_length() - 1
+    index = jnp.arange(n, dtype=jnp.uint32)
+    for multiplier, offset in mixers.reshape(-1, 2):
+        index = (index * (multiplier | 1) + offset) & (n - 1)
+        index ^= index >> max(bits // 2, 1)
+    return index
+
+
+def _normal(bits: Array) -> Array:
+    """Standard normal numbers of random uint32s, by the inverse of the distribution function."""
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) / 2**22 - 1  # in (-1, 1), exact in float32
+    return math.sqrt(2) * jax.lax.erf_inv(uniform)
+
+
+def _seed(key: Array, site: Site) -> Leaves:
+    if not jax.tree.leaves(site.params):
+        raise UserError(f"site {site.path!r} is a {site.kind} without parameters: name sites that have some")
+    return {FIXED: {"seed": jax.random.bits(key, (), jnp.uint32)}}
+
+
+def _group(path: str) -> str:
+    """The name of the lambda of a site."""
+    layer = layer_of(path)
+    return "outside" if layer is None else f"layer_{layer}"
+
+
+def _above(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["/".join(parts[:i]) for i in range(1, len(parts))]
