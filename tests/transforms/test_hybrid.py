@@ -51,8 +51,8 @@ def test_a_plan_gives_a_hybrid_to_some_layers(toy, key):
     leaves = jpeft.init(method, key, toy.sites)
     layers = {name: {path.split("/")[1] for path in own if path != "shared"} for name, own in leaves.items()}
     assert layers == {
-        "prefix_0": {"layer_0"}, "pfeiffer_0": {"layer_0"}, "lora_0": {"layer_0"},
-        "prefix_1": {"layer_1"}, "parallel_0": {"layer_1"},
+        "prefix_0": {"layer_1"}, "parallel_0": {"layer_1"},
+        "prefix_1": {"layer_0"}, "pfeiffer_0": {"layer_0"}, "lora_0": {"layer_0"},
     }  # fmt: skip
     assert jnp.isfinite(toy.logits(method, leaves)).all()
 
