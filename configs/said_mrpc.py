@@ -3,7 +3,7 @@
     python -m jpeft.main --config configs/said_mrpc.py --workdir runs/said_mrpc
     python -m jpeft.main --config configs/said_mrpc.py:demo          # two CPU cores, no network
 
-AdamW, batch 16, learning rate 1e-3, 10 epochs, warm-up 6 %, weight decay 0.1, linear decay.
+AdamW, batch 16, learning rate 5e-3, 10 epochs, warm-up 6 %, weight decay 0.1, linear decay.
 For RoBERTa add --config.model=roberta-base.
 
 No published figure with this recipe.

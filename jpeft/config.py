@@ -2,8 +2,8 @@
 
 import inspect
 import types
-from collections.abc import Sequence
-from typing import Any, get_args, get_type_hints
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -84,7 +84,8 @@ def _section(method: str) -> ConfigDict:
 def _placeholder(hint: Any) -> Any:
     """A field that is None and takes a value of the other type in `hint`, `int | None` for instance."""
     kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
-    return placeholder(tuple if kinds[0] == Sequence[int] else kinds[0])
+    of = get_origin(kinds[0]) or kinds[0]
+    return placeholder({Sequence: tuple, Mapping: dict}.get(of, of))
 
 
 def demo(config: Config) -> Config:

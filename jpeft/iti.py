@@ -13,6 +13,7 @@ the classifiers here do; the reference, a language model, reads the last.
     better = jpeft.merge(method, leaves, params).params
 """
 
+import re
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -24,9 +25,9 @@ from jax import Array
 from jpeft.errors import UserError
 from jpeft.hook import apply
 from jpeft.site import Site, Sites, find, sites
-from jpeft.transform import FIXED, Call, Context, Leaves, Params, Transform
+from jpeft.transform import FIXED, Call, Chain, Context, Leaves, Params, Transform, chain
 from jpeft.transforms.linear import positive, sizes
-from jpeft.tree import replace
+from jpeft.tree import at, replace
 
 __all__ = ["Probes", "activations", "iti", "probe"]
 
@@ -47,36 +48,56 @@ class Probes(NamedTuple):
     deviation: np.ndarray
 
 
-def activations(model: nn.Module, params: Params, input_ids: Array, mask: Array, batch_size: int = 32) -> np.ndarray:
+def activations(
+    model: nn.Module,
+    params: Params,
+    input_ids: Array,
+    mask: Array,
+    token_type_ids: Array | None = None,
+    batch_size: int = 32,
+    transform: Transform | Chain | None = None,
+    leaves: Leaves | None = None,
+) -> np.ndarray:
     """The outputs of every attention head at the first token.
+
+    With a prompt the first token is a virtual one, which is what the head reads then.
 
     Args:
       model: a `jpeft.models.Bert`, or any model with sites "attention/core" that return [b, h, t, k].
       params: its parameters.
       input_ids: [n, t].
       mask: [n, t], 0 for padding.
+      token_type_ids: [n, t], which text of a pair a token is of; None means 0.
       batch_size: rows at a time.
+      transform: the method that the model was trained with, where it was not merged.
+      leaves: its leaves.
 
     Returns:
       Float32 [n, L, h, k].
     """
-    where = [site.path for site in find(sites(model, input_ids[:1], mask[:1]), CORE)]
+    types = np.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    where = [f"{site.path}/__call__" for site in find(sites(model, input_ids[:1], mask[:1], types[:1]), CORE)]
+    method = chain() if transform is None else transform
 
     @jax.jit
-    def run(params: Params, ids: Array, mask: Array) -> Array:
-        seen: dict[str, Array] = {}
-
-        def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
-            out = call(*args)
-            seen[site.path] = out[:, :, 0]
-            return out
-
-        listener = Transform("listener", lambda key, sites, params: {}, wrap)
-        apply(model, listener, {"params": params, "peft": {"listener_0": {path: {} for path in where}}}, ids, mask)
-        return jnp.stack([seen[path] for path in where], 1).astype(jnp.float32)
+    def run(params: Params, leaves: Leaves, ids: Array, mask: Array, types: Array) -> Array:
+        # A wrap that kept what it sees would leak tracers under remat; linen's own collection gets out.
+        _, kept = apply(
+            model,
+            method,
+            {"params": params, "peft": leaves},
+            ids,
+            mask,
+            types,
+            mask=mask,
+            capture_intermediates=lambda module, _: re.fullmatch(rf"(?:.*/)?{CORE}", "/".join(module.path)) is not None,
+            mutable=["intermediates"],
+        )
+        return jnp.stack([at(kept["intermediates"], path)[0][:, :, 0] for path in where], 1).astype(jnp.float32)
 
     starts = range(0, len(input_ids), batch_size)
-    return np.concatenate([run(params, input_ids[i : i + batch_size], mask[i : i + batch_size]) for i in starts])
+    rows = [tuple(x[i : i + batch_size] for x in (input_ids, mask, types)) for i in starts]
+    return np.concatenate([run(params, leaves or {}, *row) for row in rows])
 
 
 def probe(train: np.ndarray, train_labels: np.ndarray, held_out: np.ndarray, held_out_labels: np.ndarray) -> Probes:

@@ -81,7 +81,7 @@ def test_variants():
     ("changes", "message"),
     [
         ({"task": "mnil"}, "config.task 'mnil' is unknown: did you mean 'mnli'?"),
-        ({"method": "lroa"}, "config.method 'lroa' is unknown: did you mean 'lora'?"),
+        ({"method": "lroa"}, "config.method 'lroa' is unknown: did you mean 'lora'"),
         ({"peft__lora__rank": 0}, "config.peft.lora: rank must be positive, got 0"),
         ({"peft__lora__dropout": 1.0}, "config.peft.lora: dropout must be at least 0 and below 1, got 1.0"),
         ({"peft__adapter__activation": "rleu"}, "config.peft.adapter: activation 'rleu' is unknown"),
@@ -115,3 +115,25 @@ def test_what_cannot_be_is_named(changes, message):
         configs.check(make(**changes))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_methods_joined_by_plus_are_a_chain_with_the_first_one_s_learning_rate():
+    config = make(method="ia3+layer_norm", peft__ia3__placement="before")
+    configs.check(config)
+    assert configs.modules(config) == [
+        {"method": "ia3", "options": {"placement": "before"}},
+        {"method": "layer_norm", "options": {}},
+    ]
+    assert configs.learning_rate(config) == METHODS["ia3"].learning_rate
+    with pytest.raises(UserError, match=r"config.method 'layernorm' is unknown.*'layer_norm'"):
+        configs.check(make(method="ia3+layernorm"))
+    with pytest.raises(UserError, match="config.method 'full' is unknown"):
+        configs.check(make(method="lora+full"))
+    assert configs.modules(make(method="head")) == []
+
+
+def test_patterns_of_a_method_are_set_as_a_dict():
+    config = make(method="lora")
+    config.peft.lora.rank_pattern = {"query": 4}
+    configs.check(config)
+    assert configs.options(config, "lora") == {"rank_pattern": {"query": 4}}

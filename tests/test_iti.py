@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import randomised
 
 import jpeft
 from jpeft.iti import Probes, activations, iti, probe
@@ -60,6 +61,29 @@ def test_activations_are_what_enters_the_output_projection(trained):
         weights = params["encoder"][f"layer_{layer}"]["attention"]["output"]
         mine = heads[:, layer].reshape(5, 16) @ np.asarray(weights["kernel"]) + np.asarray(weights["bias"])
         np.testing.assert_allclose(mine, projected, atol=1e-5)
+
+
+def test_activations_with_token_types_a_method_and_remat(trained):
+    """Against what the method's own run gives to the output projection, of a model that computes layers again."""
+    params, ids, mask, _ = trained
+    model, types = Bert(BertConfig(**{**vars(CONFIG), "remat": True})), ids[:5] % 2
+    method = jpeft.chain(jpeft.prompt(2), jpeft.prefix(2, None), jpeft.lora(2))
+    leaves = randomised(jpeft.init(method, jax.random.key(1), jpeft.sites(MODEL, ids), params))
+    heads = activations(model, params, ids[:5], mask[:5], types, 2, method, leaves)
+    seen = []
+
+    def wrap(own, site, call, args, ctx):
+        seen.append(np.asarray(args[0][:, 0]))
+        return call(*args)
+
+    spy = jpeft.Transform("spy", lambda key, sites, params: {}, wrap)
+    at_outputs = {"spy_0": {f"encoder/layer_{i}/attention/output": {} for i in range(2)}}
+    variables = {"params": params, "peft": {**leaves, **at_outputs}}
+    jpeft.apply(MODEL, jpeft.chain(method, spy), variables, ids[:5], mask[:5], types, mask=mask[:5])
+    np.testing.assert_allclose(heads.reshape(5, 2, 16), np.stack(seen, 1), atol=1e-5)
+    bare = activations(model, params, ids[:5], mask[:5], types)
+    assert np.abs(bare - heads).max() > 0.01
+    assert np.abs(bare - activations(model, params, ids[:5], mask[:5])).max() > 1e-3
 
 
 def test_probes_measure_direction_and_deviation(trained, probes):

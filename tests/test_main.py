@@ -57,7 +57,7 @@ OVERRIDES = {
     "--wrkdir=x": ["unknown flag --wrkdir: did you mean 'workdir'?"],
     "stray": ["unexpected argument 'stray'"],
     "--config.task=mprc": ["config.task 'mprc' is unknown: did you mean 'mrpc'"],
-    "--config.method=lroa": ["config.method 'lroa' is unknown: did you mean 'lora'?"],
+    "--config.method=lroa": ["config.method 'lroa' is unknown: did you mean 'lora'"],
     "--config.peft.lora.dropout=1.5": ["config.peft.lora: dropout", "got 1.5"],
     "--config.train.warmup_ratio=1": ["config.train.warmup_ratio", "below 1"],
     "--config.train.max_length=33": ["config.train.max_length 33", "at most 32"],

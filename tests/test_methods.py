@@ -62,15 +62,21 @@ def pretrained() -> dict[str, Any]:
 PARAMS = tree.replace(pretrained(), "classifier/kernel", lambda x: 4 * x)  # a head that hears what modules say
 TOY = Toy(MODEL, PARAMS, IDS, MASK, LABELS, jpeft.sites(MODEL, IDS, MASK))
 # Sizes for a model of two narrow layers; all else is each method's default.
+SOME = "query|value|intermediate|ffn/output"  # few arrays compile sooner than all
 SMALL = {
     "adapterdrop": {"bottleneck": 8},
     "far": {"num_examples": 8, "batch_size": 4},
     "ladder_side": {"reduction_factor": 4},
-    "fish": {"ratio": 0.05, "num_examples": 4},
+    "fish": {"ratio": 0.05, "num_examples": 4, "targets": SOME},
     "houlsby": {"bottleneck": 8},
     "pfeiffer": {"bottleneck": 8},
-    "random_mask": {"ratio": 0.05},
+    "mam": {"mlp_hidden": 16, "bottleneck": 16},
+    "prefix": {"mlp_hidden": 16},
+    "p_tuning": {"num_virtual_tokens": 8, "hidden": 32},
+    "random_mask": {"ratio": 0.05, "targets": SOME},
+    "sparse_adapter": {"bottleneck": 16},
     "top_k_layers": {"num_layers": 1},
+    "unipelt": {"mlp_hidden": 16, "reduction_factor": 4},
 }
 NAMES = [name for name in METHODS if name != "adapter"]  # another name of pfeiffer
 

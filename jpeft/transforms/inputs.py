@@ -7,7 +7,7 @@ from jpeft.site import Site, Sites
 from jpeft.transform import Params
 from jpeft.tree import at
 
-__all__ = ["before_states", "before_words", "width", "word_embeddings"]
+__all__ = ["around_words", "before_states", "before_words", "width", "word_embeddings"]
 
 
 def before_words(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -31,6 +31,40 @@ def before_words(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
         jnp.concatenate([jnp.zeros((b, p), token_types.dtype), token_types], 1),
         jnp.concatenate([first, positions + p], 1),
         _longer(mask, p),
+    )
+
+
+def around_words(before: Array, after: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Like `before_words`, with vectors behind the text too: by their positions they follow its last real token.
+
+    Attention knows order by positions alone, so none is put behind the padding: they come before the text, or right
+    after its first token if nothing else does, so that [CLS] stays first. Rows stay padded on the right, and what
+    takes the surplus of tokens over the mask to be prompts in front, as gates do, counts right.
+
+    Args:
+      before: [A, d].
+      after: [B, d].
+      args: as for `before_words`.
+
+    Returns:
+      The same four with A + B + t tokens.
+    """
+    words, token_types, positions, mask = args
+    b, a, n = len(words), len(before), len(before) + len(after)
+    start, behind = positions[:, :1], a + (mask > 0).sum(1, keepdims=True).astype(positions.dtype)
+    steps = [start + jnp.arange(a, dtype=positions.dtype)[None]]
+    steps.append(start + behind + jnp.arange(len(after), dtype=positions.dtype)[None])
+    vectors = jnp.concatenate([before, after]).astype(words.dtype)[None]
+    cut = 0 if a else 1
+
+    def insert(x: Array, new: Array) -> Array:
+        return jnp.concatenate([x[:, :cut], new, x[:, cut:]], 1)
+
+    return (
+        insert(words, jnp.broadcast_to(vectors, (b, *vectors.shape[1:]))),
+        insert(token_types, jnp.zeros((b, n), token_types.dtype)),
+        insert(positions + a, jnp.concatenate(steps, 1)),
+        insert(mask, jnp.broadcast_to(mask[:, :1], (b, n))),
     )
 
 

@@ -19,7 +19,7 @@ __all__ = ["krona"]
 
 def krona(
     shape: Sequence[int] | None = None,
-    scale: float = 1.0,
+    scale: float = 8.0,
     targets: str = "query|value",
     layers: Sequence[int] | None = None,
     dropout: float = 0.0,
@@ -33,9 +33,10 @@ def krona(
 
     Args:
       shape: (a1, a2), which divide in and out; None takes the factors of in and out next to their square roots, the
-        larger of in's in A and of out's in B. That is the fewest parameters, as in the paper: [32, 24] and [24, 32]
-        for [768, 768].
-      scale: s.
+        larger of in's in A and of out's in B. For [768, 768] that is [32, 24] and [24, 32], and as many parameters as
+        a LoRA of rank 1 has.
+      scale: s. 8 is our choice: on one small random model it learned as fast as a LoRA does at half the learning rate,
+        where 1 took about ten times LoRA's.
       targets: pattern of the Dense layers, see `jpeft.find`.
       layers: only in these layers; None means all.
       dropout: rate at which entries of x are dropped on their way into the product, in training.

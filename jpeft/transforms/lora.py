@@ -32,8 +32,9 @@ def lora(
     """y = x W + (alpha / rank) x A B, with W frozen.
 
     A [in, rank] starts from U(-1/sqrt(in), 1/sqrt(in)), B [rank, out] from 0, so a fresh LoRA leaves the output
-    bit-identical. The product is taken as (x A) B: a materialised W + A B costs more in training and is only made by
-    `merge`, after which inference costs nothing.
+    bit-identical (compiled, the last bit behind `attention/output` depends on the version of XLA). The product is taken
+    as (x A) B: a materialised W + A B costs more in training and is only made by `merge`, after which inference costs
+    nothing.
 
     With `gate`, as in UniPELT (arXiv:2110.07577), a gate takes the place of alpha / rank: the mean over an example's
     real tokens of sigmoid(x w + b), see `jpeft.transforms.gate`. It depends on the input, so it cannot be merged, and

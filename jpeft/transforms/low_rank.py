@@ -13,6 +13,7 @@ from jpeft.site import Site, Sites, find
 from jpeft.transform import Context, Leaves, Params, site_key
 from jpeft.transforms.linear import dropout as drop
 from jpeft.transforms.linear import kaiming_uniform, positive, rate, sizes
+from jpeft.tree import at
 
 __all__ = [
     "LowRank",
@@ -122,10 +123,7 @@ def kernel_at(params: Params | None, path: str) -> Array:
     """The kernel [in, out] of the Dense layer at a path; a UserError if there are no parameters to look into."""
     if params is None:
         raise UserError("this method starts from the base weights: give `jpeft.init` the params")
-    node: Any = params
-    for part in path.split("/"):
-        node = node[part]
-    return node["kernel"]
+    return at(params, path)["kernel"]
 
 
 def _first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

@@ -13,7 +13,7 @@ from jax import Array
 from jpeft.errors import UserError, nearest
 from jpeft.site import Site, Sites, find
 from jpeft.transform import FIXED, Call, Context, Leaves, Params, Transform, init_sites, site_key
-from jpeft.transforms.inputs import before_words, width, word_embeddings
+from jpeft.transforms.inputs import around_words, width, word_embeddings
 from jpeft.transforms.linear import dropout as drop
 from jpeft.transforms.linear import linear, rate, sizes
 from jpeft.transforms.prompt import check_ids
@@ -22,7 +22,7 @@ __all__ = ["p_tuning"]
 
 ENCODERS = ("lstm", "mlp")
 TARGET = "embeddings/inputs"
-PROMPT = "prompt"
+PROMPT, INPUT = "prompt", "input"
 
 
 def p_tuning(
@@ -33,15 +33,16 @@ def p_tuning(
     dropout: float = 0.0,
     template: Sequence[str | int] | None = None,
 ) -> Transform:
-    """P vectors before the text, made by an encoder from P trained embeddings, with real tokens among them if wanted.
+    """P vectors around the text, made by an encoder from P trained embeddings, with real tokens among them if wanted.
 
     "lstm": a bidirectional LSTM of `num_layers` layers with `hidden` units a direction, then linear 2h to 2h, relu,
     linear 2h to d. "mlp": linear d to h, relu, linear h to h, relu, linear h to d. Embeddings start from N(0, 1),
     linear layers from U(-1/sqrt(in), 1/sqrt(in)) and LSTMs from U(-1/sqrt(h), 1/sqrt(h)), as PyTorch's do.
 
-    `template` says what stands before the text, in order: "prompt" for the next virtual token, a whole number for an
-    anchor, the real token with that id, whose word vector is frozen: ("prompt", "prompt", 2054, "prompt"). None means
-    the virtual tokens alone. A BERT head reads the first of them instead of [CLS], as in peft.
+    `template` says what stands where: "prompt" is the next virtual token, a whole number an anchor, the real token with
+    that id, whose word vector is frozen, and "input" the text, [CLS] to [SEP], which comes last where it is not named:
+    ("prompt", 2054, "prompt", "input", "prompt"). None means the virtual tokens alone, before the text. The head reads
+    what comes first: a virtual token or an anchor, as in peft, or [CLS] if the template starts with "input".
 
     `fold` runs the encoder once and keeps its P vectors. At inference the model runs so many tokens more a row.
 
@@ -51,7 +52,7 @@ def p_tuning(
       hidden: h.
       num_layers: of the LSTM; the MLP has three.
       dropout: between the layers of the LSTM, in training.
-      template: "prompt" P times, and token ids; see above.
+      template: "prompt" P times, token ids, and "input" at most once; see above.
 
     Returns:
       A transform with leaves {path: {"embedding": [P, d], "lstm": {"0": {"forward": {"input": linear [d, 4h],
@@ -59,16 +60,21 @@ def p_tuning(
       gates in the order input, forget, cell, output. Folded: {path: {"vectors": [P, d], "fixed": ...}}.
 
     Raises:
-      UserError: if an option is unknown or out of range, or the template has other than P prompts; in `init`, if the
-        model has no "embeddings/inputs", or there are anchors and no parameters are given.
+      UserError: if an option is unknown or out of range, or the template has other than P prompts or more than one
+        text; in `init`, if the model has no "embeddings/inputs", or there are anchors and no parameters are given.
     """
     sizes(num_virtual_tokens=num_virtual_tokens, hidden=hidden, num_layers=num_layers)
     rate(dropout=dropout)
     if encoder not in ENCODERS:
         raise UserError(f"encoder {encoder!r} is unknown: {nearest(encoder, ENCODERS)}")
     order = tuple(template) if template is not None else (PROMPT,) * num_virtual_tokens
-    if order.count(PROMPT) != num_virtual_tokens or not all(part == PROMPT or isinstance(part, int) for part in order):
-        raise UserError(f"template must hold 'prompt' {num_virtual_tokens} times and token ids, got {order}")
+    known = all(part in (PROMPT, INPUT) or isinstance(part, int) for part in order)
+    if order.count(PROMPT) != num_virtual_tokens or order.count(INPUT) > 1 or not known:
+        raise UserError(
+            f"template must hold 'prompt' {num_virtual_tokens} times, token ids and 'input' once at most, got {order}"
+        )
+    split = order.index(INPUT) if INPUT in order else len(order)
+    order = tuple(part for part in order if part != INPUT)
     anchors = [part for part in order if isinstance(part, int)]
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
@@ -104,7 +110,7 @@ def p_tuning(
         if anchors:
             trained, frozen = iter(vectors), iter(leaves[FIXED]["anchors"])
             vectors = jnp.stack([next(trained) if part == PROMPT else next(frozen) for part in order])
-        return call(*before_words(vectors, args))
+        return call(*around_words(vectors[:split], vectors[split:], args))
 
     def fold(leaves: Leaves) -> Leaves:
         return {path: _folded(own) for path, own in leaves.items()}

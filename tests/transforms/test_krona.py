@@ -68,7 +68,7 @@ def test_the_default_shape_has_the_fewest_parameters(key, size, a, b):
 
 
 def test_dropout_falls_on_what_goes_into_the_product(key):
-    method = krona((1, 1), dropout=0.25)
+    method = krona((1, 1), 1.0, dropout=0.25)
     leaves = {"a": jnp.ones((1, 1)), "b": jnp.eye(40)}
     x = jnp.full((50, 40), 3.0)
     site = Site("query", None, "Dense", {}, ())

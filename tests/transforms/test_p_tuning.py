@@ -7,6 +7,7 @@ import pytest
 from conftest import randomised
 
 import jpeft
+from jpeft.models import Bert, BertConfig
 from jpeft.transforms.p_tuning import p_tuning
 from jpeft.transforms.prompt import prompt
 
@@ -67,6 +68,44 @@ def test_a_template_mixes_prompts_and_anchors(toy, key):
     np.testing.assert_allclose(toy.logits(method, jpeft.fold(method, leaves)), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        (("input", "prompt", 7, "prompt"), lambda text: [*text, 3, 7, 20]),
+        (("prompt", "input", 7, "prompt"), lambda text: [3, *text, 7, 20]),
+        ((7, "prompt", "input", "prompt"), lambda text: [7, 3, *text, 20]),
+        (("prompt", 7, "prompt", "input"), lambda text: [3, 7, 20, *text]),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_tokens_stand_where_the_template_says(toy, key, template, wanted, architecture):
+    """With word vectors for virtual tokens it is a text with more words, of one row without padding at a time."""
+    model = Bert(BertConfig(**{**vars(toy.model.config), "model_type": architecture, "pad_token_id": 0}))
+    params = randomised(model.init(key, toy.ids)["params"], seed=3)
+    table = params["embeddings"]["word_embeddings"]["embedding"]
+    own = {"vectors": table[jnp.array([3, 20])], "fixed": {"anchors": table[jnp.array([7])]}}
+    method, variables = (
+        p_tuning(2, "mlp", 4, template=template),
+        {"params": params, "peft": {"p_tuning_0": {PATH: own}}},
+    )
+    together = jpeft.apply(model, method, variables, toy.ids, toy.mask)[0]
+    for i, n in enumerate(toy.mask.sum(1)):
+        longer = jnp.array([wanted(toy.ids[i, :n].tolist())])
+        np.testing.assert_allclose(together[i], model.apply({"params": params}, longer)[0][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("template", [("input", "prompt", "prompt"), ("prompt", "input", "prompt")])
+def test_gates_count_tokens_behind_the_text(toy, key, template):
+    method = jpeft.chain(
+        p_tuning(2, "mlp", 4, template=template), jpeft.lora(2, gate=True), jpeft.prefix(2, 4, gate=True)
+    )
+    leaves = randomised(jpeft.init(method, key, toy.sites, toy.params), scale=0.7)
+    together = toy.logits(method, leaves)
+    for i, n in enumerate(toy.mask.sum(1)):
+        alone = toy.logits(method, leaves, ids=toy.ids[i : i + 1, :n], mask=toy.mask[i : i + 1, :n])
+        np.testing.assert_allclose(together[i], alone[0], atol=2e-5)
+
+
 def test_dropout_is_between_the_lstm_layers(toy, key):
     method = p_tuning(3, "lstm", 4, dropout=0.5)
     leaves = randomised(jpeft.init(method, key, toy.sites), scale=0.7)
@@ -80,6 +119,10 @@ def test_what_cannot_be_is_refused(toy, key):
         p_tuning(encoder="gru")
     with pytest.raises(jpeft.UserError, match="template must hold 'prompt' 2 times"):
         p_tuning(2, template=("prompt", 3))
+    with pytest.raises(jpeft.UserError, match="'input' once at most"):
+        p_tuning(1, template=("input", "prompt", "input"))
+    with pytest.raises(jpeft.UserError, match="'input' once at most"):
+        p_tuning(1, template=("prompt", "text"))
     with pytest.raises(jpeft.UserError, match="give `params`"):
         jpeft.init(p_tuning(1, template=("prompt", 3)), key, toy.sites)
     with pytest.raises(jpeft.UserError, match="token id 99"):

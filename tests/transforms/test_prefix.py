@@ -113,6 +113,41 @@ def test_fold_equals_unfolded_and_drops_the_mlp():
     assert all(x is y for x, y in zip(*map(jax.tree.leaves, (again, folded)), strict=True))
 
 
+@pytest.mark.parametrize("hidden", [8, None])
+def test_a_gate_scales_keys_and_values_by_example(hidden):
+    """By hand: the mean of sigmoid(x w + b) over a row's real tokens; what padding holds does not count."""
+    method, rng = jpeft.prefix(3, hidden, gate=True), np.random.default_rng(0)
+    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 3, 0.8)
+    own, shared = leaves["prefix_0"][CORES[0]], leaves["prefix_0"].get(SHARED, {})
+    hidden_states = rng.normal(size=(3, 5, 16)).astype(np.float32)
+    query, key, value = (rng.normal(size=(3, 2, 5, 8)).astype(np.float32) for _ in range(3))
+    lengths = [5, 2, 4]
+    mask = (np.arange(5) < np.array(lengths)[:, None]).astype(np.int32)
+    seen = np.broadcast_to(mask[:, None, None] > 0, (3, 1, 5, 5))
+
+    def core(*args):
+        return Core(0.0).apply({}, *args, train=False)
+
+    def run_at(own, shared, x):
+        args = tuple(map(jnp.asarray, (x, query, key, value, seen)))
+        site = Site(CORES[0], 0, "Core", {}, ())
+        return method.wrap(own, site, core, args, Context(False, None, jnp.asarray(mask), {}, shared))
+
+    now = run_at(own, shared, hidden_states)
+    folded = jpeft.fold(method, leaves)["prefix_0"]
+    assert jax.tree.map(jnp.shape, folded[CORES[0]]) == {
+        "key": (3, 16), "value": (3, 16), "gate": {"kernel": (16, 1), "bias": (1,)},
+    }  # fmt: skip
+    np.testing.assert_allclose(run_at(folded[CORES[0]], {}, hidden_states), now, atol=1e-6)
+    np.testing.assert_array_equal(run_at(own, shared, np.where(mask[..., None] > 0, hidden_states, 9.0)), now)
+    gate, (pk, pv) = f64(own["gate"]), keys_values({k: v for k, v in own.items() if k != "gate"}, shared)
+    for row, n in enumerate(lengths):
+        z = np.asarray(hidden_states[row, :n], np.float64) @ gate["kernel"][:, 0] + gate["bias"][0]
+        opened = np.mean(1 / (1 + np.exp(-z)))
+        part = (x[row : row + 1] for x in (*f64((query, key, value)), seen))
+        np.testing.assert_allclose(now[row], attention(*part, opened * pk, opened * pv)[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_padding_changes_nothing(kind):
     lengths = [6, 3, 4]
