@@ -127,7 +127,7 @@ def test_methods_joined_by_plus_are_a_chain_with_the_first_one_s_learning_rate()
     assert configs.learning_rate(config) == METHODS["ia3"].learning_rate
     with pytest.raises(UserError, match=r"config.method 'layernorm' is unknown.*'layer_norm'"):
         configs.check(make(method="ia3+layernorm"))
-    with pytest.raises(UserError, match="config.method 'full' is unknown"):
+    with pytest.raises(UserError, match=r"config.method 'full' is unknown"):
         configs.check(make(method="lora+full"))
     assert configs.modules(make(method="head")) == []
 
