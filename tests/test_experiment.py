@@ -7,6 +7,7 @@ import pytest
 import jpeft
 from jpeft import experiment, fishpal
 from jpeft.errors import UserError
+from jpeft.methods import METHODS
 from jpeft.report.console import Console
 
 REPORT = {
@@ -162,3 +163,26 @@ def test_a_workdir_that_is_a_file(tiny_config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file, not a folder"):
         run(tiny_config("lora"), tmp_path / "file")
+
+
+OTHERS = [name for name in METHODS if name not in ("adapter", "pfeiffer", "lora")]
+
+
+@pytest.mark.parametrize("method", [*OTHERS, "ia3+layer_norm"])
+def test_every_method_runs_from_its_name_and_is_restored(tiny_config, tmp_path, method):
+    config = tiny_config(method, num_epochs=1, max_length=8)  # one length, so one compilation
+    for name in ("fish", "random_mask"):
+        config.peft[name].ratio = 0.1
+    config.peft.fish.num_examples = config.peft.far.num_examples = 8
+    config.peft.sparse_adapter.score = "snip"
+    config.peft.p_tuning.update(num_virtual_tokens=2, hidden=4)
+    config.peft.prompt.num_virtual_tokens = 2
+    config.peft.mam.update(num_virtual_tokens=2, mlp_hidden=4, bottleneck=4)
+    config.peft.unipelt.update(num_virtual_tokens=2, mlp_hidden=4, reduction_factor=4)
+    report = run(config, tmp_path)
+    assert report["parameters"]["trainable"] > report["parameters"]["head"]
+    assert np.isfinite(list(report["metrics"]["mean"].values())).all()
+    saved = jpeft.load(tmp_path / "seed_11" / "model")
+    assert jpeft.predict(saved, [("the dog runs", "a cat sleeps")]).shape == (1, 2)
+    trained = jpeft.merge(saved.transform, saved.variables["peft"], saved.variables["params"])
+    assert (trained.leaves == {}) == (report["parameters"]["added_at_inference"] == 0)

@@ -325,8 +325,9 @@ class Bert(nn.Module):
           UserError: the rows are longer than the position table, and `positions` does not say otherwise.
         """
         c = self.config
-        mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
-        token_types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        input_ids = jnp.asarray(input_ids, jnp.int32)  # tokenizers give int64, which JAX would warn of further down
+        mask = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
+        token_types = jnp.zeros_like(input_ids) if token_type_ids is None else jnp.asarray(token_type_ids, jnp.int32)
         if positions is None:
             if input_ids.shape[1] > c.max_length:  # the embedding of a position beyond its table would be NaN
                 raise _too_long(input_ids.shape[1], c)
