@@ -19,7 +19,7 @@ from jpeft.models import Bert, BertConfig
 from jpeft.transform import FIXED, members, split
 
 CONFIG = BertConfig(
-    vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+    vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
     max_position_embeddings=64, initializer_range=0.15, num_labels=3,
     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
 )  # fmt: skip
