@@ -207,12 +207,7 @@ def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Con
 
     schedule = Schedule(config.train.num_epochs, config.train.batch_size, seed, data.buckets)
     num_steps = schedule.num_epochs * batching.num_batches(data.train.size, schedule.batch_size)
-    rate = optim.warmup_linear(configs.learning_rate(config), num_steps, config.train.warmup_ratio)
-    optimizer = optim.adamw(rate, config.train.weight_decay)
-    if any(member.rate is not None for member in transform.members(method)):
-        factor = transform.rates(method)
-        by_path = optim.scale_by_path(lambda path: factor(path[1:]) if path[0] == "peft" else 1.0)
-        optimizer = optax.chain(optimizer, by_path)
+    optimizer = _optimizer(config, method, num_steps)
     steps = compile_steps(stepping.train_step(model, method, optimizer), stepping.eval_step(model, method), seconds)
     state = stepping.init_state(trainable, optimizer)
     restored = checkpoint.restore(folder / "checkpoints" / "latest", state)
@@ -235,6 +230,16 @@ def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Con
     )
     seen, evaluated = (examples.size * schedule.num_epochs for examples in (data.train, data.dev))
     return Result(fitted.history, str(made), parameters, fitted.seconds, seen, evaluated, _peak_memory())
+
+
+def _optimizer(config: Config, method: transform.Chain, num_steps: int) -> optax.GradientTransformation:
+    """AdamW as configured, with the learning rates by leaf that the methods ask for."""
+    rate = optim.warmup_linear(configs.learning_rate(config), num_steps, config.train.warmup_ratio)
+    optimizer = optim.adamw(rate, config.train.weight_decay)
+    if all(member.rate is None for member in transform.members(method)):
+        return optimizer
+    factor = transform.rates(method)
+    return optax.chain(optimizer, optim.scale_by_path(lambda path: factor(path[1:]) if path[0] == "peft" else 1.0))
 
 
 def _is_head(path: tuple[str, ...], base: pretrained.Pretrained) -> bool:

@@ -13,7 +13,6 @@ the classifiers here do; the reference, a language model, reads the last.
     better = jpeft.merge(method, leaves, params).params
 """
 
-import re
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -24,7 +23,7 @@ from jax import Array
 
 from jpeft.errors import UserError
 from jpeft.hook import apply
-from jpeft.site import Site, Sites, find, sites
+from jpeft.site import Site, Sites, find, matches, sites
 from jpeft.transform import FIXED, Call, Chain, Context, Leaves, Params, Transform, chain
 from jpeft.transforms.linear import positive, sizes
 from jpeft.tree import at, replace
@@ -90,7 +89,7 @@ def activations(
             mask,
             types,
             mask=mask,
-            capture_intermediates=lambda module, _: re.fullmatch(rf"(?:.*/)?{CORE}", "/".join(module.path)) is not None,
+            capture_intermediates=lambda module, _: matches(CORE, "/".join(module.path)),
             mutable=["intermediates"],
         )
         return jnp.stack([at(kept["intermediates"], path)[0][:, :, 0] for path in where], 1).astype(jnp.float32)

@@ -9,7 +9,7 @@ import jax
 
 from jpeft.errors import UserError, nearest
 
-__all__ = ["Site", "Sites", "find", "layer_of", "layers", "path_of", "site_of", "sites"]
+__all__ = ["Site", "Sites", "find", "layer_of", "layers", "matches", "path_of", "site_of", "sites"]
 
 _LAYER = re.compile(r"(?:^|/)(?:layers?|blocks?|h)_(\d+)(?:/|$)")
 
@@ -104,6 +104,14 @@ def layers(sites: Sites) -> tuple[int, ...]:
     return tuple(sorted({site.layer for site in sites.values() if site.layer is not None}))
 
 
+def matches(pattern: str, path: str) -> bool:
+    """Whether a path, or its end in whole parts, matches a regular expression; a UserError if it is none."""
+    try:
+        return re.fullmatch(rf"(?:.*/)?(?:{pattern})", path) is not None
+    except re.error as error:
+        raise UserError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+
 def find(sites: Sites, pattern: str, layers: Iterable[int] | None = None) -> tuple[Site, ...]:
     """The sites whose path, or the end of whose path, matches a regular expression.
 
@@ -118,11 +126,7 @@ def find(sites: Sites, pattern: str, layers: Iterable[int] | None = None) -> tup
     Raises:
       UserError: if nothing matches, in all or in a layer asked for. A mistyped path is never silently a no-op.
     """
-    try:
-        regex = re.compile(rf"(?:.*/)?(?:{pattern})")
-    except re.error as error:
-        raise UserError(f"pattern {pattern!r} is not a regular expression: {error}") from None
-    hits = [site for path, site in sites.items() if regex.fullmatch(path)]
+    hits = [site for path, site in sites.items() if matches(pattern, path)]
     if not hits:
         close = nearest(pattern.rsplit("/", 1)[-1], dict.fromkeys(path.rsplit("/", 1)[-1] for path in sites))
         raise UserError(f"pattern {pattern!r} matches no site of the model: {close}")

@@ -7,7 +7,7 @@ import jax
 
 from jpeft import tree
 from jpeft.site import layer_of
-from jpeft.transform import SHARED, Chain, Leaves, Params, Transform, fold, instances, merge, split
+from jpeft.transform import SHARED, Chain, Leaves, Params, Transform, fold, instances, merge, split, stays
 
 __all__ = ["Row", "Summary", "summary"]
 
@@ -97,8 +97,7 @@ def summary(transform: Transform | Chain, leaves: Leaves, params: Params, traine
 def _deployed(transform: Transform | Chain, leaves: Leaves, params: Params) -> Leaves:
     """The leaves that are there when the model serves, by the instance names of the whole transform."""
     folded = fold(transform, leaves)
-    rest = iter(merge(transform, folded, params).leaves.values())
-    return {name: next(rest) for name, member in instances(transform).items() if member.merge is None}
+    return dict(zip(stays(transform, folded), merge(transform, folded, params).leaves.values(), strict=True))
 
 
 def _by_layer(leaves: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:

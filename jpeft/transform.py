@@ -49,6 +49,7 @@ __all__ = [
     "rates",
     "site_key",
     "split",
+    "stays",
 ]
 
 SHARED = "shared"  # the key, beside the sites of an instance, of the leaves that all its sites read
@@ -215,24 +216,35 @@ def prepare(transform: Transform | Chain, setting: Setting) -> Leaves:
 def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merged:
     """Folds into the base weights what can be folded. The base is not touched, so unmerging is keeping the old tree.
 
+    Members without a wrap come first, as in the forward pass, then the others in the order of the chain. A member also
+    stays if it wraps one that stays: folded into the weights, it would act before that one.
+
     Args:
       transform: a method or a chain.
       leaves: its leaves.
       params: the base parameters.
 
     Returns:
-      New parameters, the chain of the members that cannot be merged, and their leaves.
+      New parameters, the chain of the members that were not merged, and their leaves.
     """
-    rest: list[Transform] = []
-    rest_leaves: list[Any] = []
-    for name, member in instances(transform).items():
-        if member.merge is None:
-            rest.append(member)
-            rest_leaves.append(leaves[name])
-        else:
+    staying, named = stays(transform, leaves), instances(transform)
+    for name, member in sorted(named.items(), key=lambda item: item[1].wrap is not None):
+        if name not in staying and member.merge is not None:
             params = member.merge(leaves[name], params)
-    left = Chain(tuple(rest))
-    return Merged(params, left, dict(zip(instances(left), rest_leaves, strict=True)))
+    left = Chain(tuple(named[name] for name in staying))
+    return Merged(params, left, dict(zip(instances(left), (leaves[name] for name in staying), strict=True)))
+
+
+def stays(transform: Transform | Chain, leaves: Leaves) -> list[str]:
+    """The instances that `merge` cannot fold into the base, in the order of the chain."""
+    names: list[str] = []
+    held: set[str] = set()
+    for name, member in instances(transform).items():
+        sites = set(leaves[name]) - {SHARED}
+        if member.merge is None or (member.wrap is not None and held & sites):
+            names.append(name)
+            held |= sites
+    return names
 
 
 def fold(transform: Transform | Chain, leaves: Leaves) -> Leaves:

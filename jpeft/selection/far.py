@@ -5,13 +5,14 @@ and the row of the second kernel that reads it. Priming trains the feed-forward 
 ranked by the L1 distance that its weights went; the top ones of each layer become a smaller feed-forward network that
 trains, and the rest, with everything else, stays frozen.
 
-Here the base is not rearranged. The frozen network runs as it is, and the trained nodes add their difference to it:
+Here the base is not rearranged. The frozen network runs as it is, and the trained nodes add how far they have gone:
 
-    first:   h = x W1 + b1,     h[nodes] += x (A1 - W1[:, nodes]) + (c1 - b1[nodes])
-    second:  y = h W2 + b2,     y        += h[nodes] (A2 - W2[nodes, :])
+    first:   h = x W1 + b1,     h[nodes] += x A1 + c1
+    second:  y = h W2 + b2,     y        += h[nodes] A2
 
-with leaves {first: {"kernel": A1 [d, k], "bias": c1 [k]}, second: {"kernel": A2 [k, d]}}, which start as copies. The
-sum over nodes needs no permutation, and only gradients of the k nodes are computed. `merge` writes them back.
+with leaves {first: {"kernel": A1 [d, k], "bias": c1 [k]}, second: {"kernel": A2 [k, d]}}, which start at zero. The sum
+over nodes needs no permutation, and only gradients of the k nodes are computed. As differences, they decay towards the
+pretrained weights rather than towards zero. `merge` adds them to the base.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,7 @@ def far(
       A transform with leaves as above, each with the numbers of its nodes under "fixed".
 
     Raises:
-      UserError: if an option is out of range; in `init`, if a target is missing or no parameters are given.
+      UserError: if an option is out of range; in `init`, if a target is missing.
     """
     if not 0 < ratio <= 1:
         raise UserError(f"ratio must be above 0 and at most 1, got {ratio}")
@@ -69,39 +70,36 @@ def far(
         return [site.path for site in find(sites, targets, layers)]
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
-        del key
-        if params is None:
-            raise UserError("far starts from the model's parameters: give `params` to init")
-        nets = {path: at(params, path) for path in where(sites)}
-        return _take(
-            params, {path: np.arange(max(1, int(ratio * net[FIRST]["bias"].size))) for path, net in nets.items()}
-        )
+        del key, params
+        nodes = {path: _num_nodes(sites, path) for path in where(sites)}
+        return _take(sites, {path: np.arange(max(1, int(ratio * n))) for path, n in nodes.items()})
 
     def prepare(setting: Setting) -> Leaves:
         params = setting.variables["params"]
         nets = {path: at(params, path) for path in where(setting.sites)}
         moved = _prime(setting, nets, num_examples, batch_size, learning_rate)
+        if not all(np.isfinite(moves).all() for moves in moved.values()):
+            raise UserError("the priming of far is not finite: look for NaN or Inf in the loss, or lower learning_rate")
         ranked = {path: np.argsort(-moves, kind="stable") for path, moves in moved.items()}
-        return _take(
-            params, {path: np.sort(order[: max(1, int(ratio * order.size))]) for path, order in ranked.items()}
-        )
+        chosen = {path: np.sort(order[: max(1, int(ratio * order.size))]) for path, order in ranked.items()}
+        return _take(setting.sites, chosen)
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
+        del site, ctx
         (x,) = args
-        y, nodes, base = call(x), leaves[FIXED]["nodes"], ctx.params
-        if "bias" in leaves:
-            change = (leaves["kernel"] - base["kernel"][:, nodes]).astype(y.dtype)
-            shift = (leaves["bias"] - base["bias"][nodes]).astype(y.dtype)
-            return y.at[..., nodes].add(x @ change + shift.reshape((1,) * (y.ndim - 1) + (-1,)))
-        return y + x[..., nodes] @ (leaves["kernel"] - base["kernel"][nodes]).astype(y.dtype)
+        y, nodes, kernel = call(x), leaves[FIXED]["nodes"], leaves["kernel"].astype(x.dtype)
+        if "bias" not in leaves:
+            return y + x[..., nodes] @ kernel
+        shift = leaves["bias"].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y.at[..., nodes].add(x @ kernel + shift)
 
     def merge(leaves: Leaves, params: Params) -> Params:
         for path, own in leaves.items():
             nodes = own[FIXED]["nodes"]
             where = (slice(None), nodes) if "bias" in own else nodes
-            params = replace(params, f"{path}/kernel", lambda w, own=own, to=where: w.at[to].set(own["kernel"]))
+            params = replace(params, f"{path}/kernel", lambda w, own=own, to=where: w.at[to].add(own["kernel"]))
             if "bias" in own:
-                params = replace(params, f"{path}/bias", lambda b, own=own, to=nodes: b.at[to].set(own["bias"]))
+                params = replace(params, f"{path}/bias", lambda b, own=own, to=nodes: b.at[to].add(own["bias"]))
         return params
 
     return Transform("far", init, wrap, merge, prepare=prepare)
@@ -138,12 +136,17 @@ def _prime(setting: Setting, nets: Leaves, num_examples: int, batch_size: int, r
     return {path: distances(net, now[path]) for path, net in nets.items()}
 
 
-def _take(params: Params, nodes: Mapping[str, Any]) -> Leaves:
-    """The leaves that hold the given nodes of the feed-forward networks at the given paths."""
+def _num_nodes(sites: Sites, path: str) -> int:
+    return sites[f"{path}/{FIRST}"].params["bias"].shape[0]
+
+
+def _take(sites: Sites, nodes: Mapping[str, Any]) -> Leaves:
+    """Leaves at zero for the given nodes of the feed-forward networks at the given paths."""
     leaves: Leaves = {}
     for path, index in nodes.items():
-        net, fixed = at(params, path), {"nodes": jnp.asarray(index, jnp.int32)}
-        first, second = net[FIRST], net[SECOND]
-        leaves[f"{path}/{FIRST}"] = {"kernel": first["kernel"][:, index], "bias": first["bias"][index], FIXED: fixed}
-        leaves[f"{path}/{SECOND}"] = {"kernel": second["kernel"][index], FIXED: fixed}
+        first, second = f"{path}/{FIRST}", f"{path}/{SECOND}"
+        (d, _), (_, out) = (sites[name].params["kernel"].shape for name in (first, second))
+        fixed, k = {"nodes": jnp.asarray(index, jnp.int32)}, len(index)
+        leaves[first] = {"kernel": jnp.zeros((d, k)), "bias": jnp.zeros(k), FIXED: fixed}
+        leaves[second] = {"kernel": jnp.zeros((k, out)), FIXED: fixed}
     return leaves

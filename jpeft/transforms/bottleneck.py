@@ -17,7 +17,7 @@ from jpeft.models.bert import ACTIVATIONS
 from jpeft.site import Site, Sites, find
 from jpeft.transform import Context, Leaves, Params, init_sites, site_key
 from jpeft.transforms.gate import gate_leaves, gate_value
-from jpeft.transforms.linear import kaiming_uniform, linear, linear_leaves, positive, sizes
+from jpeft.transforms.linear import kaiming_uniform, layer_norm, linear, linear_leaves, positive, sizes
 
 __all__ = ["Bottleneck", "added", "checked", "fresh", "init_of", "like_lora", "normal"]
 
@@ -104,7 +104,7 @@ def init_of(
 
 def added(spec: Bottleneck, leaves: Leaves, x: Array, ctx: Context) -> Array:
     """What the adapter adds, [..., d] in the dtype of x."""
-    inner = _layer_norm(x, leaves["ln_before"]) if spec.ln_before else x
+    inner = layer_norm(x, leaves["ln_before"], EPSILON) if spec.ln_before else x
     out = linear(ACTIVATIONS[spec.activation](linear(inner, leaves["down"])), leaves["up"])
     if spec.learned_scale:
         out = out * leaves["scale"].astype(x.dtype).reshape((1,) * x.ndim)
@@ -112,13 +112,4 @@ def added(spec: Bottleneck, leaves: Leaves, x: Array, ctx: Context) -> Array:
         out = out * jnp.asarray(spec.scale, x.dtype)
     if spec.gate:
         out = out * gate_value(x, leaves["gate"], ctx.mask)
-    return _layer_norm(out, leaves["ln_after"]) if spec.ln_after else out
-
-
-def _layer_norm(x: Array, leaves: Leaves) -> Array:
-    """LayerNorm over the last axis, statistics in float32."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - wide.mean(-1, keepdims=True)
-    normed = (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + EPSILON)).astype(x.dtype)
-    scale, bias = (leaves[name].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) for name in ("scale", "bias"))
-    return normed * scale + bias
+    return layer_norm(out, leaves["ln_after"], EPSILON) if spec.ln_after else out

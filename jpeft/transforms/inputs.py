@@ -23,15 +23,7 @@ def before_words(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
     Returns:
       The same four with P + t tokens.
     """
-    words, token_types, positions, mask = args
-    b, p = len(words), len(vectors)
-    first = jnp.broadcast_to(jnp.arange(p, dtype=positions.dtype)[None], (b, p)) + positions[:, :1]
-    return (
-        _join(vectors, words),
-        jnp.concatenate([jnp.zeros((b, p), token_types.dtype), token_types], 1),
-        jnp.concatenate([first, positions + p], 1),
-        _longer(mask, p),
-    )
+    return around_words(vectors, vectors[:0], args)
 
 
 def around_words(before: Array, after: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -23,7 +23,7 @@ from jpeft.fisher import fisher
 from jpeft.models.bert import ACTIVATIONS, attends
 from jpeft.site import Site, Sites, find
 from jpeft.transform import Call, Context, Leaves, Params, Setting, Transform, init_sites
-from jpeft.transforms.linear import kaiming_uniform, linear, linear_leaves, sizes
+from jpeft.transforms.linear import kaiming_uniform, layer_norm, linear, linear_leaves, sizes
 from jpeft.tree import at, union
 
 __all__ = ["ladder_side"]
@@ -117,16 +117,9 @@ def _block(p: Leaves, x: Array, visible: Array) -> Array:
     probs = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(x.dtype)
     context = jnp.einsum("bhqt,bhtk->bhqk", probs, value)
     attended = jnp.einsum("bhtk,hks->bts", context, p["output"]["kernel"]) + p["output"]["bias"].reshape(1, 1, -1)
-    x = _norm(x + attended, p["attention_norm"])
+    x = layer_norm(x + attended, p["attention_norm"], EPSILON)
     hidden = ACTIVATIONS["gelu"](linear(x, p["intermediate"]))
-    return _norm(x + linear(hidden, p["ffn_output"]), p["ffn_norm"])
-
-
-def _norm(x: Array, p: Leaves) -> Array:
-    wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(-1, keepdims=True)
-    scaled = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + EPSILON)
-    return scaled.astype(x.dtype) * p["scale"].reshape(1, 1, -1) + p["bias"].reshape(1, 1, -1)
+    return layer_norm(x + linear(hidden, p["ffn_output"]), p["ffn_norm"], EPSILON)
 
 
 def _heads(sites: Sites, site: Site) -> int:

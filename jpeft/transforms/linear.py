@@ -1,4 +1,4 @@
-"""Small pieces that several transforms share: a linear map on leaves, and the initialisations of the references."""
+"""Small pieces that several transforms share: layers as functions of leaves, initialisations, checks of options."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,17 @@ from jax import Array
 
 from jpeft.errors import UserError
 
-__all__ = ["dropout", "kaiming_uniform", "linear", "linear_leaves", "positive", "rate", "sizes"]
+__all__ = [
+    "dropout",
+    "kaiming_uniform",
+    "layer_norm",
+    "linear",
+    "linear_leaves",
+    "positive",
+    "rate",
+    "sizes",
+    "uniform_linear",
+]
 
 
 def linear(x: Array, leaves: dict[str, Array]) -> Array:
@@ -25,6 +35,25 @@ def kaiming_uniform(key: Array, shape: tuple[int, int]) -> Array:
     """PyTorch's kaiming_uniform with a = sqrt(5) for an [in, out] kernel: U(-1/sqrt(in), 1/sqrt(in))."""
     bound = shape[0] ** -0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def uniform_linear(key: Array, n_in: int, n_out: int, fan: int | None = None) -> dict[str, Array]:
+    """A linear layer as PyTorch starts it: kernel and bias from U(-1/sqrt(fan), 1/sqrt(fan)), fan being `n_in`."""
+    kernel, bias = jax.random.split(key)
+    bound = (fan or n_in) ** -0.5
+    return {
+        "kernel": jax.random.uniform(kernel, (n_in, n_out), minval=-bound, maxval=bound),
+        "bias": jax.random.uniform(bias, (n_out,), minval=-bound, maxval=bound),
+    }
+
+
+def layer_norm(x: Array, leaves: dict[str, Array], epsilon: float) -> Array:
+    """LayerNorm over the last axis with {"scale": [d], "bias": [d]}; statistics are float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(-1, keepdims=True)
+    normed = (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)).astype(x.dtype)
+    scale, bias = (leaves[name].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) for name in ("scale", "bias"))
+    return normed * scale + bias
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

@@ -1,7 +1,6 @@
 """What LoRA and its relatives share: options by site, the factors A [in, rank] and B [rank, out], and their scale."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.errors import UserError, nearest
-from jpeft.site import Site, Sites, find
+from jpeft.site import Site, Sites, find, matches
 from jpeft.transform import Context, Leaves, Params, site_key
 from jpeft.transforms.linear import dropout as drop
 from jpeft.transforms.linear import kaiming_uniform, positive, rate, sizes
@@ -76,7 +75,7 @@ def where(spec: LowRank, sites: Sites) -> tuple[Site, ...]:
     paths = [site.path for site in chosen]
     for name, patterns in (("rank_pattern", spec.ranks), ("alpha_pattern", spec.alphas)):
         for pattern in patterns:
-            if not any(_matches(pattern, path) for path in paths):
+            if not any(matches(pattern, path) for path in paths):
                 raise UserError(f"{name} {pattern!r} matches none of the targets: {nearest(pattern, paths)}")
     return chosen
 
@@ -127,11 +126,4 @@ def kernel_at(params: Params | None, path: str) -> Array:
 
 
 def _first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if _matches(pattern, path)), default)
-
-
-def _matches(pattern: str, path: str) -> bool:
-    try:
-        return re.fullmatch(rf"(?:.*/)?(?:{pattern})", path) is not None
-    except re.error as error:
-        raise UserError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)

@@ -4,7 +4,6 @@ Reference: THUDM/P-tuning; the shapes of the encoders are those of Hugging Face 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jpeft.site import Site, Sites, find
 from jpeft.transform import FIXED, Call, Context, Leaves, Params, Transform, init_sites, site_key
 from jpeft.transforms.inputs import around_words, width, word_embeddings
 from jpeft.transforms.linear import dropout as drop
-from jpeft.transforms.linear import linear, rate, sizes
+from jpeft.transforms.linear import linear, rate, sizes, uniform_linear
 from jpeft.transforms.prompt import check_ids
 
 __all__ = ["p_tuning"]
@@ -95,7 +94,7 @@ def p_tuning(
                 widths = [d, hidden, hidden, d]
             keys = jax.random.split(third, len(widths) - 1)
             pairs = zip(keys, widths[:-1], widths[1:], strict=True)
-            leaves["mlp"] = {str(i): _uniform(k, n, m, n) for i, (k, n, m) in enumerate(pairs)}
+            leaves["mlp"] = {str(i): uniform_linear(k, n, m) for i, (k, n, m) in enumerate(pairs)}
             if anchors and params is not None:
                 table = word_embeddings(sites, params)
                 check_ids(anchors, table)
@@ -155,14 +154,6 @@ def _lstm_leaves(key: Array, n: int, h: int) -> Leaves:
     keys = jax.random.split(key, 4)
     directions = (("forward", keys[:2]), ("backward", keys[2:]))
     return {
-        name: {"input": _uniform(i, n, 4 * h, h), "recurrent": _uniform(r, h, 4 * h, h)} for name, (i, r) in directions
-    }
-
-
-def _uniform(key: Array, n: int, m: int, fan: int) -> dict[str, Any]:
-    """A linear layer [n, m] with kernel and bias from U(-1/sqrt(fan), 1/sqrt(fan))."""
-    kernel, bias, bound = *jax.random.split(key), fan**-0.5
-    return {
-        "kernel": jax.random.uniform(kernel, (n, m), minval=-bound, maxval=bound),
-        "bias": jax.random.uniform(bias, (m,), minval=-bound, maxval=bound),
+        name: {"input": uniform_linear(i, n, 4 * h, h), "recurrent": uniform_linear(r, h, 4 * h)}
+        for name, (i, r) in directions
     }

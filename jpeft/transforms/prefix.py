@@ -9,7 +9,7 @@ from jax import Array
 from jpeft.site import Site, Sites, find
 from jpeft.transform import SHARED, Call, Context, Leaves, Params, Transform, init_sites, site_key
 from jpeft.transforms.gate import gate_leaves, gate_value
-from jpeft.transforms.linear import linear, linear_leaves, sizes
+from jpeft.transforms.linear import linear, sizes, uniform_linear
 
 __all__ = ["prefix"]
 
@@ -67,13 +67,13 @@ def prefix(
         def mapped(key: Array, site: Site, hidden: int = mlp_hidden) -> Leaves:
             k, v = jax.random.split(key)
             d = _width(site)
-            return {"key": _torch_linear(k, hidden, d), "value": _torch_linear(v, hidden, d)}
+            return {"key": uniform_linear(k, hidden, d), "value": uniform_linear(v, hidden, d)}
 
         embedding, mlp = jax.random.split(site_key(key, SHARED))
         d = _width(where[0])
         shared = {
             "embedding": jax.random.normal(embedding, (num_virtual_tokens, d)),
-            "mlp": _torch_linear(mlp, d, mlp_hidden),
+            "mlp": uniform_linear(mlp, d, mlp_hidden),
         }
         return {SHARED: shared, **init_sites(key, where, lambda key, site: {**mapped(key, site), **gates(key, site)})}
 
@@ -98,14 +98,6 @@ def prefix(
         return {path: {**own, **_keys_values(own, shared)} for path, own in leaves.items() if path != SHARED}
 
     return Transform("prefix", init, wrap, fold=fold)
-
-
-def _torch_linear(key: Array, n_in: int, n_out: int) -> dict[str, Array]:
-    """A linear layer with PyTorch's default initialisation: kernel and bias both U(-1/sqrt(in), 1/sqrt(in))."""
-    kernel, bias = jax.random.split(key)
-    bound = n_in**-0.5
-    leaves = linear_leaves(jax.random.uniform(kernel, (n_in, n_out), minval=-bound, maxval=bound))
-    return {**leaves, "bias": jax.random.uniform(bias, (n_out,), minval=-bound, maxval=bound)}
 
 
 def _keys_values(leaves: Leaves, shared: Params) -> dict[str, Array]:

@@ -35,9 +35,9 @@ def test_it_is_a_frozen_and_a_trained_network_side_by_side(toy, key):
         at = tuple(path.split("/"))
         w1, b1 = params[(*at, "intermediate", "kernel")], params[(*at, "intermediate", "bias")]
         w2 = params[(*at, "output", "kernel")]
-        params[(*at, "intermediate", "kernel")] = np.concatenate([w1[:, rest], first["kernel"]], 1)
-        params[(*at, "intermediate", "bias")] = np.concatenate([b1[rest], first["bias"]])
-        params[(*at, "output", "kernel")] = np.concatenate([w2[rest], second["kernel"]], 0)
+        params[(*at, "intermediate", "kernel")] = np.concatenate([w1[:, rest], w1[:, nodes] + first["kernel"]], 1)
+        params[(*at, "intermediate", "bias")] = np.concatenate([b1[rest], b1[nodes] + first["bias"]])
+        params[(*at, "output", "kernel")] = np.concatenate([w2[rest], w2[nodes] + second["kernel"]], 0)
     by_hand = toy.model.apply({"params": tree.unflatten(params)}, toy.ids, toy.mask)[0]
     np.testing.assert_allclose(toy.logits(METHOD, leaves), by_hand, atol=2e-5)
     merged = jpeft.merge(METHOD, leaves, toy.params)
@@ -85,7 +85,5 @@ def test_distances_count_column_bias_and_row():
 def test_what_cannot_be_is_refused(toy, key):
     with pytest.raises(jpeft.UserError, match="ratio must be above 0"):
         far(0)
-    with pytest.raises(jpeft.UserError, match="give `params`"):
-        jpeft.init(far(), key, toy.sites)
     with pytest.raises(jpeft.UserError, match="layer 7 has no site"):
         jpeft.init(far(layers=[7]), key, toy.sites, toy.params)
