@@ -186,3 +186,32 @@ def test_every_method_runs_from_its_name_and_is_restored(tiny_config, tmp_path, 
     assert jpeft.predict(saved, [("the dog runs", "a cat sleeps")]).shape == (1, 2)
     trained = jpeft.merge(saved.transform, saved.variables["peft"], saved.variables["params"])
     assert (trained.leaves == {}) == (report["parameters"]["added_at_inference"] == 0)
+
+
+def test_what_data_decided_is_asked_once(tiny_config, tmp_path, monkeypatch):
+    """A run that goes on reads the mask that its first start measured."""
+    config = tiny_config("fish", num_epochs=1, max_length=8)
+    config.peft.fish.update(ratio=0.1, num_examples=8)
+    first = run(config, tmp_path)
+    (tmp_path / "seed_11" / "result.json").unlink()
+    monkeypatch.setattr(jpeft.transform, "prepare", lambda *_: pytest.fail("it looked at the data again"))
+    again = run(config, tmp_path)
+    assert again["metrics"] == first["metrics"]
+
+
+def test_lora_plus_trains_b_faster(tiny_config):
+    """The updates of the optimiser that a run makes, with equal gradients: the ratio for B, one for all else."""
+    config = tiny_config("lora")
+    config.peft.lora.learning_rate_ratio = 16.0
+    method = jpeft.lora(2, learning_rate_ratio=16.0)
+    one = np.ones((2, 2), np.float32)
+    own = {"encoder/layer_0/attention/query": {"a": one, "b": one}}
+    tree = {"peft": {"lora_0": own}, "params": {"classifier": {"kernel": one}}}
+    optimizer = experiment._optimizer(config, jpeft.chain(method), num_steps=10)
+    state = optimizer.init(tree)
+    for _ in range(2):  # the first step of the warm-up has rate 0
+        updates, state = optimizer.update(tree, state, tree)
+    own = updates["peft"]["lora_0"]["encoder/layer_0/attention/query"]
+    np.testing.assert_allclose(own["b"], 16 * own["a"], rtol=1e-6)
+    np.testing.assert_allclose(own["a"], updates["params"]["classifier"]["kernel"], rtol=1e-6)
+    assert (own["a"] < 0).all()

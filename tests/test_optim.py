@@ -45,3 +45,10 @@ def test_adamw_clips_and_decays_matrices_only(scale):
     wanted = by_hand(params, grads, 3, 0.1, 0.5, 1.0)
     for k in params:
         assert np.allclose(now[k], wanted[k], atol=2e-5), k
+
+
+def test_scale_by_path_multiplies_the_last_update():
+    optimizer = optax.chain(optax.sgd(0.5), optim.scale_by_path(lambda path: 3.0 if path == ("a", "b") else 1.0))
+    grads = {"a": {"b": jnp.array([2.0]), "c": jnp.array([2.0])}, "b": jnp.array([4.0])}
+    updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
+    assert (updates["a"]["b"].item(), updates["a"]["c"].item(), updates["b"].item()) == (-3.0, -1.0, -2.0)

@@ -203,3 +203,34 @@ def test_single_loss_is_the_loss_of_one_row(key):
         row = jax.tree.map(lambda x, i=i: x[i], b)
         got = single(trainable, row, frozen)
         np.testing.assert_allclose(got, expected[i], rtol=1e-5)
+
+
+def test_a_penalty_is_added_to_the_loss_of_each_example(key, optimizer):
+    """With the logits of another pass, whose dropout is another; its gradient counts, and it is off in evaluation."""
+    model, trainable, frozen = setup()
+    seen = []
+
+    def penalty(logits, again):
+        seen.append(1)
+        return 100 * ((logits - again()) ** 2).sum(1)
+
+    bare = jpeft.chain(*(member._replace(penalty=None) for member in METHOD.members))
+    method = jpeft.chain(METHOD.members[0]._replace(penalty=penalty), METHOD.members[1])
+    data, at = batch()._replace(weights=np.array([1, 1, 1, 0, 1, 1], np.float32)), jax.random.fold_in(key, 0)
+
+    def loss(trainable):
+        one, two = (stepping.forward(model, bare, trainable, frozen, data, k) for k in (at, jax.random.fold_in(at, 1)))
+        each = -jax.nn.log_softmax(one)[np.arange(6), data.labels] + 100 * ((one - two) ** 2).sum(1)
+        return (each * data.weights).sum() / 5
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(trainable)
+    _, metrics = jax.jit(stepping.train_step(model, method, optimizer))(
+        stepping.init_state(trainable, optimizer), frozen, data, key
+    )
+    assert seen
+    np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
+    np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(grads), rtol=1e-4)
+    _, plain = jax.jit(stepping.train_step(model, bare, optimizer))(
+        stepping.init_state(trainable, optimizer), frozen, data, key
+    )
+    assert float(metrics.loss) > float(plain.loss) + 1e-3
