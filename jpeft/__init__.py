@@ -9,7 +9,7 @@ y = jpeft.apply(model, method, {"params": params, "peft": leaves}, x)
 """
 
 from jpeft.errors import UserError
-from jpeft.fisher import expected_fisher, fisher
+from jpeft.fisher import fisher
 from jpeft.hook import apply
 from jpeft.methods import METHODS
 from jpeft.plan import Entry, Plan, build
@@ -71,7 +71,6 @@ __all__ = [
     "build",
     "chain",
     "dora",
-    "expected_fisher",
     "far",
     "find",
     "fish",

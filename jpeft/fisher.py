@@ -1,143 +1,288 @@
-"""The diagonal of the Fisher information, one example at a time."""
+"""The diagonal of the Fisher information, from the gradients of single examples."""
 
+import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jpeft import per_example
 from jpeft.errors import UserError, nearest
 
-__all__ = ["expected_fisher", "fisher"]
+__all__ = ["LABELS", "VALUES", "Running", "accumulate", "fisher", "mean"]
 
 Tree = TypeVar("Tree")
+LABELS = ("empirical", "expected", "sampled")
 VALUES: dict[str, Callable[[Array], Array]] = {"square": jnp.square, "absolute": jnp.abs}
+SHARE = 0.25  # of the device's memory, for what single examples need beside the result
+MOST = {"cpu": 8}  # examples at a time; a larger product is no faster there
+MOST_ELSEWHERE = 64
+
+
+class Running(NamedTuple, Generic[Tree]):
+    """A sum that is not complete yet.
+
+    Attributes:
+      done: the number of examples that are in it.
+      parts: like the tree; with a leading axis over devices if `sharded`.
+      sharded: whether several devices hold a part each.
+    """
+
+    done: int
+    parts: Tree
+    sharded: bool = False
+
+    @property
+    def total(self) -> Tree:
+        """The sum over the examples so far, like the tree."""
+        return jax.tree.map(lambda x: x.sum(0), self.parts) if self.sharded else self.parts
 
 
 def fisher(
-    loss: Callable[..., Array],
+    fn: Callable[..., Array],
     tree: Tree,
     examples: Any,
     *rest: Any,
+    labels: str = "empirical",
     values: str = "square",
+    key: Array | None = None,
     microbatch: int | None = None,
+    memory_limit_bytes: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Tree:
-    """Mean over examples of the squared gradient of each example's own loss, (1/n) sum_i (d loss_i / d tree)^2.
+    """The mean over examples of the squared gradient of each example's own log-likelihood.
 
-    With the loss -log p(y_i | x_i) at the true label this is the empirical Fisher information (Kirkpatrick et al. 2017,
-    arXiv:1612.00796; Sung et al. 2021, arXiv:2111.09839). The gradients are taken by `vmap(grad)` over `microbatch`
-    examples at a time and their squares accumulated, so memory holds `microbatch` gradients whatever n is. A mean of
-    squares is not the square of a mean: gradients of different examples are never added before they are squared.
+    - "empirical": (1/n) sum_i (d loss_i / d tree)^2 with fn the loss -log p(y_i | x_i) at the true label (Kirkpatrick
+      et al. 2017, arXiv:1612.00796; Sung et al. 2021, arXiv:2111.09839).
+    - "expected": (1/n) sum_i sum_c p(c | x_i) (d log p(c | x_i) / d tree)^2 with fn the logits. Exact in c, from one
+      forward pass an example and one backward pass a class.
+    - "sampled": as the expected one, with one class an example drawn from p(c | x_i) in place of the sum.
+
+    A single logit is the mean of a normal distribution of variance 1/2, whose -log p is the squared error up to a
+    constant; its information is 2 (d logit / d tree)^2. Labels are read for "empirical" only.
+
+    A mean of squares is not the square of a mean: gradients of different examples are never added before they are
+    squared. How that is done at about the cost of a plain gradient is the subject of `jpeft.per_example`.
 
     Args:
-      loss: (tree, example, *rest) -> scalar, without randomness. `example` is `examples` without its leading axis.
+      fn: (tree, example, *rest) -> scalar loss, or logits [c]; without randomness. `example` is `examples` without its
+        leading axis.
       tree: the pytree of float arrays to differentiate by.
-      examples: a pytree of arrays with a common leading axis n.
-      *rest: further arguments of `loss`, such as frozen parameters; handed to the compiled function as arguments, so
-        that they are not baked into it as constants.
+      examples: a pytree of arrays with a common leading axis n; or a list of such pytrees, whose other axes may differ
+        from one to the next, such as batches of different lengths.
+      *rest: further arguments of `fn`, such as frozen parameters; handed to the compiled function as arguments, so that
+        they are not baked into it as constants.
+      labels: "empirical", "expected" or "sampled".
       values: "square" of the gradients, or their "absolute" value as in FISH mask's variant.
-      microbatch: examples at a time. None means 1 on CPU, where batched small products are slower than one after the
-        other, and 8 elsewhere.
+      key: for "sampled": example i draws from it folded with i.
+      microbatch: examples at a time on each device. None means as many as `memory_limit_bytes` allows, at most 8 on CPU
+        and 64 elsewhere.
+      memory_limit_bytes: for what single examples need, beside `tree`, `rest` and the result. None means a quarter of
+        the device's memory. One example is always taken.
+      mesh: devices to share the examples among, along all axes of the mesh. None means one device.
 
     Returns:
       A pytree like `tree`, float32 (float64 where `tree` is).
 
     Raises:
-      UserError: if there are no examples, `microbatch` is below 1, `values` is unknown, or a gradient is not finite.
+      UserError: if there are no examples, an option is unknown, or a gradient is not finite: it names the example, by
+        its place, and the leaf.
 
     >>> import jax.numpy as jnp
     >>> fisher(lambda w, x: w * x, jnp.float32(2.0), jnp.array([1.0, 3.0])).item()  # (1 + 9) / 2
     5.0
     """
-    measure = _measure(values)
+    sums = accumulate(
+        fn, tree, examples, *rest, labels=labels, values=values, key=key, microbatch=microbatch,
+        memory_limit_bytes=memory_limit_bytes, mesh=mesh,
+    )  # fmt: skip
+    (last,) = deque(sums, maxlen=1)
+    return mean(last)
 
-    def one(tree: Tree, example: Any, *rest: Any) -> Tree:
-        return jax.tree.map(measure, jax.grad(loss)(tree, example, *rest))
 
-    return _mean(one, tree, examples, rest, microbatch)
+def mean(complete: Running[Tree]) -> Tree:
+    """The Fisher information from the last of the running sums.
+
+    Raises:
+      UserError: if it is not finite.
+    """
+    total = jax.tree.map(lambda x: x / complete.done, complete.total)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(total):
+        if not bool(jnp.isfinite(leaf).all()):
+            raise UserError(f"the squared gradients of {jax.tree_util.keystr(path)} are not finite: they overflow")
+    return total
 
 
-def expected_fisher(
-    logits: Callable[..., Array],
+def accumulate(
+    fn: Callable[..., Array],
     tree: Tree,
     examples: Any,
     *rest: Any,
+    labels: str = "empirical",
     values: str = "square",
+    key: Array | None = None,
     microbatch: int | None = None,
-) -> Tree:
-    """Fisher information over the model's own predictions, (1/n) sum_i sum_c p(c | x_i) (d log p(c | x_i) / d tree)^2.
-
-    Exact in c: one forward pass an example and one backward pass a class; labels are not read. A single logit is the
-    mean of a normal distribution of variance 1/2, the one whose -log p is the squared error, up to a constant; its
-    information is 2 (d logit / d tree)^2.
+    memory_limit_bytes: int | None = None,
+    mesh: Mesh | None = None,
+    start: Running[Tree] | None = None,
+) -> Iterator[Running[Tree]]:
+    """The running sums that `fisher` is made of, one after each microbatch; for a bar, or to save and go on later.
 
     Args:
-      logits: (tree, example, *rest) -> [c], without randomness.
-      tree: as for `fisher`, and so are the other arguments.
-      examples: as for `fisher`.
-      *rest: as for `fisher`.
-      values: as for `fisher`.
-      microbatch: as for `fisher`.
+      fn: as all others, see `fisher`.
+      tree: likewise.
+      examples: likewise.
+      *rest: likewise.
+      labels: likewise.
+      values: likewise.
+      key: likewise.
+      microbatch: likewise.
+      memory_limit_bytes: likewise.
+      mesh: likewise.
+      start: an earlier sum over the first `start.done` of the same examples, not sharded, to go on from.
 
-    Returns:
-      A pytree like `tree`, float32 (float64 where `tree` is).
+    Yields:
+      The sum so far. Its arrays are given up when the next one is asked for.
 
     Raises:
       UserError: as `fisher`.
     """
-    measure = _measure(values)
-
-    def one(tree: Tree, example: Any, *rest: Any) -> Tree:
-        out, backward = jax.vjp(lambda t: logits(t, example, *rest), tree)
-        if out.shape == (1,):
-            (grads,) = backward(jnp.full_like(out, 2**0.5))
-            return jax.tree.map(measure, grads)
-        probabilities, to_logits = jax.nn.softmax(out), jnp.eye(out.size, dtype=out.dtype) - jax.nn.softmax(out)[None]
-
-        def add(total: Tree, c: tuple[Array, Array]) -> tuple[Tree, None]:
-            probability, cotangent = c
-            (grads,) = backward(cotangent)
-            return jax.tree.map(lambda t, g: t + probability.astype(t.dtype) * measure(g), total, grads), None
-
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, tree), (probabilities, to_logits))[0]
-
-    return _mean(one, tree, examples, rest, microbatch)
-
-
-def _measure(values: str) -> Callable[[Array], Array]:
-    """The function that is applied to gradients, in float32 at least."""
-    if values not in VALUES:
-        raise UserError(f"values {values!r} is unknown: {nearest(values, VALUES)}")
-    return lambda g: VALUES[values](g.astype(jnp.promote_types(g.dtype, jnp.float32)))
-
-
-def _mean(one: Callable[..., Tree], tree: Tree, examples: Any, rest: tuple, microbatch: int | None) -> Tree:
-    """The mean of one(tree, example, *rest) over examples, by microbatches."""
-    n = len(jax.tree.leaves(examples)[0])
-    size = min(n, microbatch if microbatch is not None else 1 if jax.default_backend() == "cpu" else 8)
-    if n == 0 or size < 1:
-        raise UserError(f"Fisher information needs examples and a microbatch of at least 1, got {n} and {microbatch}")
-
-    @jax.jit
-    def accumulate(total: Tree, tree: Tree, chunk: Any, weights: Array, rest: tuple) -> Tree:
-        each = jax.vmap(one, (None, 0, *(None for _ in rest)))(tree, chunk, *rest)
-        return jax.tree.map(lambda t, x: t + jnp.tensordot(weights.astype(t.dtype), x.astype(t.dtype), 1), total, each)
-
+    groups = examples if isinstance(examples, list) else [examples]
+    counts = [len(jax.tree.leaves(group)[0]) for group in groups]
+    n, devices = sum(counts), 1 if mesh is None else mesh.size
+    mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)  # axes whose sharding XLA works out
+    _check(n, labels, values, key, microbatch)
+    done = 0 if start is None else start.done
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
-    for chunk, weights in _chunks(examples, n, size):
-        total = accumulate(total, tree, chunk, weights, rest)
-    total = jax.tree.map(lambda t: t / n, total)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(total):
-        if not bool(jnp.isfinite(leaf).all()):
-            raise UserError(f"the gradient of {jax.tree_util.keystr(path)} is not finite: look for NaN or Inf")
-    return total
+    if start is not None:
+        total = jax.tree.map(jnp.array, start.total)
+    if mesh is not None:
+        over, copied = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((mesh.axis_names,), ()))
+        total = jax.tree.map(lambda x: jnp.zeros((devices, *x.shape), x.dtype).at[0].set(x), total)
+        total, tree, rest = jax.device_put(total, over), jax.device_put(tree, copied), jax.device_put(rest, copied)
+    one = _one(fn, labels, jax.random.key(0) if key is None else key)
+    first, unchecked = 0, None
+    compiled: dict[Any, tuple[Callable, int, list[Any]]] = {}
+    for group, count in zip(groups, counts, strict=True):
+        ids = np.arange(first, first + count)
+        ids, first = ids[ids >= done], first + count
+        if not ids.size:
+            continue
+        offset = first - count
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group)
+        static = jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes))
+        if static not in compiled:
+            compiled[static] = _compiled(
+                one, fn, tree, shapes, rest, labels, VALUES[values], microbatch, memory_limit_bytes, mesh
+            )
+        step, most, constants = compiled[static]
+        size = devices * min(most, math.ceil(ids.size / devices))
+        for rows in (ids[i : i + size] for i in range(0, ids.size, size)):
+            # The last microbatch repeats a row with weight 0, so that nothing is compiled twice.
+            filled = np.concatenate([rows, np.full(size - rows.size, rows[0])])
+            chunk = jax.tree.map(lambda x, at=filled - offset: jnp.asarray(np.asarray(x)[at]), group)
+            weights = jnp.asarray(np.arange(size) < rows.size, jnp.float32)
+            numbered = (chunk, jnp.asarray(filled, jnp.int32))
+            if mesh is not None:
+                numbered, weights = jax.device_put((numbered, weights), over)
+            total, finite = step(total, tree, numbered, weights, rest, constants)
+            if unchecked is not None:  # the one before, so that the device is not waited for
+                _check_finite(*unchecked, one, tree, rest)
+            unchecked = finite, rows, chunk
+            done += rows.size
+            if done == n:
+                _check_finite(*unchecked, one, tree, rest)
+            yield Running(done, total, mesh is not None)
+    if start is not None and start.done >= n:
+        yield start
 
 
-def _chunks(examples: Any, n: int, size: int) -> Iterator[tuple[Any, Array]]:
-    """Microbatches of one shape: the last one repeats example 0 with weight 0, so that nothing is compiled twice."""
-    for start in range(0, n, size):
-        index = jnp.arange(start, start + size)
-        real = index < n
-        index = jnp.where(real, index, 0)
-        yield jax.tree.map(lambda x, index=index: jnp.asarray(x)[index], examples), real.astype(jnp.float32)
+def _check(n: int, labels: str, values: str, key: Array | None, microbatch: int | None) -> None:
+    if n == 0 or (microbatch is not None and microbatch < 1):
+        raise UserError(f"Fisher information needs examples and a microbatch of at least 1, got {n} and {microbatch}")
+    for name, value, known in (("labels", labels, LABELS), ("values", values, VALUES)):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is unknown: {nearest(value, known)}")
+    if labels == "sampled" and key is None:
+        raise UserError("labels 'sampled' are drawn: give `key`")
+
+
+def _one(fn: Callable[..., Array], labels: str, key: Array) -> Callable[..., tuple[Any, Any]]:
+    """The function (tree, (example, its number), direction, *rest) -> (weight, gradients)."""
+
+    def one(tree: Any, numbered: Any, direction: Array, *rest: Any) -> tuple[Any, Any]:
+        example, number = numbered
+        out, backward = jax.vjp(lambda t: fn(t, example, *rest), tree)
+        if labels == "empirical":
+            return 1.0, backward(jnp.ones_like(out))[0]
+        own = jax.random.fold_in(key, number)
+        if out.shape == (1,):
+            noise = jax.random.normal(own, out.shape, out.dtype) if labels == "sampled" else jnp.ones_like(out)
+            return 1.0, backward(2**0.5 * noise)[0]
+        probabilities = jax.nn.softmax(out)
+        if labels == "sampled":
+            return 1.0, backward(jax.nn.one_hot(jax.random.categorical(own, out), out.size) - probabilities)[0]
+        return probabilities[direction], backward(jax.nn.one_hot(direction, out.size, dtype=out.dtype) - probabilities)[
+            0
+        ]
+
+    return one
+
+
+def _compiled(
+    one: Callable, fn: Callable, tree: Any, shapes: Any, rest: tuple, labels: str, measure: Callable[[Array], Array],
+    microbatch: int | None, limit: int | None, mesh: Mesh | None,
+) -> tuple[Callable, int, list[Any]]:  # fmt: skip
+    """The jitted step for examples of some shapes, how many it takes on a device, and its constants."""
+    numbered = (shapes, jax.ShapeDtypeStruct((), "int32"))
+    directions = 1
+    if labels == "expected":
+        directions = jax.eval_shape(fn, tree, shapes, *rest).size
+    cut = per_example.cut(one, tree, numbered, rest, directions)
+    cpu = jax.default_backend() == "cpu"
+    most = microbatch
+    if most is None:
+        fits = (_memory() if limit is None else limit) // max(1, per_example.bytes_per_example(cut))
+        most = max(1, min(fits, MOST.get(jax.default_backend(), MOST_ELSEWHERE)))
+
+    def step(total: Any, tree: Any, chunk: Any, weights: Array, rest: tuple, constants: Any) -> tuple[Any, Array]:
+        return per_example.add(cut, measure, total, tree, chunk, weights, rest, constants, one_by_one=cpu)
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0), most, cut.constants[1]
+
+    def shard(total: Any, *args: Any) -> tuple[Any, Array]:
+        own, finite = step(jax.tree.map(lambda x: x[0], total), *args)
+        return jax.tree.map(lambda x: x[None], own), finite
+
+    over, all_of = PartitionSpec(mesh.axis_names), PartitionSpec()
+    specs = (over, all_of, over, over, all_of, all_of)
+    sharded = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=(over, over), check_vma=False)
+    return jax.jit(sharded, donate_argnums=0), most, cut.constants[1]
+
+
+def _memory() -> int:
+    """The share of the device's memory that single examples may take."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None and "bytes_limit" in stats:
+        return int(SHARE * stats["bytes_limit"])
+    return int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _check_finite(finite: Array, rows: np.ndarray, chunk: Any, one: Callable, tree: Any, rest: tuple) -> None:
+    """Raises a UserError that names the first example whose gradient is not finite, and the first such leaf."""
+    bad = np.flatnonzero(~np.asarray(finite)[: rows.size])
+    if not bad.size:
+        return
+    example = jax.tree.map(lambda x: x[bad[0]], chunk)
+    _, gradients = one(tree, (example, int(rows[bad[0]])), 0, *rest)
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    where = [jax.tree_util.keystr(path) for path, leaf in leaves if not bool(jnp.isfinite(leaf).all())]
+    of = where[0] if where else "an intermediate value"
+    raise UserError(f"the gradient of {of} is not finite at example {rows[bad[0]]}: look for NaN or Inf")

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +11,8 @@ from conftest import randomised
 
 import jpeft
 from jpeft import UserError, fisher
-from jpeft.fisher import expected_fisher
+from jpeft.fisher import accumulate, mean
+from jpeft.models import Bert, BertConfig
 
 
 def close_by_leaf(got, wanted, tolerance=1e-5):
@@ -100,7 +105,7 @@ def test_expected_fisher_equals_a_loop_over_classes(values):
                     jax.grad(lambda w: jnp.log(jnp.exp(logits(w, row))[c] / jnp.exp(logits(w, row)).sum()))(w)
                 )
                 wanted += p[c] * (grad**2 if values == "square" else np.abs(grad)) / 5
-        got = expected_fisher(logits, w, x, values=values, microbatch=2)
+        got = fisher(logits, w, x, labels="expected", values=values, microbatch=2)
         np.testing.assert_allclose(got, wanted, rtol=1e-12)
 
 
@@ -108,7 +113,7 @@ def test_expected_fisher_of_regression_is_that_of_a_normal_distribution():
     """By sampling targets from N(logit, 1/2) and squaring the gradient of the squared error."""
     w, x = jnp.array([0.5, -1.0]), jnp.array([[1.0, 2.0], [0.3, -0.7]])
     logit = lambda w, row: jnp.sin(w @ row)[None]
-    got = expected_fisher(logit, w, x)
+    got = fisher(logit, w, x, labels="expected")
     noise = np.sqrt(0.5) * np.random.default_rng(0).normal(size=(100_000, 1))
     grads = [np.asarray(jax.grad(lambda w: logit(w, row)[0])(w)) for row in x]
     sampled = np.mean([np.mean((2 * noise * g) ** 2, axis=0) for g in grads], axis=0)
@@ -119,3 +124,144 @@ def test_absolute_values_are_averaged_too():
     assert fisher(lambda w, x: w * x, jnp.float32(0.0), jnp.array([1.0, -3.0]), values="absolute") == 2.0
     with pytest.raises(UserError, match="values 'cube' is unknown"):
         fisher(lambda w, x: w * x, jnp.float32(0.0), jnp.array([1.0]), values="cube")
+
+
+@pytest.fixture(scope="module", params=["float32"])
+def whole(toy, request):
+    """All parameters of a BERT of one layer: (loss, logits, params, examples)."""
+    model = Bert(BertConfig(**{**vars(toy.model.config), "num_hidden_layers": 1, "dtype": request.param}))
+
+    def logits(params, example):
+        ids, mask, _ = example
+        return jpeft.apply(model, jpeft.chain(), {"params": params}, ids[None], mask[None], mask=mask[None])[0][0]
+
+    def loss(params, example):
+        return -jax.nn.log_softmax(logits(params, example))[example[2]]
+
+    params = {**toy.params, "encoder": {"layer_0": toy.params["encoder"]["layer_0"]}}
+    return loss, logits, params, (toy.ids, toy.mask, toy.labels)
+
+
+def definition(loss, logits, tree, examples, labels, values, key):
+    """Each variant written out: a loop over examples and classes, with plain gradients of log-probabilities."""
+    measure = {"square": np.square, "absolute": np.abs}[values]
+    logs = jax.jit(lambda tree, example: jax.nn.log_softmax(logits(tree, example)))
+    grad_of_class = jax.jit(jax.grad(lambda tree, example, c: jax.nn.log_softmax(logits(tree, example))[c]))
+    grad = jax.jit(jax.grad(loss))
+    n, total = len(examples[0]), jax.tree.map(lambda x: np.zeros(x.shape), tree)
+    for i in range(n):
+        example = jax.tree.map(lambda x, i=i: x[i], examples)
+        log = logs(tree, example)
+        drawn = int(jax.random.categorical(jax.random.fold_in(key, i), log))
+        terms = {
+            "empirical": [(1.0, grad(tree, example))],
+            "expected": [(np.exp(log[c]), grad_of_class(tree, example, c)) for c in range(len(log))],
+            "sampled": [(1.0, grad_of_class(tree, example, drawn))],
+        }
+        for weight, g in terms[labels]:
+            total = jax.tree.map(lambda t, g, w=weight: t + w * measure(np.asarray(g)) / n, total, g)
+    return total
+
+
+@pytest.mark.parametrize("whole", ["float64"], indirect=True)
+@pytest.mark.parametrize("values", ["square", "absolute"])
+@pytest.mark.parametrize("labels", ["empirical", "expected", "sampled"])
+def test_every_variant_equals_its_definition_over_all_parameters(whole, key, labels, values):
+    with jax.enable_x64(True):
+        loss, logits, *rest = whole
+        params, examples = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if x.dtype == jnp.float32 else x, rest)
+        fn = loss if labels == "empirical" else logits
+        got = fisher(fn, params, examples, labels=labels, values=values, key=key, microbatch=3)
+        close_by_leaf(got, definition(loss, logits, params, examples, labels, values, key), tolerance=1e-9)
+
+
+def test_all_parameters_in_single_precision(whole, key):
+    loss, logits, params, examples = whole
+    close_by_leaf(fisher(loss, params, examples), loop(jax.jit(loss), params, examples, 4))
+    wanted = definition(loss, logits, params, examples, "expected", "square", key)
+    close_by_leaf(fisher(logits, params, examples, labels="expected"), wanted)
+
+
+def test_sampled_labels_are_those_of_the_key_whatever_the_microbatch(whole, key):
+    _, logits, params, examples = whole
+    of_head = lambda head, example: logits({**params, "classifier": head}, example)
+    one, two, other = (
+        fisher(of_head, params["classifier"], examples, labels="sampled", key=k, microbatch=size)
+        for k, size in ((key, 1), (key, 3), (jax.random.key(5), 1))
+    )
+    close_by_leaf(two, one)
+    assert np.abs(np.asarray(one["kernel"]) - np.asarray(other["kernel"])).max() > 1e-4
+    with pytest.raises(UserError, match="give `key`"):
+        fisher(logits, params, examples, labels="sampled")
+
+
+@pytest.fixture
+def net():
+    """A loss that ignores padding, its weights and padded examples: seconds, where a BERT takes a minute to compile."""
+    w, x = jax.random.normal(jax.random.key(0), (6, 40)), jax.random.normal(jax.random.key(1), (4, 7, 6))
+    mask = (jnp.arange(7)[None] < jnp.array([7, 4, 5, 6])[:, None]).astype(jnp.float32)
+    return lambda w, example: (jnp.tanh(example[0] @ w).sum(1) * example[1]).sum(), w, (x, mask)
+
+
+def test_groups_of_other_lengths(net):
+    """Rows cut to their own lengths count as in one padded batch."""
+    loss, params, (x, mask) = net
+    cut = lambda rows, length: (x[rows, :length], mask[rows, :length])
+    groups = [cut(slice(0, 1), 7), cut(slice(1, 3), 5), cut(slice(3, 4), 6)]
+    close_by_leaf(fisher(loss, params, groups), fisher(loss, params, (x, mask)))
+
+
+def test_a_sum_goes_on_where_it_stopped(net):
+    loss, params, examples = net
+    everything = fisher(loss, params, examples, microbatch=1)
+    seen = []
+    for running in accumulate(loss, params, examples, microbatch=1):
+        seen.append(running.done)
+        if running.done == 2:
+            half = running._replace(parts=jax.tree.map(np.array, running.parts))
+            break
+    later = [running.done for running in accumulate(loss, params, examples, microbatch=1, start=half)]
+    for last in accumulate(loss, params, examples, microbatch=1, start=half):
+        end = last._replace(parts=jax.tree.map(np.array, last.parts))
+    assert (seen, later) == ([1, 2], [3, 4])
+    chex.assert_trees_all_equal(mean(end), jax.tree.map(np.asarray, everything))
+    (again,) = accumulate(loss, params, examples, start=end)
+    assert again is end
+
+
+def test_memory_decides_how_many_at_a_time(net):
+    loss, params, examples = net
+    done = lambda **options: [r.done for r in accumulate(loss, params, examples, **options)]
+    assert done() == [4]
+    assert done(memory_limit_bytes=1) == [1, 2, 3, 4]
+    assert done(memory_limit_bytes=10_000)[0] in (2, 3)
+    assert done(microbatch=3) == [3, 4]
+
+
+def test_nan_names_the_example_and_the_leaf():
+    tree = {"good": jnp.ones((30, 20)), "bad": jnp.ones((30, 20))}
+    x = jnp.ones((5, 4, 30)).at[3, 1, 2].set(jnp.nan)
+    loss = lambda t, x: jnp.tanh(jnp.nan_to_num(x) @ t["good"]).sum() + jnp.tanh(x @ t["bad"]).sum()
+    with pytest.raises(UserError, match=r"gradient of \['bad'\] is not finite at example 3"):
+        fisher(loss, tree, x, microbatch=2)
+    with pytest.raises(UserError, match="overflow"):
+        fisher(lambda w, x: 1e30 * w * x, jnp.float32(1.0), jnp.ones(2))
+
+
+DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from jpeft import fisher
+assert jax.device_count() == 3
+w, x = jax.random.normal(jax.random.key(0), (6, 40)), jax.random.normal(jax.random.key(1), (11, 5, 6))
+logits = lambda w, x: jnp.tanh(x @ w).sum(0)[:4]
+for labels, fn in (("empirical", lambda w, x: logits(w, x).sum()), ("expected", logits)):
+    one = fisher(fn, w, x, labels=labels)
+    for axes, shape in ((("data",), (3,)), (("a", "b"), (3, 1))):
+        many = fisher(fn, w, x, labels=labels, mesh=jax.make_mesh(shape, axes), microbatch=2)
+        np.testing.assert_allclose(many, one, rtol=1e-5)
+"""
+
+
+def test_several_devices_give_what_one_does():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", DEVICES], check=True, env=environment)

@@ -22,7 +22,7 @@ Shapes: b rows, t tokens, d hidden size, h heads, k = d / h. `hidden` is [b, t, 
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -53,7 +53,7 @@ class BertConfig:
       num_labels: width of the head; 1 means regression.
       classifier_dropout: dropout before the head; None means `hidden_dropout_prob`.
       dtype: dtype of the computation, "float32" or "bfloat16". Parameters are float32 always, and so are softmax,
-        the statistics of LayerNorm and the logits.
+        the statistics of LayerNorm and the logits; with "float64" under x64, for checks, everything is double.
       remat: recompute each layer in the backward pass instead of storing its activations.
     """
 
@@ -95,7 +95,11 @@ class Intermediates(NamedTuple):
     pooled: Array
 
 
-def _dense(config: BertConfig, features: int, name: str, dtype: str | None = None) -> nn.Dense:
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _dense(config: BertConfig, features: int, name: str, dtype: Any = None) -> nn.Dense:
     init = nn.initializers.normal(config.initializer_range)
     return nn.Dense(features, dtype=jnp.dtype(dtype or config.dtype), kernel_init=init, name=name)
 
@@ -168,7 +172,7 @@ class Core(nn.Module):
           The context [b, h, t_query, k].
         """
         del hidden
-        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=_wide(query.dtype))
         scores = scores * (query.shape[-1] ** -0.5)
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
@@ -273,7 +277,7 @@ class ClassificationHead(nn.Module):
         c = self.config
         drop = nn.Dropout(_head_dropout(c), deterministic=not train)
         x = jnp.tanh(_dense(c, c.hidden_size, "dense")(drop(x)))
-        return _dense(c, c.num_labels, "out_proj", "float32")(drop(x))
+        return _dense(c, c.num_labels, "out_proj", _wide(c.dtype))(drop(x))
 
 
 def _head_dropout(config: BertConfig) -> float:
@@ -342,5 +346,5 @@ class Bert(nn.Module):
             return logits, Intermediates(states, first)
         pooled = jnp.tanh(_dense(c, c.hidden_size, "pooler")(first))
         dropped = nn.Dropout(_head_dropout(c))(pooled, deterministic=not train)
-        logits = _dense(c, c.num_labels, "classifier", "float32")(dropped)
+        logits = _dense(c, c.num_labels, "classifier", _wide(c.dtype))(dropped)
         return logits, Intermediates(states, pooled)

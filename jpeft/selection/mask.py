@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from jpeft.errors import UserError, nearest
-from jpeft.fisher import expected_fisher, fisher
+from jpeft.fisher import fisher
 from jpeft.selection.existing import BODY, own_parameters
 from jpeft.site import Sites, find
 from jpeft.transform import FIXED, Leaves, Params, Setting, Transform
@@ -68,12 +68,12 @@ def fish(
         part = unflatten({(*path.split("/"), name): x for (path, name), x in candidates.items()})
         # Without its own leaves, which would stand in the place of the entries that were drawn at first.
         rest = {"params": params, "peft": {**setting.variables["peft"], setting.instance: {}}}
-        measure, of = (fisher, setting.loss) if labels == "empirical" else (expected_fisher, setting.logits)
+        of = setting.loss if labels == "empirical" else setting.logits
 
         def value(part: Params, example: Any, rest: Params) -> Array:
             return of(union(rest, {"params": part}), example)
 
-        scores = flatten(measure(value, part, setting.sample(num_examples), rest, values=values))
+        scores = flatten(fisher(value, part, setting.sample(num_examples), rest, labels=labels, values=values))
         by_site = {(path, name): np.asarray(scores[(*path.split("/"), name)]) for path, name in candidates}
         return take(candidates, top(by_site, _budget(ratio, params, candidates)))
 
