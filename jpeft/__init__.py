@@ -17,7 +17,8 @@ from jpeft.saved import Saved, load, predict
 from jpeft.selection import fishpal
 from jpeft.selection.existing import bitfit, layer_norm, top_k_layers
 from jpeft.selection.far import far
-from jpeft.selection.mask import fish, random_mask
+from jpeft.selection.mask import fish, magnitude_mask, random_mask
+from jpeft.selection.sparse import packed, read_mask, top, write_mask
 from jpeft.site import Site, find, layers, sites
 from jpeft.summary import Summary, summary
 from jpeft.transform import (
@@ -87,9 +88,11 @@ __all__ = [
     "layers",
     "load",
     "lora",
+    "magnitude_mask",
     "mam",
     "merge",
     "p_tuning",
+    "packed",
     "parallel",
     "pfeiffer",
     "pissa",
@@ -98,11 +101,14 @@ __all__ = [
     "prepare",
     "prompt",
     "random_mask",
+    "read_mask",
     "rslora",
     "said",
     "sites",
     "sparse_adapter",
     "summary",
+    "top",
     "top_k_layers",
     "unipelt",
+    "write_mask",
 ]

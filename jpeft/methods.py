@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jpeft.selection.existing import bitfit, layer_norm, top_k_layers
 from jpeft.selection.far import far
-from jpeft.selection.mask import fish, random_mask
+from jpeft.selection.mask import fish, magnitude_mask, random_mask
 from jpeft.transform import Chain, Transform
 from jpeft.transforms.adamix import adamix
 from jpeft.transforms.adapter import houlsby, parallel, pfeiffer
@@ -47,6 +47,7 @@ METHODS: dict[str, Method] = {
     "ladder_side": Method(ladder_side, 3e-3),
     "layer_norm": Method(layer_norm, 1e-3),
     "lora": Method(lora, 5e-4),
+    "magnitude_mask": Method(magnitude_mask, 5e-5),
     "mam": Method(mam, 5e-4),
     "p_tuning": Method(p_tuning, 1e-3),
     "parallel": Method(parallel, 5e-4),

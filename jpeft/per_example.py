@@ -95,14 +95,15 @@ def cut(one: Callable[..., tuple[Array, Any]], tree: Any, example: Any, rest: tu
     made = {v: e for e in jaxpr.eqns for v in e.outvars}
     weight, *gradients = jaxpr.outvars
     tails = [_tail(gradient, made) for gradient in gradients]
-    sizes = tuple(len(jax.tree.leaves(part)) for part in parts)
+    trees, examples, rests, _ = (len(jax.tree.leaves(part)) for part in parts)
     inputs = list(jaxpr.invars)
-    varies = dict.fromkeys([*inputs, *jaxpr.constvars], (False, False))
-    varies.update(dict.fromkeys(inputs[sizes[0] : sizes[0] + sizes[1]], (True, False)))
+    varies: dict[Any, tuple[bool, bool]] = dict.fromkeys([*inputs, *jaxpr.constvars], (False, False))
+    varies.update(dict.fromkeys(inputs[trees : trees + examples], (True, False)))
     varies[inputs[-1]] = (False, True)
     for e in jaxpr.eqns:
         of = [varies[v] for v in e.invars if not isinstance(v, Literal)]
         varies.update(dict.fromkeys(e.outvars, (any(a for a, _ in of), any(b for _, b in of))))
+    sizes = (trees, examples, rests, 1)
     whole = Cut(inputs, sizes, (list(jaxpr.constvars), list(closed.consts)), [], weight, tails, varies, directions)
     return whole._replace(head=_needed(jaxpr.eqns, whole.front))
 

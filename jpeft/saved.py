@@ -50,14 +50,14 @@ class Saved(NamedTuple):
     tokenizer: Path
 
 
-def write_leaves(path: Path, leaves: Mapping[str, Any]) -> None:
-    """Writes a nested dict of arrays as one safetensors file, atomically."""
+def write_leaves(path: Path, leaves: Mapping[str, Any], about: Mapping[str, str] | None = None) -> None:
+    """Writes a nested dict of arrays as one safetensors file, atomically, with what there is to say about them."""
     from safetensors.numpy import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     tensors = {":".join(keys): np.asarray(x) for keys, x in flatten(leaves).items()}
-    save_file(tensors, beside, metadata={"format": "jpeft"})
+    save_file(tensors, beside, metadata={"format": "jpeft", **(about or {})})
     os.replace(beside, path)
 
 

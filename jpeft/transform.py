@@ -92,6 +92,8 @@ class Setting(NamedTuple):
       sites: the sites of the model.
       sample: (n) -> n examples from a seeded shuffle of the training set, fewer if there are fewer: a pytree of arrays
         with a leading axis.
+      fisher: (fn, tree, n, *rest, labels=..., values=...) -> `jpeft.fisher` of `fn` over the examples that `sample(n)`
+        gives, sorted into a few lengths.
       key: a PRNG key.
     """
 
@@ -101,6 +103,7 @@ class Setting(NamedTuple):
     instance: str
     sites: Sites
     sample: Callable[[int], Any]
+    fisher: Callable[..., Any]
     key: Array
 
 

@@ -61,13 +61,17 @@ def setting(toy: Toy, method: jpeft.Transform | jpeft.Chain, key: jax.Array) -> 
     def loss(variables, example):
         return -jax.nn.log_softmax(logits(variables, example))[example[2]]
 
+    def sample(n):
+        return jax.tree.map(lambda x: x[:n], (toy.ids, toy.mask, toy.labels))
+
     return jpeft.Setting(
         loss=loss,
         logits=logits,
         variables={"params": toy.params, "peft": leaves},
         instance="",
         sites=toy.sites,
-        sample=lambda n: jax.tree.map(lambda x: x[:n], (toy.ids, toy.mask, toy.labels)),
+        sample=sample,
+        fisher=lambda fn, tree, n, *rest, **options: jpeft.fisher(fn, tree, sample(n), *rest, **options),
         key=key,
     )
 

@@ -1,4 +1,4 @@
-"""Training single entries of the base: FISH mask, and a random mask of the same size as its control.
+"""Training single entries of the base: FISH mask, and masks of the same size at random or by magnitude as its controls.
 
 The leaves are the chosen entries themselves, {site path: {parameter: {"values": [k], "fixed": {"index": int32 [k]}}}},
 where `index` counts through the flattened parameter. Inside the forward pass they are written over a copy of the
@@ -6,61 +6,66 @@ parameter; so the optimiser's state, weight decay, clipping and the saved file s
 was not chosen stays bit-identical. Nothing is added at inference: `merge` writes them for good.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jpeft.errors import UserError, nearest
-from jpeft.fisher import fisher
+from jpeft.fisher import LABELS, VALUES
+from jpeft.selection import sparse
 from jpeft.selection.existing import BODY, own_parameters
 from jpeft.site import Sites, find
 from jpeft.transform import FIXED, Leaves, Params, Setting, Transform
 from jpeft.transforms.linear import sizes
-from jpeft.tree import at, count, flatten, replace, unflatten, union
+from jpeft.tree import at, flatten, replace, unflatten, union
+from jpeft.tree import count as num_entries
 
-__all__ = ["fish", "random_mask", "take", "top"]
+__all__ = ["fish", "magnitude_mask", "random_mask", "take"]
 
 Chosen = Mapping[tuple[str, str], Any]  # by (site path, parameter name)
-LABELS = ("empirical", "expected")
-VALUES = ("square", "absolute")
+Budget = Callable[[Params, Chosen], int]
 
 
 def fish(
     ratio: float = 0.005,
+    count: int | None = None,
     num_examples: int = 1024,
     labels: str = "empirical",
     values: str = "square",
+    head_counts: bool = True,
     targets: str = BODY,
 ) -> Transform:
     """FISH mask: trains the entries with the largest Fisher information (Sung et al. 2021, arXiv:2111.09839).
 
-    The budget is int(ratio * all parameters of the model); the head always trains and is part of it, as in the
-    reference (varunnair18/FISH). The rest goes to the entries whose Fisher information is largest, over all targets
+    The budget is int(ratio * all parameters of the model), or `count`. The head always trains and is part of it, as in
+    the reference (varunnair18/FISH); the rest goes to the entries whose Fisher information is largest, over all targets
     together. `init` draws entries at random; `prepare` chooses them by data.
 
     Args:
-      ratio: trained share of all parameters, the head's included.
+      ratio: trained share of all parameters.
+      count: the number of trained entries, in place of `ratio`.
       num_examples: how many training examples the information is averaged over.
       labels: "empirical" takes the true label of each example, "expected" all labels as probable as the model holds
-        them.
+        them, "sampled" one drawn from the model.
       values: "square" or "absolute" values of the gradients.
+      head_counts: whether the head is part of the budget; otherwise it trains on top of it.
       targets: pattern of the sites whose entries can be chosen, see `jpeft.find`.
 
     Returns:
       A transform with leaves as above.
 
     Raises:
-      UserError: if an option is out of range; in `init`, if the budget does not even hold the head.
+      UserError: if an option is out of range; in `init`, if the budget does not even hold the head, or is larger than
+        all there is.
     """
-    _check(ratio)
     sizes(num_examples=num_examples)
     for name, value, known in (("labels", labels, LABELS), ("values", values, VALUES)):
         if value not in known:
             raise UserError(f"{name} {value!r} is unknown: {nearest(value, known)}")
+    budget = _budget(ratio, count, head_counts)
 
     def prepare(setting: Setting) -> Leaves:
         params = setting.variables["params"]
@@ -73,19 +78,23 @@ def fish(
         def value(part: Params, example: Any, rest: Params) -> Array:
             return of(union(rest, {"params": part}), example)
 
-        scores = flatten(fisher(value, part, setting.sample(num_examples), rest, labels=labels, values=values))
-        by_site = {(path, name): np.asarray(scores[(*path.split("/"), name)]) for path, name in candidates}
-        return take(candidates, top(by_site, _budget(ratio, params, candidates)))
+        scores = flatten(setting.fisher(value, part, num_examples, rest, labels=labels, values=values))
+        by_site = {(path, name): scores[(*path.split("/"), name)] for path, name in candidates}
+        return take(candidates, sparse.top(by_site, budget(params, candidates)))
 
-    return _masked("fish", ratio, targets)._replace(prepare=prepare)
+    return _masked("fish", budget, targets, sparse.random)._replace(prepare=prepare)
 
 
-def random_mask(ratio: float = 0.005, targets: str = BODY) -> Transform:
+def random_mask(
+    ratio: float = 0.005, count: int | None = None, head_counts: bool = True, targets: str = BODY
+) -> Transform:
     """Trains entries drawn at random, as many as FISH mask does: the control of Sung et al. 2021, arXiv:2111.09839.
 
     Args:
-      ratio: trained share of all parameters, the head's included.
-      targets: pattern of the sites whose entries can be drawn, see `jpeft.find`.
+      ratio: as for `fish`, and so are the others.
+      count: as for `fish`.
+      head_counts: as for `fish`.
+      targets: as for `fish`.
 
     Returns:
       A transform with leaves as above.
@@ -93,50 +102,46 @@ def random_mask(ratio: float = 0.005, targets: str = BODY) -> Transform:
     Raises:
       UserError: as `fish`.
     """
-    _check(ratio)
-    return _masked("random_mask", ratio, targets)
+    return _masked("random_mask", _budget(ratio, count, head_counts), targets, sparse.random)
 
 
-def top(scores: Mapping[Any, np.ndarray], k: int) -> dict[Any, np.ndarray]:
-    """The k largest entries over all arrays together: {name: sorted flat int32 indices}, arrays without any left out.
+def magnitude_mask(
+    ratio: float = 0.005, count: int | None = None, head_counts: bool = True, targets: str = BODY
+) -> Transform:
+    """Trains the entries that are largest in absolute value, as many as FISH mask does: a control that needs no data.
 
-    Of equal entries the earlier ones win, in the order of `scores` and then of the flattened array.
+    Args:
+      ratio: as for `fish`, and so are the others.
+      count: as for `fish`.
+      head_counts: as for `fish`.
+      targets: as for `fish`.
+
+    Returns:
+      A transform with leaves as above.
+
+    Raises:
+      UserError: as `fish`.
     """
-    flat = np.concatenate([np.asarray(x).ravel() for x in scores.values()])
-    keep = np.zeros(flat.size, bool)
-    if k > 0:
-        threshold = np.partition(flat, flat.size - k)[flat.size - k]
-        keep = flat > threshold
-        ties = np.flatnonzero(flat == threshold)
-        keep[ties[: k - int(keep.sum())]] = True
-    ends = np.cumsum([x.size for x in scores.values()])
-    parts = np.split(keep, ends[:-1])
-    found = {name: np.flatnonzero(part).astype(np.int32) for name, part in zip(scores, parts, strict=True)}
-    return {name: index for name, index in found.items() if index.size}
+    budget = _budget(ratio, count, head_counts)
+    return _masked("magnitude_mask", budget, targets, lambda key, values, k: sparse.magnitude(values, k))
 
 
 def take(values: Chosen, indices: Mapping[tuple[str, str], np.ndarray]) -> Leaves:
-    """The leaves that hold the entries of `values` at flat `indices`."""
+    """The leaves that hold the entries of `values` at flat `indices`; nothing for parameters without any."""
     leaves: Leaves = {}
     for (path, name), index in indices.items():
-        entries = jnp.asarray(values[path, name]).reshape(-1)[index]
-        leaves.setdefault(path, {})[name] = {"values": entries, FIXED: {"index": jnp.asarray(index)}}
+        if index.size:
+            entries = jnp.asarray(values[path, name]).reshape(-1)[index]
+            leaves.setdefault(path, {})[name] = {"values": entries, FIXED: {"index": jnp.asarray(index)}}
     return leaves
 
 
-def _masked(name: str, ratio: float, targets: str) -> Transform:
+def _masked(name: str, budget: Budget, targets: str, draw: Callable[[Array, Any, int], Any]) -> Transform:
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         if params is None:
             raise UserError(f"{name} starts from the model's parameters: give `params` to init")
         candidates = _candidates(params, sites, targets)
-        sizes_ = [int(np.prod(x.shape)) for x in candidates.values()]
-        # Which entries are drawn decides the shapes of the leaves, so it must happen outside of tracing.
-        drawn = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel()).permutation(sum(sizes_))
-        order = drawn.astype(np.int64)[: _budget(ratio, params, candidates)]
-        ends = np.cumsum(sizes_)
-        of, start = np.searchsorted(ends, order, side="right"), ends - sizes_
-        indices = {place: np.sort(order[of == i] - start[i]).astype(np.int32) for i, place in enumerate(candidates)}
-        return take(candidates, {place: index for place, index in indices.items() if index.size})
+        return take(candidates, draw(key, candidates, budget(params, candidates)))
 
     def merge(leaves: Leaves, params: Params) -> Params:
         for path, own in leaves.items():
@@ -157,16 +162,23 @@ def _candidates(params: Params, sites: Sites, targets: str) -> dict[tuple[str, s
     return {(site.path, name): at(params, site.path)[name] for site in where for name in own_parameters(site)}
 
 
-def _budget(ratio: float, params: Params, candidates: Chosen) -> int:
-    """How many entries are chosen: the budget less what trains anyway, the head."""
-    total, there = count(params), sum(int(np.prod(x.shape)) for x in candidates.values())
-    head = count(params.get("classifier", {}))
-    budget = int(ratio * total)
-    if budget < head:
-        raise UserError(f"ratio {ratio} of {total:,} parameters is {budget:,}, less than the head's {head:,}: raise it")
-    return min(budget - head, there)
-
-
-def _check(ratio: float) -> None:
-    if not 0 < ratio <= 1:
+def _budget(ratio: float, count: int | None, head_counts: bool) -> Budget:
+    """The function from all parameters and the candidates to how many of the candidates train."""
+    if count is not None:
+        if count < 0:
+            raise UserError(f"count must be at least 0, got {count}")
+    elif not 0 < ratio <= 1:
         raise UserError(f"ratio must be above 0 and at most 1, got {ratio}")
+
+    def budget(params: Params, candidates: Chosen) -> int:
+        total, there = num_entries(params), sum(int(np.prod(x.shape)) for x in candidates.values())
+        head = num_entries(params.get("classifier", {})) if head_counts else 0
+        wanted = int(ratio * total) if count is None else count
+        said = f"count {count:,}" if count is not None else f"ratio {ratio} of {total:,} parameters is {wanted:,}"
+        if wanted < head:
+            raise UserError(f"{said}: less than the head's {head:,}, which always trains: raise it")
+        if count is not None and wanted - head > there:
+            raise UserError(f"{said}: more than the {there + head:,} that can train: lower it")
+        return min(wanted - head, there)
+
+    return budget

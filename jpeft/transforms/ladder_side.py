@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.errors import UserError, nearest
-from jpeft.fisher import fisher
 from jpeft.models.bert import ACTIVATIONS, attends
 from jpeft.site import Site, Sites, find
 from jpeft.transform import Call, Context, Leaves, Params, Setting, Transform, init_sites
@@ -87,7 +86,7 @@ def ladder_side(
                     nested = {name: nested}
                 return setting.loss(union(rest, {"params": nested}), example)
 
-            importance = fisher(loss, layers, setting.sample(num_examples), rest)
+            importance = setting.fisher(loss, layers, num_examples, rest)
             heads = _heads(setting.sites, site)
             leaves[path] = _start(setting.key, site, heads, reduction_factor, layers, importance)
         return leaves

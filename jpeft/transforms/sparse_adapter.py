@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from jpeft.errors import UserError, nearest
-from jpeft.selection.mask import top
+from jpeft.selection.sparse import top
 from jpeft.site import Site, Sites
 from jpeft.transform import FIXED, Call, Context, Leaves, Params, Setting, Transform, site_key
 from jpeft.transforms.adapter import houlsby, pfeiffer
@@ -214,7 +214,7 @@ def _pruned(leaves: Leaves, scores: Kernels, density: float) -> Leaves:
     kept = top(flat, max(1, int(density * sum(x.size for x in flat.values()))))
 
     def entries(path: str, half: str) -> Leaves:
-        index = kept.get((path, half), np.zeros(0, np.int32))
+        index = kept[path, half]
         return {"values": kernels[path][half].reshape(-1)[index], FIXED: {"index": jnp.asarray(index)}}
 
     return _with(leaves, {path: {half: entries(path, half) for half in HALVES} for path in leaves})

@@ -1,4 +1,4 @@
-"""FISH mask and random mask."""
+"""FISH mask, and the masks at random and by magnitude."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from conftest import randomised, setting
 
 import jpeft
 from jpeft import tree
-from jpeft.selection.mask import fish, random_mask, take, top
+from jpeft.selection.mask import fish, magnitude_mask, random_mask, take
 from jpeft.transform import FIXED, split
 
 RATIO = 0.05
@@ -52,7 +52,7 @@ def test_fish_takes_the_largest_of_a_loop(toy, key, labels, values):
     assert scores.min() >= threshold * (1 - 1e-3)  # the same set but for rounding at the border
 
 
-@pytest.mark.parametrize("make", [fish, random_mask])
+@pytest.mark.parametrize("make", [fish, random_mask, magnitude_mask])
 def test_a_fresh_mask_changes_nothing_and_a_trained_one_only_its_entries(toy, key, make):
     method = make(RATIO)
     leaves = jpeft.init(method, key, toy.sites, toy.params)
@@ -78,19 +78,27 @@ def test_a_random_mask_is_as_large_as_fish_and_its_seed_decides_it(toy, key):
     same = jpeft.init(random_mask(RATIO), key, toy.sites, toy.params)
     assert entries(one) == entries(same) != entries(two)
     assert tree.count(split(one)[0]) == len(entries(one)) == len(entries(two))
-    of_fish = jpeft.prepare(fish(RATIO, 2), setting(toy, fish(RATIO, 2), key))
+    of_fish = jpeft.prepare(fish(RATIO, num_examples=2), setting(toy, fish(RATIO, num_examples=2), key))
     assert len(entries(of_fish)) == len(entries(one))
 
 
-def test_top_is_a_stable_sort_over_all_arrays():
-    scores = {"a": np.array([[3.0, 1.0], [2.0, 2.0]]), "b": np.array([2.0, 5.0]), "c": np.array([0.0])}
-    flat = np.concatenate([x.ravel() for x in scores.values()])
-    for k in range(8):
-        chosen = top(scores, k)
-        order = sorted(np.argsort(-flat, kind="stable")[:k])
-        offset = {"a": 0, "b": 4, "c": 6}
-        assert sorted(offset[name] + i for name, index in chosen.items() for i in index) == order
-        assert all(index.dtype == np.int32 and index.size for index in chosen.values())
+def test_magnitude_takes_the_largest_weights(toy, key):
+    chosen = entries(jpeft.init(magnitude_mask(count=151), key, toy.sites, toy.params))
+    flat = tree.flatten(toy.params)
+    body = np.concatenate([np.abs(x).ravel() for path, x in flat.items() if path[0] != "classifier"])
+    assert min(abs(flat[tuple(path.split("/"))].ravel()[i]) for path, i in chosen) == np.sort(body)[-100]
+    assert len(chosen) == 100  # less the 51 of the head
+
+
+@pytest.mark.parametrize("make", [fish, random_mask, magnitude_mask])
+def test_nothing_and_everything(toy, key, make):
+    """The head alone, whether it counts or not, leaves no entry; the model without an instance's leaves still runs."""
+    for method in (make(count=51), make(count=0, head_counts=False)):
+        leaves = jpeft.init(method, key, toy.sites, toy.params)
+        assert list(leaves.values()) == [{}]
+        np.testing.assert_array_equal(toy.logits(method, leaves), toy.logits(jpeft.chain(), {}))
+    everything = tree.count(toy.params) - 51
+    assert len(entries(jpeft.init(make(count=everything, head_counts=False), key, toy.sites, toy.params))) == everything
 
 
 def test_all_entries_can_be_chosen(toy, key):
@@ -117,6 +125,12 @@ def test_take_keeps_order():
 def test_what_cannot_be_is_refused(toy, key):
     with pytest.raises(jpeft.UserError, match="less than the head's 51"):
         jpeft.init(fish(0.001), key, toy.sites, toy.params)
+    with pytest.raises(jpeft.UserError, match="count 50: less than the head's 51, which always trains"):
+        jpeft.init(fish(count=50), key, toy.sites, toy.params)
+    with pytest.raises(jpeft.UserError, match=r"more than the .* that can train"):
+        jpeft.init(fish(count=10**6), key, toy.sites, toy.params)
+    with pytest.raises(jpeft.UserError, match="count must be at least 0"):
+        random_mask(count=-1)
     with pytest.raises(jpeft.UserError, match="ratio must be above 0 and at most 1, got 2"):
         fish(2)
     with pytest.raises(jpeft.UserError, match=r"labels 'expect' is unknown.*expected"):
