@@ -8,6 +8,7 @@ leaves = jpeft.init(method, key, sites, params)                 # what trains; p
 y = jpeft.apply(model, method, {"params": params, "peft": leaves}, x)
 """
 
+from jpeft.average import fisher_average
 from jpeft.errors import UserError
 from jpeft.fisher import fisher
 from jpeft.hook import apply
@@ -76,6 +77,7 @@ __all__ = [
     "find",
     "fish",
     "fisher",
+    "fisher_average",
     "fishpal",
     "fold",
     "houlsby",

@@ -1,8 +1,13 @@
 """What data decides before training: FishPAL's plan, leaves such as FISH's mask. Kept in files, so asked only once."""
 
+import hashlib
+import itertools
+import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from jax import Array
 
 from jpeft import config as configs
@@ -10,10 +15,11 @@ from jpeft import files, saved, transform
 from jpeft import plan as plans
 from jpeft.config import Config
 from jpeft.data import batching
-from jpeft.fisher import fisher
+from jpeft.measure import measure, read
 from jpeft.models import Bert
-from jpeft.models.pretrained import Pretrained
+from jpeft.models.pretrained import Pretrained, fingerprint
 from jpeft.plan import Entry, Plan
+from jpeft.report import plots
 from jpeft.report.console import Console
 from jpeft.selection import fishpal
 from jpeft.site import Sites
@@ -63,16 +69,16 @@ def plan(case: Case) -> Plan:
     else:
         candidates = {name: Entry(name, configs.options(config, name)) for name in config.fishpal.candidates}
         factors = {name: config.fishpal.factors[name] for name in candidates}
-        batch, rows = _sample(case, config.fishpal.num_examples)
         everything = fishpal.attach(candidates)
         fresh = transform.init(everything, case.key, case.sites, case.base.params)
         part, fixed = transform.split(fresh)
         rest = {"params": case.base.params, "peft": fixed}
-        with case.console.waiting(f"  Fisher information of {', '.join(candidates)} over {len(rows)} examples"):
-            information = fisher(single_loss(case.model, everything), {"peft": part}, batch, rest)["peft"]
+        loss, n = single_loss(case.model, everything), config.fishpal.num_examples
+        information = _fisher(case, "fisher.safetensors", loss, {"peft": part}, n, rest)["peft"]
+        _, rows = _rows(case, n)
         scores = fishpal.scores(information, len(rows), candidates, factors)
         made = fishpal.choose(scores, candidates)
-        measured = {"num_examples": len(rows), "train_rows": rows, "factors": factors, "scores": scores}
+        measured = {"num_examples": len(rows), "train_rows": rows.tolist(), "factors": factors, "scores": scores}
         files.write_json(case.folder / "fisher.json", measured)
     files.write_text(path, plans.dumps(made))
     return made
@@ -87,23 +93,56 @@ def leaves(case: Case, method: transform.Transform | transform.Chain) -> transfo
     if path.is_file():
         return saved.read_leaves(path)
     loss, logits = single_loss(case.model, method), single_logits(case.model, method)
+    numbers = itertools.count()
+
+    def information(fn: Any, tree: Any, n: int, *rest: Any, **options: Any) -> Any:
+        return _fisher(case, f"fisher_{next(numbers)}.safetensors", fn, tree, n, *rest, **options)
+
     setting = transform.Setting(
         loss=lambda variables, example: loss(variables, example, {}),
         logits=lambda variables, example: logits(variables, example, {}),
         variables={"params": case.base.params, "peft": fresh},
         instance="",
         sites=case.sites,
-        sample=lambda n: _sample(case, n)[0],
+        sample=lambda n: _sample(case, n),
+        fisher=information,
         key=case.key,
     )
-    with case.console.waiting(f"  {', '.join(transform.instances(method))}: looking at the data"):
-        prepared = transform.prepare(method, setting)
+    case.console.say(f"  {', '.join(transform.instances(method))}: looking at the data")
+    prepared = transform.prepare(method, setting)
     saved.write_leaves(path, prepared)
     return prepared
 
 
-def _sample(case: Case, n: int) -> tuple[batching.Batch, list[int]]:
+def _fisher(case: Case, name: str, fn: Any, tree: Any, n: int, *rest: Any, **options: Any) -> Any:
+    """Fisher information over n training examples, sorted by length; kept in the seed's folder, with a picture."""
+    examples, rows = _rows(case, n)
+    batches, order = batching.by_length(examples, case.buckets)
+    about = {
+        "model": case.config.model,
+        "fingerprint": fingerprint(case.base.params),
+        "leaves": fingerprint(tree),
+        "task": case.config.task,
+        "seed": case.seed,
+        "num_examples": len(rows),
+        "rows": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16],
+        "labels": options.get("labels", "empirical"),
+        "values": options.get("values", "square"),
+    }
+    key = jax.random.fold_in(case.key, zlib.crc32(b"labels"))
+    path, ids = case.folder / name, rows[order].tolist()
+    found = measure(path, about, case.console, fn, tree, batches, *rest, key=key, ids=ids, **options)
+    title = f"Fisher information over {len(rows):,} examples\n{case.config.task}, {case.config.model}"
+    plots.fisher_map(path.with_suffix(".png"), read(path)[0], title)
+    return found
+
+
+def _rows(case: Case, n: int) -> tuple[batching.Examples, np.ndarray]:
     """At most n training examples of a seeded shuffle, and their row numbers."""
-    examples, rows = batching.sample(case.train, min(n, case.train.size), case.seed)
-    batch, _ = next(iter(batching.eval_batches(examples, examples.size, case.buckets)))
-    return batch, rows.tolist()
+    return batching.sample(case.train, min(n, case.train.size), case.seed)
+
+
+def _sample(case: Case, n: int) -> batching.Batch:
+    """Likewise, as one batch."""
+    examples, _ = _rows(case, n)
+    return next(iter(batching.eval_batches(examples, examples.size, case.buckets)))[0]

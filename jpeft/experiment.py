@@ -314,7 +314,8 @@ def _report(
         title = f"Fisher scores and the kept module of each layer\n{config.task}, {config.model}"
         plots.fisher_scores(workdir / PICTURE, measured, title)
     summaries = {seed: result.summary for seed, result in results.items()}
-    page = tables.markdown(report, chosen, summaries, PICTURE if measured else None)
+    maps = [f"{f.name}/{path.name}" for f in folders.values() for path in sorted(f.glob("fisher*.png"))]
+    page = tables.markdown(report, chosen, summaries, PICTURE if measured else None, maps)
     files.write_text(workdir / "report.md", page)
     console.say()
     console.say(tables.compare([report]))

@@ -3,7 +3,7 @@
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -52,6 +52,7 @@ def fisher(
     labels: str = "empirical",
     values: str = "square",
     key: Array | None = None,
+    ids: Sequence[int] | None = None,
     microbatch: int | None = None,
     memory_limit_bytes: int | None = None,
     mesh: Mesh | None = None,
@@ -80,7 +81,8 @@ def fisher(
         they are not baked into it as constants.
       labels: "empirical", "expected" or "sampled".
       values: "square" of the gradients, or their "absolute" value as in FISH mask's variant.
-      key: for "sampled": example i draws from it folded with i.
+      key: for "sampled": each example draws from it folded with its number.
+      ids: the examples' numbers, n of them, for draws and messages. None means 0 to n - 1 in the order given.
       microbatch: examples at a time on each device. None means as many as `memory_limit_bytes` allows, at most 8 on CPU
         and 64 elsewhere.
       memory_limit_bytes: for what single examples need, beside `tree`, `rest` and the result. None means a quarter of
@@ -99,7 +101,7 @@ def fisher(
     5.0
     """
     sums = accumulate(
-        fn, tree, examples, *rest, labels=labels, values=values, key=key, microbatch=microbatch,
+        fn, tree, examples, *rest, labels=labels, values=values, key=key, ids=ids, microbatch=microbatch,
         memory_limit_bytes=memory_limit_bytes, mesh=mesh,
     )  # fmt: skip
     (last,) = deque(sums, maxlen=1)
@@ -127,6 +129,7 @@ def accumulate(
     labels: str = "empirical",
     values: str = "square",
     key: Array | None = None,
+    ids: Sequence[int] | None = None,
     microbatch: int | None = None,
     memory_limit_bytes: int | None = None,
     mesh: Mesh | None = None,
@@ -142,6 +145,7 @@ def accumulate(
       labels: likewise.
       values: likewise.
       key: likewise.
+      ids: likewise.
       microbatch: likewise.
       memory_limit_bytes: likewise.
       mesh: likewise.
@@ -168,13 +172,13 @@ def accumulate(
         total, tree, rest = jax.device_put(total, over), jax.device_put(tree, copied), jax.device_put(rest, copied)
     one = _one(fn, labels, jax.random.key(0) if key is None else key)
     first, unchecked = 0, None
+    numbers = np.arange(n) if ids is None else np.asarray(ids)
     compiled: dict[Any, tuple[Callable, int, list[Any]]] = {}
     for group, count in zip(groups, counts, strict=True):
-        ids = np.arange(first, first + count)
-        ids, first = ids[ids >= done], first + count
-        if not ids.size:
+        offset, first = first, first + count
+        left = np.arange(max(offset, done), first)
+        if not left.size:
             continue
-        offset = first - count
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group)
         static = jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes))
         if static not in compiled:
@@ -182,19 +186,19 @@ def accumulate(
                 one, fn, tree, shapes, rest, labels, VALUES[values], microbatch, memory_limit_bytes, mesh
             )
         step, most, constants = compiled[static]
-        size = devices * min(most, math.ceil(ids.size / devices))
-        for rows in (ids[i : i + size] for i in range(0, ids.size, size)):
+        size = devices * min(most, math.ceil(left.size / devices))
+        for rows in (left[i : i + size] for i in range(0, left.size, size)):
             # The last microbatch repeats a row with weight 0, so that nothing is compiled twice.
             filled = np.concatenate([rows, np.full(size - rows.size, rows[0])])
             chunk = jax.tree.map(lambda x, at=filled - offset: jnp.asarray(np.asarray(x)[at]), group)
             weights = jnp.asarray(np.arange(size) < rows.size, jnp.float32)
-            numbered = (chunk, jnp.asarray(filled, jnp.int32))
+            numbered = (chunk, jnp.asarray(numbers[filled], jnp.int32))
             if mesh is not None:
                 numbered, weights = jax.device_put((numbered, weights), over)
             total, finite = step(total, tree, numbered, weights, rest, constants)
             if unchecked is not None:  # the one before, so that the device is not waited for
                 _check_finite(*unchecked, one, tree, rest)
-            unchecked = finite, rows, chunk
+            unchecked = finite, numbers[rows], chunk
             done += rows.size
             if done == n:
                 _check_finite(*unchecked, one, tree, rest)

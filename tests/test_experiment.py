@@ -193,6 +193,10 @@ def test_what_data_decided_is_asked_once(tiny_config, tmp_path, monkeypatch):
     config = tiny_config("fish", num_epochs=1, max_length=8)
     config.peft.fish.update(ratio=0.1, num_examples=8)
     first = run(config, tmp_path)
+    assert "](seed_11/fisher_0.png)" in (tmp_path / "report.md").read_text()
+    arrays, about = jpeft.measure.read(tmp_path / "seed_11" / "fisher_0.safetensors")
+    assert (about["num_examples"], about["task"], about["labels"]) == (8, "mrpc", "empirical")
+    assert sum(x.size for x in arrays.values()) == first["parameters"]["base"]
     (tmp_path / "seed_11" / "result.json").unlink()
     monkeypatch.setattr(jpeft.transform, "prepare", lambda *_: pytest.fail("it looked at the data again"))
     again = run(config, tmp_path)

@@ -14,7 +14,8 @@ import numpy as np
 from jpeft.data.tasks import Task
 
 __all__ = [
-    "Batch", "Examples", "eval_batches", "length_buckets", "num_batches", "sample", "take", "tokenize", "train_batches",
+    "Batch", "Examples", "by_length", "eval_batches", "length_buckets", "num_batches", "sample", "take", "tokenize",
+    "train_batches",
 ]  # fmt: skip
 
 MEGABATCH = 50  # in batches: rows are sorted by length inside so many, enough to lose almost all padding
@@ -171,6 +172,24 @@ def eval_batches(examples: Examples, batch_size: int, buckets: Sequence[int]) ->
     """
     for rows in _cut(np.argsort(examples.lengths, kind="stable"), batch_size):
         yield _collate(examples, rows, batch_size, buckets), rows
+
+
+def by_length(examples: Examples, buckets: Sequence[int]) -> tuple[list[Batch], np.ndarray]:
+    """All rows, in one batch for each bucket that is the smallest to hold some of them.
+
+    Args:
+      examples: the rows.
+      buckets: as in `train_batches`, ascending.
+
+    Returns:
+      The batches, and the indices of their rows one after the other.
+
+    Raises:
+      ValueError: if a row is longer than every bucket.
+    """
+    of = np.searchsorted(buckets, examples.lengths)
+    groups = [np.flatnonzero(of == i) for i in np.unique(of)]
+    return [_collate(examples, rows, len(rows), buckets) for rows in groups], np.concatenate(groups)
 
 
 def take(examples: Examples, indices: np.ndarray | Sequence[int]) -> Examples:

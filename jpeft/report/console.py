@@ -1,6 +1,6 @@
 """Lines and bars on the terminal; in a log file, where bars would be noise, one line an epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,21 @@ class Console:
         with Progress(*columns, console=self._rich, transient=True, disable=not shown) as progress:
             task = progress.add_task("starting", total=total, completed=done, status="compiling")
             yield Bar(progress, task, self)
+
+    @contextmanager
+    def counting(self, text: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """A bar over `total` examples; the function it gives says how many are done."""
+        self.say(text)
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        shown = self._rich.is_terminal
+        with Progress(*columns, console=self._rich, transient=True, disable=not shown) as progress:
+            task = progress.add_task("examples", total=total, completed=done)
+            yield lambda done: progress.update(task, completed=done)
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:

@@ -1,5 +1,6 @@
-"""Pictures: the Fisher scores of every candidate in every layer, and which one was kept."""
+"""Pictures: Fisher information by layer and module, the scores of candidates and which one was kept, methods."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from jpeft.selection.fishpal import Scores
+from jpeft.site import layer_of
 
-__all__ = ["fisher_scores", "methods"]
+__all__ = ["fisher_map", "fisher_scores", "methods"]
 
 
 def fisher_scores(path: Path, by_seed: Mapping[int, Scores], title: str) -> None:
@@ -59,6 +61,44 @@ def fisher_scores(path: Path, by_seed: Mapping[int, Scores], title: str) -> None
         panel.tick_params(length=0)
     panels[-1].set_xlabel("layer")
     figure.colorbar(image, ax=panels, label="log10 of score", shrink=0.9)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def fisher_map(path: Path, information: Mapping[str, np.ndarray], title: str) -> None:
+    """Writes a PNG: layers across, modules down, colour by the logarithm of the mean Fisher information of an entry.
+
+    What is in no layer has a column of its own on the left. Modules without information are left white.
+
+    Args:
+      path: of the PNG.
+      information: Fisher information by the paths of leaves, joined by ":" or "/", as `jpeft.measure.read` gives it.
+      title: stands above.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sums: dict[tuple[str, int], np.ndarray] = {}
+    for name, x in information.items():
+        where = name.replace(":", "/")
+        layer = layer_of(where)
+        module = re.sub(r"^.*?(layers?|blocks?|h)_\d+/", "", where) if layer is not None else where
+        place = (module.removeprefix("params/").removesuffix("/values"), -1 if layer is None else layer)
+        sums[place] = sums.get(place, np.zeros(2)) + np.array([np.sum(x, dtype=np.float64), np.size(x)])
+    modules = list(dict.fromkeys(module for module, _ in sums))
+    columns = sorted({layer for _, layer in sums})
+    table = np.full((len(modules), len(columns)), np.nan)
+    for (module, layer), (total, size) in sums.items():
+        table[modules.index(module), columns.index(layer)] = total / size if total > 0 else np.nan
+    figure = Figure(figsize=(4.2 + 0.42 * len(columns), 1.2 + 0.22 * len(modules)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    image = panel.imshow(np.log10(table), cmap="viridis", aspect="auto")
+    panel.set_xticks(range(len(columns)), ["-" if layer < 0 else str(layer) for layer in columns])
+    panel.set_yticks(range(len(modules)), modules, fontsize=7)
+    panel.tick_params(length=0)
+    panel.set_xlabel("layer")
+    figure.colorbar(image, ax=panel, label="log10 of mean Fisher information", shrink=0.9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
 

@@ -57,6 +57,7 @@ def markdown(
     plans: Mapping[int, Mapping[int, Sequence[Any]]],
     summaries: Mapping[int, str],
     picture: str | None,
+    maps: Sequence[str] = (),
 ) -> str:
     """The page.
 
@@ -65,6 +66,7 @@ def markdown(
       plans: by seed, for FishPAL.
       summaries: by seed, the Markdown table of what trains and what stays.
       picture: file name of the picture of the Fisher scores, or None.
+      maps: file names of pictures of Fisher information by layer and module.
     """
     metrics, counts = report["metrics"], report["parameters"]
     lines = [f"# {report['method']} on {report['task']} ({report['model']})", ""]
@@ -82,6 +84,9 @@ def markdown(
         lines += [f"- seed {seed}: layers " + "; ".join(plan_lines(plan)) for seed, plan in plans.items()]
         if picture:
             lines += ["", f"![Fisher scores by layer and candidate, the chosen ones marked]({picture})"]
+    if maps:
+        lines += ["", "## Where the Fisher information is", ""]
+        lines += [f"![Mean Fisher information by layer and module]({name})" for name in maps]
     lines += ["", "## What trains and what stays at inference", ""]
     alike = len(set(summaries.values())) == 1
     for seed, text in list(summaries.items())[: 1 if alike else None]:

@@ -143,6 +143,7 @@ def packed(inner: optax.GradientTransformation, mask: Any) -> optax.GradientTran
 
     def update(updates: Any, state: optax.OptState, params: Any = None, **extra: Any) -> tuple[Any, optax.OptState]:
         own = None if params is None else pack(mask, params)
+        small: Any
         small, state = inner.update(pack(mask, updates), state, own, **extra)
         leaves, treedef = jax.tree.flatten(updates)
         found = [_unpack(m, s, x) for m, s, x in zip(jax.tree.leaves(mask), small, leaves, strict=True)]

@@ -177,3 +177,16 @@ def test_sample_is_seeded_and_nested(examples):
 def test_take_keeps_the_order_asked_for(examples):
     np.testing.assert_array_equal(batching.take(examples, [7, 3, 3]).labels, [7, 3, 3])
     assert batching.take(examples, []).size == 0
+
+
+def test_by_length_has_one_batch_a_bucket_and_every_row_once(examples):
+    batches, order = batching.by_length(examples, (8, 24, 64))
+    assert [batch.input_ids.shape[1] for batch in batches] == [8, 24, 64]
+    np.testing.assert_array_equal(np.concatenate([rows(batch) for batch in batches]), order)
+    assert sorted(order) == list(range(examples.size))
+    for batch, least in zip(batches, (0, 8, 24), strict=True):
+        lengths = batch.attention_mask.sum(1)
+        assert (lengths > least).all()
+        assert (lengths <= batch.input_ids.shape[1]).all()
+    with pytest.raises(ValueError, match="fits no bucket"):
+        batching.by_length(examples, (8, 24))

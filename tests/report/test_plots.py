@@ -1,5 +1,6 @@
 import struct
 
+import numpy as np
 import pytest
 
 from jpeft.report import plots
@@ -44,3 +45,16 @@ def test_a_seed_without_scores_beside_one_with(tmp_path):
     zero = {layer: dict.fromkeys(row, 0.0) for layer, row in MIXED.items()}
     plots.fisher_scores(tmp_path / "x.png", {1: zero, 2: MIXED}, "title")
     assert min(size(tmp_path / "x.png")) > 100
+
+
+def test_the_map_has_a_row_a_module_and_a_column_a_layer(tmp_path):
+    found = {
+        f"params:encoder:layer_{i}:ffn:{name}:kernel": np.full((3, 2), 10.0**-i) for i in range(4) for name in "abc"
+    }
+    path = tmp_path / "x.png"
+    plots.fisher_map(path, found, "title")
+    assert size(path) == (int(150 * (4.2 + 0.42 * 4)), int(150 * (1.2 + 0.22 * 3)))
+    plots.fisher_map(path, {**found, "params:embeddings:word_embeddings:embedding": np.ones(3)}, "title")
+    assert size(path) == (int(150 * (4.2 + 0.42 * 5)), int(150 * (1.2 + 0.22 * 4)))
+    plots.fisher_map(path, {name: 0 * x for name, x in found.items()}, "title")
+    assert min(size(path)) > 100

@@ -1,0 +1,58 @@
+"""Fisher-weighted averages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpeft
+from jpeft import UserError
+
+ONE, TWO = {"w": jnp.array([[1.0, 2.0]]), "b": jnp.array([0.0])}, {"w": jnp.array([[3.0, 6.0]]), "b": jnp.array([1.0])}
+F_ONE, F_TWO = {"w": jnp.array([[3.0, 0.0]]), "b": jnp.ones(1)}, {"w": jnp.array([[1.0, 0.0]]), "b": jnp.zeros(1)}
+
+
+def test_entries_are_weighted_by_information():
+    got = jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO])
+    np.testing.assert_allclose(got["w"], [[(3 * 1 + 1 * 3) / 4, (2 + 6) / 2]], rtol=1e-5)
+    np.testing.assert_allclose(got["b"], [0.0], atol=1e-5)
+    weighted = jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO], [1.0, 9.0])
+    np.testing.assert_allclose(weighted["w"], [[(3 * 1 + 9 * 3) / 12, (2 + 9 * 6) / 10]], rtol=1e-5)
+
+
+def test_two_halves_of_a_regression_give_the_whole():
+    """Least squares is normal exactly: with the full information diagonal, averaging is solving all data at once."""
+    rng = np.random.default_rng(0)
+    scale, y = rng.uniform(0.5, 2.0, (2, 50, 3)), rng.normal(size=(2, 50, 3))
+    fit = lambda x, y: (x * y).sum(0) / (x * x).sum(0)  # each coefficient has data of its own
+    models = [jnp.asarray(fit(scale[i], y[i]), jnp.float32) for i in range(2)]
+    information = [jnp.asarray((scale[i] ** 2).sum(0), jnp.float32) for i in range(2)]
+    whole = fit(scale.reshape(-1, 3), y.reshape(-1, 3))
+    np.testing.assert_allclose(jpeft.fisher_average(models, information), whole, rtol=1e-5)
+
+
+def test_modules_of_two_seeds_merge_towards_the_more_informed(toy, key):
+    method = jpeft.lora(2)
+    leaves = [jax.tree.map(lambda x, k=k: jax.random.normal(jax.random.key(k), x.shape),
+                           jpeft.init(method, key, toy.sites)) for k in (1, 2)]  # fmt: skip
+
+    def loss(leaves, example):
+        ids, mask, label = example
+        return -jax.nn.log_softmax(toy.logits(method, leaves, ids=ids[None], mask=mask[None])[0])[label]
+
+    fishers = [jpeft.fisher(loss, own, (toy.ids, toy.mask, toy.labels)) for own in leaves]
+    got = jpeft.fisher_average(leaves, fishers)
+    for x, a, b, f, g in zip(*map(jax.tree.leaves, (got, *leaves, *fishers)), strict=True):
+        assert ((x >= jnp.minimum(a, b) - 1e-5) & (x <= jnp.maximum(a, b) + 1e-5)).all()
+        nearer = jnp.abs(x - a) < jnp.abs(x - b)
+        sure = jnp.maximum(f, g) > 2 * jnp.maximum(jnp.minimum(f, g), 1e-6)
+        assert (nearer == (f > g))[sure].all()
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(UserError, match="1 models, 2 Fishers"):
+        jpeft.fisher_average([ONE], [F_ONE, F_TWO])
+    with pytest.raises(UserError, match="one structure"):
+        jpeft.fisher_average([ONE, {"w": ONE["w"]}], [F_ONE, F_TWO])
+    with pytest.raises(UserError, match="weights must be"):
+        jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO], [0.0, 0.0])
