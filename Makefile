@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check parity
+.PHONY: demo test check parity benchmark
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -39,6 +39,10 @@ parity: $(VENV)/.installed $(PEERS:=/.installed)
 	$(BIN)/python -m pytest tests/models tests/parity
 	$(BIN)/python $(PARITY)/check_saved_folder.py write build/saved
 	.venv-parity-transformers/bin/python $(PARITY)/check_saved_folder.py check build/saved
+
+# Times Fisher information and sparse training against PyTorch, on real MNLI rows in JPEFT_GLUE_DIR.
+benchmark: $(VENV)/.installed .venv-parity-transformers/.installed
+	$(BIN)/python third_party/benchmarks/fisher.py --torch .venv-parity-transformers/bin/python --glue "$(JPEFT_GLUE_DIR)"
 
 .venv-parity-%/.installed: $(PARITY)/requirements-%.txt
 	$(PYTHON) -m venv $(@D)

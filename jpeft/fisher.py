@@ -186,7 +186,8 @@ def accumulate(
                 one, fn, tree, shapes, rest, labels, VALUES[values], microbatch, memory_limit_bytes, mesh
             )
         step, most, constants = compiled[static]
-        size = devices * min(most, math.ceil(left.size / devices))
+        share = math.ceil(left.size / devices)
+        size = devices * math.ceil(share / math.ceil(share / most))  # even microbatches, so that little is filled up
         for rows in (left[i : i + size] for i in range(0, left.size, size)):
             # The last microbatch repeats a row with weight 0, so that nothing is compiled twice.
             filled = np.concatenate([rows, np.full(size - rows.size, rows[0])])

@@ -171,7 +171,7 @@ OTHERS = [name for name in METHODS if name not in ("adapter", "pfeiffer", "lora"
 @pytest.mark.parametrize("method", [*OTHERS, "ia3+layer_norm"])
 def test_every_method_runs_from_its_name_and_is_restored(tiny_config, tmp_path, method):
     config = tiny_config(method, num_epochs=1, max_length=8)  # one length, so one compilation
-    for name in ("fish", "random_mask"):
+    for name in ("fish", "random_mask", "magnitude_mask"):
         config.peft[name].ratio = 0.1
     config.peft.fish.num_examples = config.peft.far.num_examples = 8
     config.peft.sparse_adapter.score = "snip"

@@ -73,6 +73,7 @@ SMALL = {
     "mam": {"mlp_hidden": 16, "bottleneck": 16},
     "prefix": {"mlp_hidden": 16},
     "p_tuning": {"num_virtual_tokens": 8, "hidden": 32},
+    "magnitude_mask": {"ratio": 0.05, "targets": SOME},
     "random_mask": {"ratio": 0.05, "targets": SOME},
     "sparse_adapter": {"bottleneck": 16},
     "top_k_layers": {"num_layers": 1},
