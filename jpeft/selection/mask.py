@@ -110,6 +110,8 @@ def magnitude_mask(
 ) -> Transform:
     """Trains the entries that are largest in absolute value, as many as FISH mask does: a control that needs no data.
 
+    The criterion is that of pruning by magnitude (Han et al. 2015, arXiv:1506.02626).
+
     Args:
       ratio: as for `fish`, and so are the others.
       count: as for `fish`.
