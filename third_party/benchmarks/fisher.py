@@ -8,6 +8,7 @@ after the other; the time to compile is told apart.
 """
 
 import argparse
+import dataclasses
 import statistics
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def main(argv: list[str]) -> None:
                 torch.seconds(what)
                 each = ratios(lambda w=what: torch.seconds(w), lambda: next(own), args.pairs)
                 say(f"times as fast as PyTorch's loop, {what}", each, f"at least {limit}")
+    exactness(base, rows, say)
     groups, _ = batching.by_length(rows, natural)
     batches = [batch for batch, _ in batching.eval_batches(rows, BATCH, natural)]
     expected = rounds(logits, everything, groups, {}, labels="expected")
@@ -162,6 +164,46 @@ def main(argv: list[str]) -> None:
     sparse(model, params, sites, batches[-1], args.pairs, say)
     print("\n| | measured | wanted |\n| --- | ---: | ---: |")
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def exactness(base: Any, rows: batching.Examples, say: Callable) -> None:
+    """The largest difference of a leaf from the definition, a loop over single examples, relative to its norm.
+
+    The biases of the keys are left out: no logit depends on them, so that their information is rounding error.
+    """
+    few = batching.take(rows, np.arange(8))
+    groups, _ = batching.by_length(few, batching.length_buckets(few.lengths, max_buckets=2))
+    key = jax.random.key(1)
+    for dtype, limit in (("float32", 1e-5), ("float64", 1e-9)):
+        with jax.enable_x64(dtype == "float64"):
+            params = jax.tree.map(lambda x, d=dtype: jnp.asarray(x, d), base.params)
+            model = Bert(dataclasses.replace(base.config, dtype=dtype))
+            logits = stepping.single_logits(model, jpeft.chain())
+            log_p = lambda p, example, c, f=logits: jax.nn.log_softmax(f({"params": p, "peft": {}}, example, {}))[c]
+            gradient, outputs = jax.jit(jax.grad(log_p)), jax.jit(logits)
+            singles = [jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), g) for g in groups for i in range(len(g.labels))]
+            predicted = [outputs({"params": params, "peft": {}}, example, {}) for example in singles]
+            drawn = [jax.random.categorical(jax.random.fold_in(key, i), out) for i, out in enumerate(predicted)]
+            terms = {
+                "empirical": [[(1.0, example.labels)] for example in singles],
+                "expected": [list(zip(jax.nn.softmax(out), range(3), strict=True)) for out in predicted],
+                "sampled": [[(1.0, label)] for label in drawn],
+            }
+            for labels, values in [(name, "square") for name in terms] + [("empirical", "absolute")]:
+                wanted = jax.tree.map(lambda x: np.zeros(x.shape), params)
+                for example, own in zip(singles, terms[labels], strict=True):
+                    for weight, c in own:
+                        found = jax.tree.map(lambda g: np.asarray(g, np.float64), gradient(params, example, c))
+                        found = jax.tree.map(np.square if values == "square" else np.abs, found)
+                        wanted = jax.tree.map(lambda t, g, w=weight: t + float(w) / len(singles) * g, wanted, found)
+                fn = stepping.single_loss(model, jpeft.chain()) if labels == "empirical" else logits
+                got = jpeft.fisher(fn, {"params": params, "peft": {}}, groups, {}, labels=labels, values=values, key=key)
+                errors = jax.tree_util.tree_map_with_path(
+                    lambda path, a, b: 0.0 if "key']['bias" in jax.tree_util.keystr(path)
+                    else float(np.linalg.norm(a - b) / np.linalg.norm(b)), got["params"], wanted,
+                )  # fmt: skip
+                worst = max(jax.tree.leaves(errors))
+                say(f"difference from a loop, {labels}, {values}, {dtype}", f"{worst:.1e}", f"at most {limit:.0e}")
 
 
 def memory(loss: Any, part: Any, batch: Any, say: Callable) -> None:
