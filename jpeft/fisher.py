@@ -253,7 +253,7 @@ def _compiled(
     cpu = jax.default_backend() == "cpu"
     most = microbatch
     if most is None:
-        fits = (_memory() if limit is None else limit) // max(1, per_example.bytes_per_example(cut))
+        fits = (_memory() if limit is None else limit) // max(1, per_example.bytes_per_example(cut, cpu))
         most = max(1, min(fits, MOST.get(jax.default_backend(), MOST_ELSEWHERE)))
 
     def step(total: Any, tree: Any, chunk: Any, weights: Array, rest: tuple, constants: Any) -> tuple[Any, Array]:

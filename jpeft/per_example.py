@@ -159,8 +159,11 @@ def add(
     return treedef.unflatten(new), finite
 
 
-def bytes_per_example(cut: Cut) -> int:
-    """The most bytes that the head holds at a time for one example, as if nothing were fused: an upper bound."""
+def bytes_per_example(cut: Cut, one_by_one: bool) -> int:
+    """The most bytes that the head holds at a time for one example, as if nothing were fused: an upper bound.
+
+    Where the tails run for all examples at once, the largest gradient that one of them makes comes on top.
+    """
 
     def size(v: Any) -> int:
         if isinstance(v, Literal) or not any(cut.varies[v]):
@@ -177,7 +180,8 @@ def bytes_per_example(cut: Cut) -> int:
         live += sum(size(v) for v in e.outvars if v in last)
         peak = max(peak, live)
         live -= sum(map(size, ends.get(i, ())))
-    return peak
+    made = [] if one_by_one else [tail for tail in cut.tails if tail.equations and _rows(tail) is None]
+    return peak + cut.directions * max((_size(t.output) * t.output.aval.dtype.itemsize for t in made), default=0)
 
 
 def _tail(gradient: Any, made: dict[Any, Any]) -> Tail:

@@ -1,9 +1,10 @@
-"""JAX's strictest settings for all tests, and a compilation cache so that repeated runs are quick."""
+"""JAX's strictest settings for all tests, and what several of them share."""
 
+import gc
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,14 @@ import jpeft
 from jpeft.models import Bert, BertConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_are_not_searched_for_garbage() -> Iterator[None]:
+    """JAX keeps all that it compiled, gigabytes in the end, and every full collection would walk through it."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

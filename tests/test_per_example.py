@@ -150,7 +150,8 @@ def test_nothing_as_large_as_the_gradients_of_all_examples_is_made():
     assert peak[False] > 16 * one_gradient
 
 
-def test_the_estimate_of_memory_is_an_upper_bound():
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_the_estimate_of_memory_is_an_upper_bound(one_by_one):
     """Of what XLA plans for each further example."""
     shape = {"x": (4, 32, 64), "ids": (4, 32), "s": (4,)}
     tree = {"w": jnp.ones((64, 256))}
@@ -160,14 +161,14 @@ def test_the_estimate_of_memory_is_an_upper_bound():
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunk)
         cut = per_example.cut(one(twice_through), tree, example, (0.0,), 1)
         step = jax.jit(lambda total, tree, chunk: per_example.add(
-            cut, jnp.square, total, tree, chunk, jnp.ones(n), (0.0,), [], True))  # fmt: skip
+            cut, jnp.square, total, tree, chunk, jnp.ones(n), (0.0,), [], one_by_one))  # fmt: skip
         return step.lower({"w": jnp.zeros((64, 256))}, tree, chunk).compile().memory_analysis().temp_size_in_bytes, cut
 
     def twice_through(w, x):
         return jnp.tanh(jnp.tanh(x["x"] @ w) @ w.T)
 
     (small, cut), (large, _) = temp(8), temp(24)
-    estimate = per_example.bytes_per_example(cut)
+    estimate = per_example.bytes_per_example(cut, one_by_one)
     assert (large - small) / 16 <= estimate <= 6 * (large - small) / 16
 
 

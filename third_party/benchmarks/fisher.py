@@ -171,18 +171,16 @@ def exactness(base: Any, rows: batching.Examples, say: Callable) -> None:
 
     The biases of the keys are left out: no logit depends on them, so that their information is rounding error.
     """
-    few = batching.take(rows, np.arange(8))
+    few, key = batching.take(rows, np.arange(8)), jax.random.key(1)
     groups, _ = batching.by_length(few, batching.length_buckets(few.lengths, max_buckets=2))
-    key = jax.random.key(1)
     for dtype, limit in (("float32", 1e-5), ("float64", 1e-9)):
         with jax.enable_x64(dtype == "float64"):
             params = jax.tree.map(lambda x, d=dtype: jnp.asarray(x, d), base.params)
             model = Bert(dataclasses.replace(base.config, dtype=dtype))
-            logits = stepping.single_logits(model, jpeft.chain())
-            log_p = lambda p, example, c, f=logits: jax.nn.log_softmax(f({"params": p, "peft": {}}, example, {}))[c]
-            gradient, outputs = jax.jit(jax.grad(log_p)), jax.jit(logits)
+            loss, logits = (f(model, jpeft.chain()) for f in (stepping.single_loss, stepping.single_logits))
+            part = {"params": params, "peft": {}}
             singles = [jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), g) for g in groups for i in range(len(g.labels))]
-            predicted = [outputs({"params": params, "peft": {}}, example, {}) for example in singles]
+            predicted = [jax.jit(logits)(part, example, {}) for example in singles]
             drawn = [jax.random.categorical(jax.random.fold_in(key, i), out) for i, out in enumerate(predicted)]
             terms = {
                 "empirical": [[(1.0, example.labels)] for example in singles],
@@ -190,20 +188,29 @@ def exactness(base: Any, rows: batching.Examples, say: Callable) -> None:
                 "sampled": [[(1.0, label)] for label in drawn],
             }
             for labels, values in [(name, "square") for name in terms] + [("empirical", "absolute")]:
-                wanted = jax.tree.map(lambda x: np.zeros(x.shape), params)
-                for example, own in zip(singles, terms[labels], strict=True):
-                    for weight, c in own:
-                        found = jax.tree.map(lambda g: np.asarray(g, np.float64), gradient(params, example, c))
-                        found = jax.tree.map(np.square if values == "square" else np.abs, found)
-                        wanted = jax.tree.map(lambda t, g, w=weight: t + float(w) / len(singles) * g, wanted, found)
-                fn = stepping.single_loss(model, jpeft.chain()) if labels == "empirical" else logits
-                got = jpeft.fisher(fn, {"params": params, "peft": {}}, groups, {}, labels=labels, values=values, key=key)
-                errors = jax.tree_util.tree_map_with_path(
-                    lambda path, a, b: 0.0 if "key']['bias" in jax.tree_util.keystr(path)
-                    else float(np.linalg.norm(a - b) / np.linalg.norm(b)), got["params"], wanted,
-                )  # fmt: skip
-                worst = max(jax.tree.leaves(errors))
-                say(f"difference from a loop, {labels}, {values}, {dtype}", f"{worst:.1e}", f"at most {limit:.0e}")
+                wanted = looped(logits, part, singles, terms[labels], np.square if values == "square" else np.abs)
+                fn = loss if labels == "empirical" else logits
+                got = jpeft.fisher(fn, part, groups, {}, labels=labels, values=values, key=key)
+                pairs = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True)
+                errors = [
+                    float(np.linalg.norm(a - b) / np.linalg.norm(b))
+                    for (path, a), b in pairs
+                    if "['key']['bias']" not in jax.tree_util.keystr(path)
+                ]
+                say(
+                    f"difference from a loop, {labels}, {values}, {dtype}", f"{max(errors):.1e}", f"at most {limit:.0e}"
+                )
+
+
+def looped(logits: Any, part: Any, singles: list[Any], terms: list[Any], measure: Callable) -> Any:
+    """The mean over examples of sum_c weight_c measure(d log p(c) / d part), one gradient at a time."""
+    gradient = jax.jit(jax.grad(lambda part, example, c: jax.nn.log_softmax(logits(part, example, {}))[c]))
+    total = jax.tree.map(lambda x: np.zeros(x.shape), part)
+    for example, own in zip(singles, terms, strict=True):
+        for weight, c in own:
+            found = jax.tree.map(lambda g: np.asarray(g, np.float64), gradient(part, example, c))
+            total = jax.tree.map(lambda t, g, w=float(weight): t + w * measure(g) / len(singles), total, found)
+    return total
 
 
 def memory(loss: Any, part: Any, batch: Any, say: Callable) -> None:
@@ -216,7 +223,7 @@ def memory(loss: Any, part: Any, batch: Any, say: Callable) -> None:
     plan = step.lower(part, part, chunk, jnp.ones(most), ({},), constants).compile().memory_analysis()
     cut = per_example.cut(one, part, (shapes, number), ({},), 1)
     held = 2 * tree.num_bytes(part)
-    limit = 1.25 * held + most * per_example.bytes_per_example(cut)
+    limit = 1.25 * held + most * per_example.bytes_per_example(cut, one_by_one=True)
     peak = plan.argument_size_in_bytes + plan.temp_size_in_bytes
     say(f"planned memory, all parameters, {most} examples of {batch.input_ids.shape[1]} tokens", f"{peak / 1e6:.0f} MB",
         f"at most {limit / 1e6:.0f} MB: base and Fisher {held / 1e6:.0f} MB, a quarter more, activations")  # fmt: skip
