@@ -31,6 +31,14 @@ def _compiled_programs_are_not_searched_for_garbage() -> Iterator[None]:
 
 
 @pytest.fixture
+def compiled_soon() -> Iterator[None]:
+    """For tests of what happens, not of the last bit: programs that run once need not be fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
 

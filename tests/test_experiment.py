@@ -10,6 +10,8 @@ from jpeft.errors import UserError
 from jpeft.methods import METHODS
 from jpeft.report.console import Console
 
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
 REPORT = {
     "task", "method", "model", "split", "primary_metric", "metrics", "parameters", "seconds", "examples_per_second",
     "inference_examples_per_second", "peak_memory_bytes", "learning_rate", "device", "versions",

@@ -18,6 +18,8 @@ from jpeft.methods import METHODS
 from jpeft.models import Bert, BertConfig
 from jpeft.transform import FIXED, members, split
 
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
 CONFIG = BertConfig(
     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
     max_position_embeddings=64, initializer_range=0.15, num_labels=3,
