@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/python -m jpeft.report runs/demo/fishpal runs/demo/head
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

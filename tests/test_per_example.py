@@ -94,11 +94,11 @@ def one(fn):
 
 
 def brute(fn, tree, chunk, weights, shift, measure, directions):
-    total = np.zeros(tree["w"].shape)
+    total, gradients = np.zeros(tree["w"].shape), jax.jit(one(fn))
     for i, weight in enumerate(weights):
         example = jax.tree.map(lambda x, i=i: x[i], chunk)
         for c in range(directions):
-            w, g = one(fn)(tree, example, c, shift)
+            w, g = gradients(tree, example, c, shift)
             total += float(weight) * float(w) * np.asarray(measure(g["w"].astype(jnp.float32)))
     return total
 
