@@ -2,15 +2,12 @@
 
 import json
 import os
-import platform
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import optax
 from flax.traverse_util import flatten_dict
@@ -24,18 +21,16 @@ from jpeft.data import batching, tasks
 from jpeft.errors import UserError
 from jpeft.models import Bert, pretrained
 from jpeft.plan import Plan
-from jpeft.report import plots, tables
+from jpeft.report import finished, tables
 from jpeft.report.console import Console
-from jpeft.selection import SELECTIONS, fishpal
-from jpeft.summary import Summary, summary
+from jpeft.report.finished import Result
+from jpeft.selection import SELECTIONS
+from jpeft.summary import summary
 from jpeft.training import checkpoint
 from jpeft.training import step as stepping
 from jpeft.training.loop import Schedule, compile_steps, fit
-from jpeft.version import __version__
 
-__all__ = ["Data", "Result", "run"]
-
-PICTURE = "fisher.png"
+__all__ = ["Data", "run"]
 
 
 class Data(NamedTuple):
@@ -45,28 +40,6 @@ class Data(NamedTuple):
     train: batching.Examples
     dev: batching.Examples
     buckets: tuple[int, ...]
-
-
-class Result(NamedTuple):
-    """What one seed gives, JSON throughout; kept in `seed_<n>/result.json`.
-
-    Attributes:
-      history: one row an epoch.
-      summary: the table of what trains and what stays, in Markdown.
-      parameters: as in `report.json`.
-      seconds: by kind of work, over all starts of the run.
-      train_examples: examples trained on, epochs counted.
-      dev_examples: likewise for evaluation.
-      peak_memory_bytes: of the accelerator, or of the process on CPU.
-    """
-
-    history: list[dict[str, Any]]
-    summary: str
-    parameters: dict[str, Any]
-    seconds: dict[str, float]
-    train_examples: int
-    dev_examples: int
-    peak_memory_bytes: int
 
 
 def run(config: Config, workdir: Path, console: Console | None = None) -> dict[str, Any]:
@@ -105,14 +78,14 @@ def run(config: Config, workdir: Path, console: Console | None = None) -> dict[s
     del base  # each seed loads its own, with another head
     results = {}
     for seed in config.seeds:
-        finished = workdir / f"seed_{seed}" / "result.json"
-        if finished.is_file():
+        path = workdir / f"seed_{seed}" / "result.json"
+        if path.is_file():
             console.say(f"  seed {seed}: finished earlier")
         else:
             result = _run_seed(config, seed, data, workdir, console)
-            files.write_json(finished, result._asdict())
-        results[seed] = Result(**files.read_json(finished))
-    return _report(config, task, results, seconds, workdir, console)
+            files.write_json(path, result._asdict())
+        results[seed] = Result(**files.read_json(path))
+    return finished.write(config, task, results, seconds, workdir, console)
 
 
 def _check_workdir(workdir: Path, config: Config) -> None:
@@ -203,7 +176,7 @@ def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Con
     trainable, frozen = {"params": trained, "peft": modified}, {"params": rest, "peft": fixed}
     made = summary(method, leaves, params, trained)
     console.say(str(made))
-    parameters = _count(made, params)
+    parameters = finished.count(made, params)
 
     schedule = Schedule(config.train.num_epochs, config.train.batch_size, seed, data.buckets)
     num_steps = schedule.num_epochs * batching.num_batches(data.train.size, schedule.batch_size)
@@ -229,7 +202,7 @@ def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Con
         max_length=config.train.max_length,
     )
     seen, evaluated = (examples.size * schedule.num_epochs for examples in (data.train, data.dev))
-    return Result(fitted.history, str(made), parameters, fitted.seconds, seen, evaluated, _peak_memory())
+    return Result(fitted.history, str(made), parameters, fitted.seconds, seen, evaluated, finished.peak_memory())
 
 
 def _optimizer(config: Config, method: transform.Chain, num_steps: int) -> optax.GradientTransformation:
@@ -252,76 +225,3 @@ def _say_plan(plan: Plan, console: Console) -> None:
     methods = {entry.method for entries in plan.values() for entry in entries}
     if len(methods) == 1:
         console.warn(f"the plan is {methods.pop()} throughout: the choice by layer changed nothing")
-
-
-def _count(made: Summary, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameter counts of `report.json`; percentages are of the plain model, base and head."""
-    trains, added = sum(row.trainable for row in made.rows), sum(row.added for row in made.rows)
-    head = tree.count(params["classifier"])
-    return {
-        "base": made.base - head,
-        "head": head,
-        "trainable": trains,
-        "trainable_percent": 100 * trains / made.base,
-        "added_at_inference": added,
-        "added_percent": 100 * added / made.base,
-    }
-
-
-def _peak_memory() -> int:
-    stats = jax.local_devices()[0].memory_stats() or {}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return stats.get("peak_bytes_in_use", peak if platform.system() == "Darwin" else 1024 * peak)
-
-
-def _report(
-    config: Config,
-    task: tasks.Task,
-    results: dict[int, Result],
-    seconds: dict[str, float],
-    workdir: Path,
-    console: Console,
-) -> dict[str, Any]:
-    """Writes `report.json`, `report.md` and the picture, and prints the table."""
-    per_seed = []
-    for seed, result in results.items():
-        last = {name: result.history[-1][name] for name in task.metrics}
-        best = max(result.history, key=lambda row: row[task.primary])
-        row = {"seed": seed, "last": last, "best": {name: best[name] for name in ("epoch", *task.metrics)}}
-        per_seed.append(row | ({"plan": f"seed_{seed}/plan.json"} if config.method == "fishpal" else {}))
-    spent = {name: sum(r.seconds[name] for r in results.values()) for name in next(iter(results.values())).seconds}
-    report = {
-        "task": config.task,
-        "method": config.method,
-        "model": config.model,
-        "split": task.eval_split,
-        "primary_metric": task.primary,
-        "metrics": {**tables.spread([row["last"] for row in per_seed]), "per_seed": per_seed},
-        "parameters": tables.average([result.parameters for result in results.values()]),
-        "seconds": {**seconds, **spent},
-        "examples_per_second": sum(r.train_examples for r in results.values()) / spent["train"],
-        "inference_examples_per_second": sum(r.dev_examples for r in results.values()) / spent["evaluate"],
-        "peak_memory_bytes": max(result.peak_memory_bytes for result in results.values()),
-        "learning_rate": configs.learning_rate(config),
-        "device": jax.local_devices()[0].device_kind,
-        "versions": {"jpeft": __version__, "jax": jax.__version__, "flax": flax.__version__},
-    }
-    files.write_json(workdir / "report.json", report)
-    folders = {seed: workdir / f"seed_{seed}" for seed in results}
-    chosen = {seed: plans.read(str(f / "plan.json")) for seed, f in folders.items() if (f / "plan.json").is_file()}
-    measured = {seed: _scores(f / "fisher.json") for seed, f in folders.items() if (f / "fisher.json").is_file()}
-    if measured:
-        title = f"Fisher scores and the kept module of each layer\n{config.task}, {config.model}"
-        plots.fisher_scores(workdir / PICTURE, measured, title)
-    summaries = {seed: result.summary for seed, result in results.items()}
-    maps = [f"{f.name}/{path.name}" for f in folders.values() for path in sorted(f.glob("fisher*.png"))]
-    page = tables.markdown(report, chosen, summaries, PICTURE if measured else None, maps)
-    files.write_text(workdir / "report.md", page)
-    console.say()
-    console.say(tables.compare([report]))
-    console.say(f"\nreport: {workdir / 'report.md'}; modules: {workdir}/seed_{config.seeds[0]}/model")
-    return report
-
-
-def _scores(path: Path) -> fishpal.Scores:
-    return {int(layer): row for layer, row in files.read_json(path)["scores"].items()}

@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
         groups, _ = batching.by_length(rows, buckets)
         batches = [batch for batch, _ in batching.eval_batches(rows, BATCH, buckets)]
         passes = rounds(loss, everything, groups, {})
-        say(f"first pass, compiling {len(buckets)} lengths", f"{next(passes):.1f} s")
+        say(f"first pass, compiling included, {name}", f"{next(passes):.1f} s")
         plain = gradients(model, empty, everything, {}, batches)
         say(f"over plain gradients, all parameters, {name}", ratios(lambda p=passes: next(p), plain, args.pairs),
             f"at most {limit}")  # fmt: skip
