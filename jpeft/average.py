@@ -8,6 +8,7 @@ parameters, with the diagonal Fisher information as its precision, the product o
 entry by entry. An entry that no model has information about gets the plain weighted average.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,10 +38,11 @@ def fisher_average(
     Raises:
       UserError: if there are no models, their shapes differ, or numbers of models, Fishers and weights do.
     """
+    models, fishers = list(models), list(fishers)
     weights = [1.0] * len(models) if weights is None else list(weights)
     if not models or not len(models) == len(fishers) == len(weights):
         raise UserError(f"{len(models)} models, {len(fishers)} Fishers and {len(weights)} weights: one each is needed")
-    if min(weights) < 0 or sum(weights) == 0 or not floor > 0:
+    if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0 or not floor > 0:
         raise UserError(f"weights must be 0 or more and not all 0, and floor above 0, got {weights} and {floor}")
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (*models, *fishers)]
     if any(shape != shapes[0] for shape in shapes):

@@ -125,7 +125,7 @@ def _fisher(case: Case, name: str, fn: Any, tree: Any, n: int, *rest: Any, **opt
         "task": case.config.task,
         "seed": case.seed,
         "num_examples": len(rows),
-        "rows": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16],
+        "rows": _digest(examples),
         "labels": options.get("labels", "empirical"),
         "values": options.get("values", "square"),
     }
@@ -135,6 +135,12 @@ def _fisher(case: Case, name: str, fn: Any, tree: Any, n: int, *rest: Any, **opt
     title = f"Fisher information over {len(rows):,} examples\n{case.config.task}, {case.config.model}"
     plots.fisher_map(path.with_suffix(".png"), read(path)[0], title)
     return found
+
+
+def _digest(examples: batching.Examples) -> str:
+    """Of tokens and labels, so that other data under the same name are known as such."""
+    arrays = (*examples.input_ids, *examples.token_type_ids, examples.labels)
+    return hashlib.sha256(b"|".join(x.tobytes() for x in arrays)).hexdigest()[:16]
 
 
 def _rows(case: Case, n: int) -> tuple[batching.Examples, np.ndarray]:

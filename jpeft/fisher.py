@@ -93,8 +93,8 @@ def fisher(
       A pytree like `tree`, float32 (float64 where `tree` is).
 
     Raises:
-      UserError: if there are no examples, an option is unknown, or a gradient is not finite: it names the example, by
-        its place, and the leaf.
+      UserError: if there are no examples or they do not go together, an option is unknown, `fn` gives something else
+        than `labels` asks for, or a gradient is not finite: it names the example, by its number in `ids`, and the leaf.
 
     >>> import jax.numpy as jnp
     >>> fisher(lambda w, x: w * x, jnp.float32(2.0), jnp.array([1.0, 3.0])).item()  # (1 + 9) / 2
@@ -117,7 +117,7 @@ def mean(complete: Running[Tree]) -> Tree:
     total = jax.tree.map(lambda x: x / complete.done, complete.total)
     for path, leaf in jax.tree_util.tree_leaves_with_path(total):
         if not bool(jnp.isfinite(leaf).all()):
-            raise UserError(f"the squared gradients of {jax.tree_util.keystr(path)} are not finite: they overflow")
+            raise UserError(f"the information of {_name(path)} is not finite: the squared gradients overflow")
     return total
 
 
@@ -158,11 +158,11 @@ def accumulate(
       UserError: as `fisher`.
     """
     groups = examples if isinstance(examples, list) else [examples]
-    counts = [len(jax.tree.leaves(group)[0]) for group in groups]
+    counts = [_count(group) for group in groups]
     n, devices = sum(counts), 1 if mesh is None else mesh.size
     mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)  # axes whose sharding XLA works out
-    _check(n, labels, values, key, microbatch)
     done = 0 if start is None else start.done
+    _check(n, tree, labels, values, key, ids, microbatch, done)
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
     if start is not None:
         total = jax.tree.map(jnp.array, start.total)
@@ -182,14 +182,15 @@ def accumulate(
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group)
         static = jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes))
         if static not in compiled:
-            compiled[static] = _compiled(
+            step, most, constants = _compiled(
                 one, fn, tree, shapes, rest, labels, VALUES[values], microbatch, memory_limit_bytes, mesh
             )
+            compiled[static] = step, most, constants if mesh is None else jax.device_put(constants, copied)
         step, most, constants = compiled[static]
         share = math.ceil(left.size / devices)
         size = devices * math.ceil(share / math.ceil(share / most))  # even microbatches, so that little is filled up
         for rows in (left[i : i + size] for i in range(0, left.size, size)):
-            # The last microbatch repeats a row with weight 0, so that nothing is compiled twice.
+            # The last microbatch repeats a row with weight 0, so that a group is compiled once.
             filled = np.concatenate([rows, np.full(size - rows.size, rows[0])])
             chunk = jax.tree.map(lambda x, at=filled - offset: jnp.asarray(np.asarray(x)[at]), group)
             weights = jnp.asarray(np.arange(size) < rows.size, jnp.float32)
@@ -204,18 +205,50 @@ def accumulate(
             if done == n:
                 _check_finite(*unchecked, one, tree, rest)
             yield Running(done, total, mesh is not None)
-    if start is not None and start.done >= n:
+    if start is not None and start.done == n:
         yield start
 
 
-def _check(n: int, labels: str, values: str, key: Array | None, microbatch: int | None) -> None:
+def _count(group: Any) -> int:
+    """The number of examples in a group."""
+    shapes = {jnp.shape(x) for x in jax.tree.leaves(group)}
+    if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
+        raise UserError(f"examples must be arrays with one common leading axis, got {sorted(shapes) or 'none'}")
+    return next(iter(shapes))[0]
+
+
+def _check(
+    n: int, tree: Any, labels: str, values: str, key: Array | None, ids: Sequence[int] | None, microbatch: int | None,
+    done: int,
+) -> None:  # fmt: skip
     if n == 0 or (microbatch is not None and microbatch < 1):
         raise UserError(f"Fisher information needs examples and a microbatch of at least 1, got {n} and {microbatch}")
     for name, value, known in (("labels", labels, LABELS), ("values", values, VALUES)):
         if value not in known:
-            raise UserError(f"{name} {value!r} is unknown: {nearest(value, known)}")
+            raise UserError(f"{name} {value!r} is unknown: {nearest(str(value), known)}")
     if labels == "sampled" and key is None:
         raise UserError("labels 'sampled' are drawn: give `key`")
+    if ids is not None and len(ids) != n:
+        raise UserError(f"{len(ids)} ids were given for {n} examples: one each is needed")
+    if done > n:
+        raise UserError(f"the sum to go on from has {done} examples, and there are {n}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        kind = getattr(leaf, "dtype", None)
+        if kind is None or not jnp.issubdtype(kind, jnp.floating):
+            raise UserError(f"gradients are taken by float arrays, and {_name(path)} is {kind or type(leaf).__name__}")
+
+
+def _check_output(out: Any, labels: str) -> None:
+    """Whether a function gives what its labels need: a loss, or logits."""
+    wanted, dims = ("a scalar loss", 0) if labels == "empirical" else ("logits [num_labels]", 1)
+    shape, kind = getattr(out, "shape", None), getattr(out, "dtype", None)
+    if shape is None or kind is None or len(shape) != dims or not jnp.issubdtype(kind, jnp.floating):
+        found = type(out).__name__ if shape is None else f"{kind} {list(shape)}"
+        raise UserError(f"with labels {labels!r}, fn must give {wanted} of one example in floats, and it gives {found}")
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "the tree"
 
 
 def _one(fn: Callable[..., Array], labels: str, key: Array) -> Callable[..., tuple[Any, Any]]:
@@ -224,6 +257,7 @@ def _one(fn: Callable[..., Array], labels: str, key: Array) -> Callable[..., tup
     def one(tree: Any, numbered: Any, direction: Array, *rest: Any) -> tuple[Any, Any]:
         example, number = numbered
         out, backward = jax.vjp(lambda t: fn(t, example, *rest), tree)
+        _check_output(out, labels)
         if labels == "empirical":
             return 1.0, backward(jnp.ones_like(out))[0]
         own = jax.random.fold_in(key, number)
@@ -232,7 +266,8 @@ def _one(fn: Callable[..., Array], labels: str, key: Array) -> Callable[..., tup
             return 1.0, backward(2**0.5 * noise)[0]
         probabilities = jax.nn.softmax(out)
         if labels == "sampled":
-            return 1.0, backward(jax.nn.one_hot(jax.random.categorical(own, out), out.size) - probabilities)[0]
+            drawn = jax.random.categorical(own, out)
+            return 1.0, backward(jax.nn.one_hot(drawn, out.size, dtype=out.dtype) - probabilities)[0]
         return probabilities[direction], backward(jax.nn.one_hot(direction, out.size, dtype=out.dtype) - probabilities)[
             0
         ]
@@ -248,7 +283,9 @@ def _compiled(
     numbered = (shapes, jax.ShapeDtypeStruct((), "int32"))
     directions = 1
     if labels == "expected":
-        directions = jax.eval_shape(fn, tree, shapes, *rest).size
+        logits = jax.eval_shape(fn, tree, shapes, *rest)
+        _check_output(logits, labels)
+        directions = logits.size
     cut = per_example.cut(one, tree, numbered, rest, directions)
     cpu = jax.default_backend() == "cpu"
     most = microbatch
@@ -288,6 +325,6 @@ def _check_finite(finite: Array, rows: np.ndarray, chunk: Any, one: Callable, tr
     example = jax.tree.map(lambda x: x[bad[0]], chunk)
     _, gradients = one(tree, (example, int(rows[bad[0]])), 0, *rest)
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
-    where = [jax.tree_util.keystr(path) for path, leaf in leaves if not bool(jnp.isfinite(leaf).all())]
+    where = [_name(path) for path, leaf in leaves if not bool(jnp.isfinite(leaf).all())]
     of = where[0] if where else "an intermediate value"
     raise UserError(f"the gradient of {of} is not finite at example {rows[bad[0]]}: look for NaN or Inf")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jpeft import saved
@@ -67,7 +68,9 @@ def measure(
         for running in accumulate(fn, tree, examples, *rest, start=start, **options):
             last = running
             show(running.done)
-            if time.monotonic() - written > SAVE_SECONDS and running.done < n:
+            due = time.monotonic() - written > SAVE_SECONDS and running.done < n
+            # A sum that is not finite is an error that the next step tells of, and nothing to go on from.
+            if due and all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(running.parts)):
                 _write(partial, names, running.total, about, running.done)
                 written = time.monotonic()
     assert last is not None
@@ -92,9 +95,9 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         with safe_open(path, "np") as file:
             about = json.loads((file.metadata() or {}).get("about", "null"))
         arrays = load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path} holds no Fisher information: {error}") from None
-    if about is None:
+    if not isinstance(about, dict) or "done" not in about:
         raise UserError(f"{path} does not say what it was measured from")
     return arrays, about
 

@@ -92,7 +92,7 @@ def cut(one: Callable[..., tuple[Array, Any]], tree: Any, example: Any, rest: tu
     traced = jax.make_jaxpr(outputs)(*flat)
     closed = jax.make_jaxpr(lambda *leaves: _inline(traced, leaves))(*flat)
     jaxpr = closed.jaxpr
-    made = {v: e for e in jaxpr.eqns for v in e.outvars}
+    made = {v: (place, e) for place, e in enumerate(jaxpr.eqns) for v in e.outvars}
     weight, *gradients = jaxpr.outvars
     tails = [_tail(gradient, made) for gradient in gradients]
     trees, examples, rests, _ = (len(jax.tree.leaves(part)) for part in parts)
@@ -162,7 +162,8 @@ def add(
 def bytes_per_example(cut: Cut, one_by_one: bool) -> int:
     """The most bytes that the head holds at a time for one example, as if nothing were fused: an upper bound.
 
-    Where the tails run for all examples at once, the largest gradient that one of them makes comes on top.
+    What the most demanding tail makes comes on top: a gradient, where all examples have theirs at once; a few times a
+    table's rows.
     """
 
     def size(v: Any) -> int:
@@ -180,49 +181,56 @@ def bytes_per_example(cut: Cut, one_by_one: bool) -> int:
         live += sum(size(v) for v in e.outvars if v in last)
         peak = max(peak, live)
         live -= sum(map(size, ends.get(i, ())))
-    made = [] if one_by_one else [tail for tail in cut.tails if tail.equations and _rows(tail) is None]
-    return peak + cut.directions * max((_size(t.output) * t.output.aval.dtype.itemsize for t in made), default=0)
+
+    def tail_bytes(tail: Tail) -> int:
+        scatter = _rows(tail)
+        if scatter is not None:  # which row is which, as booleans and as numbers, and three times the rows
+            rows, item = scatter.invars[2].aval, tail.output.aval.dtype.itemsize
+            d, s = rows.shape[-1], rows.size // rows.shape[-1]
+            return s * s * (1 + item) + 3 * s * d * item
+        return 0 if one_by_one or not tail.equations else _size(tail.output) * tail.output.aval.dtype.itemsize
+
+    return peak + cut.directions * max(map(tail_bytes, cut.tails), default=0)
 
 
-def _tail(gradient: Any, made: dict[Any, Any]) -> Tail:
+def _tail(gradient: Any, made: dict[Any, tuple[int, Any]]) -> Tail:
     """From a gradient back to the inputs of the product that it is, past changes of layout and sums of products.
 
-    If those are no smaller than the gradient itself, nothing is put off.
+    If those are no smaller than the gradient itself, nothing is put off. `made` has the equation of each variable and
+    its place in the program.
     """
     equations: dict[int, Any] = {}
     inputs: dict[Any, None] = {}
-
-    def back(v: Any) -> None:
-        if isinstance(v, Literal):
-            return
-        e = made.get(v)
+    ahead, seen = [gradient], set()
+    while ahead:
+        v = ahead.pop()
+        if isinstance(v, Literal) or v in seen:
+            continue
+        seen.add(v)
+        place, e = made.get(v, (-1, None))
         if e is None or len(e.outvars) != 1:
             inputs[v] = None
-            return
+            continue
         variables, name = [x for x in e.invars if not isinstance(x, Literal)], e.primitive.name
         scaled = name == "mul" and (len(variables) == 1 or (len(variables) == 2 and min(map(_size, variables)) == 1))
         if not (name in LAYOUT or name in PRODUCTS or name == "add_any" or scaled or not variables):
             inputs[v] = None
-            return
+            continue
         further = variables
         if name in PRODUCTS:  # of what goes into a product, only constants such as a table of zeros are made anew
             further = [x for x in variables if _constant(x, made)]
         elif scaled:
             further = [max(variables, key=_size)]
         inputs.update(dict.fromkeys(x for x in variables if x not in further))
-        for x in further:
-            back(x)
-        equations.setdefault(id(e), e)
-
-    back(gradient)
+        ahead += further
+        equations[place] = e
     if isinstance(gradient, Literal) or sum(map(_size, inputs)) < _size(gradient):
-        return Tail(list(equations.values()), list(inputs), gradient)
+        return Tail([equations[place] for place in sorted(equations)], list(inputs), gradient)
     return Tail([], [gradient], gradient)
 
 
-def _constant(v: Any, made: dict[Any, Any]) -> bool:
-    e = made.get(v)
-    return e is not None and all(isinstance(x, Literal) for x in e.invars)
+def _constant(v: Any, made: dict[Any, tuple[int, Any]]) -> bool:
+    return v in made and all(isinstance(x, Literal) for x in made[v][1].invars)
 
 
 def _add_leaf(
@@ -273,8 +281,12 @@ def _rows(tail: Tail) -> Any:
     scatters = [e for e in tail.equations if e.primitive.name == "scatter-add"]
     operand, indices, updates = scatters[0].invars
     numbers, table = scatters[0].params["dimension_numbers"], operand.aval.shape
+    into = [e.invars[0] for e in tail.equations if e.outvars == [operand] and e.primitive.name == "broadcast_in_dim"]
     whole_rows = (
-        tuple(numbers.inserted_window_dims) == tuple(numbers.scatter_dims_to_operand_dims) == (0,)
+        len(into) == 1
+        and isinstance(into[0], Literal)
+        and into[0].val == 0
+        and tuple(numbers.inserted_window_dims) == tuple(numbers.scatter_dims_to_operand_dims) == (0,)
         and not numbers.operand_batching_dims
         and tuple(numbers.update_window_dims) == (len(updates.aval.shape) - 1,)
         and len(table) == 2

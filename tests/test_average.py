@@ -56,3 +56,5 @@ def test_what_cannot_be_is_refused():
         jpeft.fisher_average([ONE, {"w": ONE["w"]}], [F_ONE, F_TWO])
     with pytest.raises(UserError, match="weights must be"):
         jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO], [0.0, 0.0])
+    with pytest.raises(UserError, match="weights must be"):
+        jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO], [1.0, float("nan")])

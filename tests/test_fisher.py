@@ -10,7 +10,7 @@ import pytest
 from conftest import randomised
 
 import jpeft
-from jpeft import UserError, fisher
+from jpeft import UserError, fisher, per_example
 from jpeft.fisher import accumulate, mean
 from jpeft.models import Bert, BertConfig
 
@@ -67,10 +67,70 @@ def test_what_is_frozen_is_an_argument():
     assert got == pytest.approx((9 + 36) / 2)
 
 
-def test_one_compilation_whatever_the_number_of_examples():
+def test_one_compilation_whatever_the_number_of_examples(monkeypatch):
     chex.clear_trace_counter()
+    steps, real = [], per_example.add
+    monkeypatch.setattr(per_example, "add", lambda *args, **options: steps.append(1) or real(*args, **options))
     loss = chex.assert_max_traces(lambda w, x: jnp.sum(w * x), n=1)
     fisher(loss, jnp.ones(2), jnp.ones((7, 2)), microbatch=3)
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("labels", ["expected", "sampled"])
+def test_logits_of_any_precision(labels, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        w, x = jax.random.normal(jax.random.key(0), (3, 4), jnp.float32), jnp.ones((2, 3))
+        logits = lambda w, row: (row.astype(w.dtype) @ w).astype(dtype)
+        got = fisher(logits, w, x, labels=labels, key=jax.random.key(1))
+        wide = fisher(lambda w, row: logits(w, row).astype(jnp.float32), w, x, labels=labels, key=jax.random.key(1))
+        close_by_leaf(got, wide, tolerance=3e-2)
+
+
+def test_leaves_in_half_precision():
+    """Squares of bfloat16 gradients, added in float32."""
+    w, x = jnp.ones((30, 20), jnp.bfloat16), jax.random.normal(jax.random.key(0), (5, 4, 30), jnp.bfloat16)
+    loss = lambda w, row: jnp.tanh(row @ w).sum()
+    got = fisher(loss, w, x)
+    assert got.dtype == jnp.float32
+    wanted = np.mean([np.asarray(jax.grad(loss)(w, row), np.float32) ** 2 for row in x], axis=0)
+    close_by_leaf(got, wanted, tolerance=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("fn", "labels", "message"),
+    [
+        (
+            lambda w, x: w * x,
+            "empirical",
+            r"must give a scalar loss of one example in floats, and it gives float32 \[2\]",
+        ),
+        (lambda w, x: jnp.sum(w * x).astype(int), "empirical", r"gives int32 \[\]"),
+        (lambda w, x: (jnp.sum(w * x), w), "empirical", "gives tuple"),
+        (lambda w, x: jnp.sum(w * x), "expected", r"must give logits \[num_labels\] .* gives float32 \[\]"),
+        (lambda w, x: (w * x)[None], "sampled", r"gives float32 \[1, 2\]"),
+    ],
+)
+def test_a_function_of_another_kind_is_refused(fn, labels, message):
+    with pytest.raises(UserError, match=message):
+        fisher(fn, jnp.ones(2), jnp.ones((3, 2)), labels=labels, key=jax.random.key(0))
+
+
+def test_what_does_not_go_together_is_refused():
+    loss, w = (lambda w, x: jnp.sum(w * x[0])), jnp.ones(2)
+    with pytest.raises(UserError, match="one common leading axis"):
+        fisher(loss, w, (jnp.ones((5, 2)), jnp.ones((4, 2))))
+    with pytest.raises(UserError, match="one common leading axis"):
+        fisher(loss, w, {})
+    with pytest.raises(UserError, match="3 ids were given for 2 examples"):
+        fisher(loss, w, (jnp.ones((2, 2)),), ids=[1, 2, 3])
+    with pytest.raises(UserError, match=r"by float arrays, and \['n'\] is int32"):
+        fisher(loss, {"n": jnp.ones(2, int)}, (jnp.ones((2, 2)),))
+    with pytest.raises(UserError, match="by float arrays, and the tree is float"):
+        fisher(loss, 1.0, (jnp.ones((2, 2)),))
+    (all_five,) = accumulate(loss, w, (jnp.ones((5, 2)),))
+    with pytest.raises(UserError, match="has 5 examples, and there are 4"):
+        next(accumulate(loss, w, (jnp.ones((4, 2)),), start=all_five))
 
 
 def test_any_pytree():
@@ -252,6 +312,7 @@ def test_nan_names_the_example_and_the_leaf():
 DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
 from jpeft import fisher
+from jpeft.fisher import Running, accumulate, mean
 assert jax.device_count() == 3
 w, x = jax.random.normal(jax.random.key(0), (6, 40)), jax.random.normal(jax.random.key(1), (11, 5, 6))
 logits = lambda w, x: jnp.tanh(x @ w).sum(0)[:4]
@@ -260,6 +321,13 @@ for labels, fn in (("empirical", lambda w, x: logits(w, x).sum()), ("expected", 
     for axes, shape in ((("data",), (3,)), (("a", "b"), (3, 1))):
         many = fisher(fn, w, x, labels=labels, mesh=jax.make_mesh(shape, axes), microbatch=2)
         np.testing.assert_allclose(many, one, rtol=1e-5)
+shift = jax.device_put(jnp.ones(40), jax.devices()[1])  # of one device, and closed over
+fn = lambda w, x: logits(w + shift, x).sum()
+mesh = jax.make_mesh((3,), ("data",))
+first = next(accumulate(fn, w, x, microbatch=1, mesh=mesh))
+assert first.done == 3
+*_, last = accumulate(fn, w, x, mesh=mesh, start=Running(3, jax.tree.map(np.asarray, first.total)))
+np.testing.assert_allclose(mean(last), fisher(fn, jax.device_put(w, jax.devices()[1]), x), rtol=1e-5)
 """
 
 

@@ -1,7 +1,5 @@
 """Fisher information that is kept, and gone on with."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,4 +73,21 @@ def test_files_of_something_else(tmp_path):
     jpeft.saved.write_leaves(path, {"a": np.ones(2)})
     with pytest.raises(UserError, match="does not say what"):
         measure.read(path)
-    assert json.loads(json.dumps(ABOUT)) == ABOUT
+    jpeft.saved.write_leaves(path, {"a": np.ones(2)}, {"about": "{not json"})
+    with pytest.raises(UserError, match="holds no Fisher information"):
+        measure.read(path)
+    jpeft.saved.write_leaves(path, {"a": np.ones(2)}, {"about": "{}"})
+    with pytest.raises(UserError, match="does not say what"):
+        measure.read(path)
+
+
+def test_a_sum_that_is_not_finite_is_nothing_to_go_on_from(tmp_path, monkeypatch):
+    """Saved after every microbatch: the second one meets NaN, and once that is mended the run comes to its end."""
+    monkeypatch.setattr(measure, "SAVE_SECONDS", -1.0)
+    path, row = tmp_path / "fisher.safetensors", GROUPS[0][3]
+    bad = lambda tree, x: loss(tree, jnp.where((x == row).all(), jnp.nan, x))
+    for _ in range(2):
+        with pytest.raises(UserError, match="not finite at example 3"):
+            run(path, fn=bad)
+    found = run(path)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, jpeft.fisher(loss, TREE, GROUPS))

@@ -52,6 +52,25 @@ def unused(w, x):
     return x["x"]
 
 
+@jax.custom_vjp
+def strange(w, x):
+    return jnp.tanh(w[x["ids"]])
+
+
+def _strange_back(kept, g):
+    w, ids = kept
+    return jnp.ones_like(w).at[ids].add(g), None
+
+
+strange.defvjp(lambda w, x: (strange(w, x), (w, x["ids"])), _strange_back)
+
+
+def unrolled(w, x):
+    for _ in range(18):  # each of these sums has the one before on both sides
+        w = (w + w[::-1]) / 2
+    return jnp.tanh(x["x"] @ w)
+
+
 def small(w, x):
     return jnp.tanh(x["x"] * w[:1, :D])
 
@@ -68,6 +87,8 @@ CASES = {
     "scaled": (scaled, (D, V), {"dot_general"}),
     "twice": (twice, (D, V), {"dot_general", "add_any"}),
     "unused": (unused, (D, V), set()),
+    "strange": (strange, (V, D), {"scatter-add"}),
+    "unrolled": (unrolled, (D, V), None),
     "small": (small, (1, D), None),
 }
 

@@ -1,7 +1,7 @@
 """Masks of single entries: the best k of a pytree, an optax wrapper that trains only those, and files as small as they.
 
 A mask is a pytree like the one that it selects from, with one of three things for each leaf: True, all of it trains;
-False, none of it; or int32 [k], sorted, the entries of the flattened leaf that train.
+False, none of it; or int32 [k], ascending, the entries of the flattened leaf that train.
 
     scores = jpeft.fisher(loss, params, examples)
     mask = jpeft.top(scores, k=1000)
@@ -31,10 +31,10 @@ def top(scores: Any, k: int) -> Any:
     """The mask of the k largest scores over all leaves together.
 
     The k-th largest score is found by bisection on the bits of floating point numbers, whose order is that of integers:
-    32 times (64 for doubles) the leaves are compared with a number where they are, and nothing is sorted or copied.
+    32 times (64 for doubles) the leaves are compared with a number where they are; the scores are not sorted.
 
     Args:
-      scores: a pytree of float arrays of one dtype, without NaN.
+      scores: a pytree of float arrays, without NaN.
       k: how many entries, from 0 to all. Of equal scores the earlier ones win, in the order of the leaves and then of
         the flattened leaf.
 
@@ -42,7 +42,7 @@ def top(scores: Any, k: int) -> Any:
       A pytree like `scores` with int32 arrays of sorted flat indices; empty ones where nothing was selected.
 
     Raises:
-      UserError: if k is out of range or a score is NaN.
+      UserError: if k is out of range or no whole number, or a score is NaN.
 
     >>> import jax.numpy as jnp
     >>> mask = top({"a": jnp.array([[3.0, 1.0], [4.0, 1.0]]), "b": jnp.array([5.0, 1.0])}, k=4)
@@ -50,13 +50,13 @@ def top(scores: Any, k: int) -> Any:
     {'a': [0, 1, 2], 'b': [0]}
     """
     leaves, treedef = jax.tree.flatten(scores)
-    total = sum(math.prod(x.shape) for x in leaves)
-    if not 0 <= k <= total:
-        raise UserError(f"k must be from 0 to {total:,}, the number of entries, got {k:,}")
+    _check_budget(k, [math.prod(x.shape) for x in leaves])
     if any(bool(jnp.isnan(x).any()) for x in leaves):
         raise UserError("scores to choose by hold NaN")
     if k == 0:
         return treedef.unflatten([np.zeros(0, np.int32) for _ in leaves])
+    if any(jax.eval_shape(_order, x).dtype == jnp.int64 for x in leaves):
+        leaves = [jnp.asarray(x, jnp.float64) for x in leaves]  # bits are compared, so all must have the same meaning
     limit = _kth(leaves, k)
     above = sum(int((_order(x) > limit).sum()) for x in leaves)
     ties = k - above  # so many of those that are equal to the k-th largest
@@ -95,10 +95,12 @@ def random(key: Array, like: Any, k: int) -> Any:
     """
     leaves, treedef = jax.tree.flatten(like)
     sizes = [math.prod(x.shape) for x in leaves]
-    if not 0 <= k <= sum(sizes):
-        raise UserError(f"k must be from 0 to {sum(sizes):,}, the number of entries, got {k:,}")
+    _check_budget(k, sizes)
     # How many entries a leaf gets decides shapes, so this happens outside of tracing.
-    drawn = np.sort(np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel()).permutation(sum(sizes))[:k])
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    drawn = np.sort(rng.choice(sum(sizes), k, replace=False, shuffle=False)) if k else np.zeros(0, np.int64)
+    if not leaves:
+        return like
     ends = np.cumsum(sizes)
     parts = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
     return treedef.unflatten([(p - e + n).astype(np.int32) for p, e, n in zip(parts, ends, sizes, strict=True)])
@@ -125,7 +127,7 @@ def packed(inner: optax.GradientTransformation, mask: Any) -> optax.GradientTran
       An optimiser for the whole pytree.
 
     Raises:
-      UserError: when it is used, if the mask does not fit the parameters.
+      UserError: if a leaf of the mask is none of the three; when it is used, if it does not fit the parameters.
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "b": jnp.array([1.0])}
@@ -134,7 +136,7 @@ def packed(inner: optax.GradientTransformation, mask: Any) -> optax.GradientTran
     >>> optax.apply_updates(params, updates)["w"].tolist()
     [[1.0, 1.0], [1.5, 4.0]]
     """
-    mask = jax.tree.map(lambda m: m if isinstance(m, bool) else np.asarray(m), mask)
+    mask = jax.tree_util.tree_map_with_path(_selection, mask)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> optax.OptState:
@@ -159,9 +161,13 @@ def write_mask(path: Path, mask: Any, model: str) -> None:
       path: of the safetensors file; the parent is made, and an older file replaced at once.
       mask: a mask as described above; leaves that it leaves out are not written.
       model: what it is for, such as the `jpeft.models.pretrained.fingerprint` of its parameters.
+
+    Raises:
+      UserError: if a leaf of the mask is none of the three.
     """
     from jpeft.saved import write_leaves
 
+    mask = jax.tree_util.tree_map_with_path(_selection, mask)
     kept = {name: np.asarray(m) for name, m in tree.flatten(mask).items() if m is not False and np.size(m)}
     write_leaves(path, tree.unflatten(kept), {MODEL: model})
 
@@ -192,13 +198,36 @@ def read_mask(path: Path, params: Any, model: str) -> Any:
         raise UserError(f"{path} is no mask: {error}") from None
     if there != model:
         raise UserError(f"mask {path} was made for another model: {there}, not {model}")
-    found = {tuple(name.split(":")): index for name, index in load_file(path).items()}
-    mask = {name: found.pop(name, False) for name in tree.flatten(params)}
+    found = load_file(path)
+    mask = jax.tree_util.tree_map_with_path(
+        lambda at, _: _selection(at, found.pop(jax.tree_util.keystr(at, simple=True, separator=":"), False)), params
+    )
     if found:
-        raise UserError(f"mask {path} selects from {'/'.join(next(iter(found)))}, which the model does not have")
-    mask = tree.unflatten({name: m if m is False or m.dtype.kind == "i" else True for name, m in mask.items()})
+        raise UserError(f"mask {path} selects from {next(iter(found))}, which the model does not have")
     _check_fits(mask, params)
     return mask
+
+
+def _check_budget(k: int, sizes: list[int]) -> None:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 0 <= k <= sum(sizes):
+        raise UserError(f"k must be a whole number from 0 to {sum(sizes):,}, the number of entries, got {k!r}")
+    if max(sizes, default=0) >= 2**31:
+        raise UserError(f"a leaf has {max(sizes):,} entries, and masks count up to {2**31 - 1:,}")
+
+
+def _selection(path: Any, m: Any) -> bool | np.ndarray:
+    """A leaf of a mask as True, False or int32 indices."""
+    m = np.asarray(m)
+    if m.shape == () and m.dtype == bool:
+        return bool(m)
+    if m.size == 0:
+        return np.zeros(0, np.int32)
+    if m.ndim != 1 or m.dtype.kind not in "iu" or int(m[0]) < 0 or (m[1:] <= m[:-1]).any() or int(m[-1]) >= 2**31:
+        raise UserError(
+            f"the mask of {jax.tree_util.keystr(path) or 'the leaf'} must be True, False or ascending indices without "
+            f"repeats, got {m.dtype} {list(m.shape)}"
+        )
+    return m.astype(np.int32)
 
 
 def _order(x: ArrayLike) -> Array:
@@ -253,6 +282,6 @@ def _check_fits(mask: Any, params: Any) -> None:
     if have != given:
         raise UserError(f"the mask does not fit the parameters: it is for {given}, they are {have}")
     for (path, m), x in zip(jax.tree_util.tree_leaves_with_path(mask), jax.tree.leaves(params), strict=True):
-        if not isinstance(m, bool) and m.size and not 0 <= m.min() <= m.max() < x.size:
+        if not isinstance(m, bool) and m.size and m[-1] >= x.size:
             where = jax.tree_util.keystr(path)
-            raise UserError(f"the mask of {where} goes up to {m.max():,}, but it has {x.size:,} entries")
+            raise UserError(f"the mask of {where} goes up to {m[-1]:,}, but it has {x.size:,} entries")

@@ -145,12 +145,43 @@ def test_files_are_as_large_as_the_selection_and_know_their_model(tmp_path):
 
 def test_what_cannot_be_is_refused():
     scores = {"a": jnp.ones(3)}
-    for k in (-1, 4):
-        with pytest.raises(UserError, match="k must be from 0 to 3"):
+    for k in (-1, 4, 2.0, True):
+        with pytest.raises(UserError, match="k must be a whole number from 0 to 3"):
             top(scores, k)
-        with pytest.raises(UserError, match="k must be from 0 to 3"):
+        with pytest.raises(UserError, match="k must be a whole number from 0 to 3"):
             random(jax.random.key(0), scores, k)
     with pytest.raises(UserError, match="NaN"):
         top({"a": jnp.array([1.0, jnp.nan])}, 1)
     with pytest.raises(UserError, match="does not fit"):
         packed(optax.sgd(0.1), {"a": True}).init({"b": jnp.ones(2)})
+
+
+@pytest.mark.parametrize(
+    "index", [[2, 1], [1, 1], [1, 0, 1, 0], [-1, 2], [[True, False]], [1.0, 2.0], [True, False], 3]
+)
+def test_what_is_no_mask_is_refused(tmp_path, index):
+    """XLA is promised that indices ascend without repeats: nothing else would tell."""
+    mask = {"a": np.array(index)}
+    for use in (lambda: packed(optax.sgd(0.1), mask), lambda: write_mask(tmp_path / "mask", mask, "m")):
+        with pytest.raises(UserError, match=r"mask of \['a'\] must be True, False or ascending indices"):
+            use()
+
+
+@pytest.mark.parametrize("index", [np.uint32([1, 2]), np.int64([1, 2]), jnp.array([1, 2]), np.False_, np.array([])])
+def test_masks_of_any_dtype_come_back_as_they_were(tmp_path, index):
+    write_mask(tmp_path / "mask", {"a": index, "b": {}}, "m")
+    back = read_mask(tmp_path / "mask", {"a": jnp.ones(4), "b": {}}, "m")
+    assert back["b"] == {}
+    assert back["a"] is False if np.size(index) < 2 else back["a"].tolist() == [1, 2] and back["a"].dtype == np.int32
+
+
+def test_scores_of_two_precisions():
+    with jax.enable_x64(True):
+        scores = {"a": jnp.float32([1.0, 5.0]), "b": jnp.float64([2.0, 0.5])}
+        for order in (scores, {"a": scores["b"], "b": scores["a"]}):
+            chosen = top(order, 2)
+            assert sorted(float(x[i]) for x, n in zip(order.values(), chosen.values(), strict=True) for i in n) == [
+                2,
+                5,
+            ]
+    assert random(jax.random.key(0), {}, 0) == top({}, 0) == {}
