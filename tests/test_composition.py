@@ -13,6 +13,8 @@ import jpeft
 from jpeft.models import Bert, BertConfig
 from jpeft.plan import Entry, build
 
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
 SIZES = {
     "houlsby": {"bottleneck": 3},
     "ia3": {"placement": "before"},

@@ -7,6 +7,8 @@ import pytest
 
 from jpeft import per_example
 
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
 T, D, V, N = 2, 6, 40, 3
 KEYS = jax.random.split(jax.random.key(0), 4)
 WEIGHTS = jnp.array([1.0, 0.5, 0.0])

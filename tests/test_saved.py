@@ -10,6 +10,8 @@ from jpeft import saved, tree
 from jpeft.errors import UserError
 from jpeft.models import Bert, pretrained
 
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
 SPECS = {
     "lora": [{"method": "lora", "options": {"rank": 2}}],
     "prefix": [{"method": "prefix", "options": {"num_virtual_tokens": 3, "mlp_hidden": 8}}],

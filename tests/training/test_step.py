@@ -11,6 +11,8 @@ from jpeft.data.batching import Batch
 from jpeft.models import Bert, BertConfig
 from jpeft.training import step as stepping
 
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
 SHAPE = {
     "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
     "max_position_embeddings": 16,

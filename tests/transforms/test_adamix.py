@@ -13,6 +13,8 @@ from jpeft.site import Site
 from jpeft.transform import Context
 from jpeft.transforms.adamix import adamix, consistency
 
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
 SITE = Site("encoder/layer_0/ffn_add_norm", 0, "AddNorm", {}, ())
 
 
