@@ -12,6 +12,8 @@ from jpeft.site import layer_of
 
 __all__ = ["fisher_map", "fisher_scores", "methods"]
 
+DECADES = 6  # of Fisher information that a map tells apart
+
 
 def fisher_scores(path: Path, by_seed: Mapping[int, Scores], title: str) -> None:
     """Writes a PNG: one heat map a seed, layers across, candidates down, colour by the logarithm of the score.
@@ -68,7 +70,8 @@ def fisher_scores(path: Path, by_seed: Mapping[int, Scores], title: str) -> None
 def fisher_map(path: Path, information: Mapping[str, np.ndarray], title: str) -> None:
     """Writes a PNG: layers across, modules down, colour by the logarithm of the mean Fisher information of an entry.
 
-    What is in no layer has a column of its own on the left. Modules without information are left white.
+    What is in no layer has a column of its own on the left. Modules without information are left white. What is more
+    than `DECADES` below the highest has the lowest colour.
 
     Args:
       path: of the PNG.
@@ -93,12 +96,23 @@ def fisher_map(path: Path, information: Mapping[str, np.ndarray], title: str) ->
     figure = Figure(figsize=(4.2 + 0.42 * len(columns), 1.2 + 0.22 * len(modules)), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
-    image = panel.imshow(np.log10(table), cmap="viridis", aspect="auto")
+    colours = np.log10(table)
+    # Rounding error, such as the key biases have in place of 0, would take up most of the scale.
+    highest = np.nanmax(colours, initial=-np.inf)
+    least = np.nanmin(colours, initial=np.inf)
+    lowest = max(highest - DECADES, least) if np.isfinite(highest) else None
+    image = panel.imshow(colours, cmap="viridis", aspect="auto", vmin=lowest)
     panel.set_xticks(range(len(columns)), ["-" if layer < 0 else str(layer) for layer in columns])
     panel.set_yticks(range(len(modules)), modules, fontsize=7)
     panel.tick_params(length=0)
     panel.set_xlabel("layer")
-    figure.colorbar(image, ax=panel, label="log10 of mean Fisher information", shrink=0.9)
+    figure.colorbar(
+        image,
+        ax=panel,
+        label="log10 of mean Fisher information",
+        shrink=0.9,
+        extend="min" if lowest is not None and lowest > least else "neither",
+    )
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
 
