@@ -160,7 +160,9 @@ def add(
 
 
 def bytes_per_example(cut: Cut, one_by_one: bool) -> int:
-    """The most bytes that the head holds at a time for one example, as if nothing were fused: an upper bound.
+    """The most bytes that the head holds at a time for one example, as if nothing were fused.
+
+    An upper bound of what XLA plans with jax 0.10; with jax 0.12 it plans 4 % more for one function of the tests.
 
     What the most demanding tail makes comes on top: a gradient, where all examples have theirs at once; a few times a
     table's rows.
