@@ -7,8 +7,6 @@ import pytest
 
 from jpeft import per_example
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 T, D, V, N = 2, 6, 40, 3
 KEYS = jax.random.split(jax.random.key(0), 4)
 WEIGHTS = jnp.array([1.0, 0.5, 0.0])
@@ -126,6 +124,7 @@ def brute(fn, tree, chunk, weights, shift, measure, directions):
     return total
 
 
+@pytest.mark.usefixtures("compiled_soon")
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("one_by_one", [True, False])
 @pytest.mark.parametrize("case", CASES)
@@ -173,26 +172,28 @@ def test_nothing_as_large_as_the_gradients_of_all_examples_is_made():
     assert peak[False] > 16 * one_gradient
 
 
+def twice_through(w, x):
+    return jnp.tanh(jnp.tanh(x["x"] @ w) @ w.T)
+
+
 @pytest.mark.parametrize("one_by_one", [True, False])
-def test_the_estimate_of_memory_is_an_upper_bound(one_by_one):
-    """Of what XLA plans for each further example; the newest jax plans 4 % more."""
-    shape = {"x": (4, 32, 64), "ids": (4, 32), "s": (4,)}
-    tree = {"w": jnp.ones((64, 256))}
+@pytest.mark.parametrize(("fn", "length"), [(twice_through, 32), (table, 32), (table, 400)])
+def test_the_estimate_of_memory_is_an_upper_bound(fn, length, one_by_one):
+    """Of what XLA plans for each further example."""
+    shape = {"x": (length, 64), "ids": (length,), "s": ()}
+    tree = {"w": jnp.ones((64, 256)) if fn is twice_through else jnp.ones((1000, 16))}
 
     def temp(n):
-        chunk = {k: jax.ShapeDtypeStruct((n, *s[1:]), "int32" if k == "ids" else "float32") for k, s in shape.items()}
-        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunk)
-        cut = per_example.cut(one(twice_through), tree, example, (0.0,), 1)
+        example = {k: jax.ShapeDtypeStruct(s, "int32" if k == "ids" else "float32") for k, s in shape.items()}
+        chunk = {k: jax.ShapeDtypeStruct((n, *x.shape), x.dtype) for k, x in example.items()}
+        cut = per_example.cut(one(fn), tree, example, (0.0,), 1)
         step = jax.jit(lambda total, tree, chunk: per_example.add(
             cut, jnp.square, total, tree, chunk, jnp.ones(n), (0.0,), [], one_by_one))  # fmt: skip
-        return step.lower({"w": jnp.zeros((64, 256))}, tree, chunk).compile().memory_analysis().temp_size_in_bytes, cut
-
-    def twice_through(w, x):
-        return jnp.tanh(jnp.tanh(x["x"] @ w) @ w.T)
+        return step.lower(tree, tree, chunk).compile().memory_analysis().temp_size_in_bytes, cut
 
     (small, cut), (large, _) = temp(8), temp(24)
     estimate = per_example.bytes_per_example(cut, one_by_one)
-    bound = estimate if jax.__version_info__ < (0, 11) else 1.05 * estimate
+    bound = estimate if jax.__version_info__ < (0, 11) else 1.05 * estimate  # jax 0.12 plans one more small array
     assert (large - small) / 16 <= bound <= 6 * (large - small) / 16
 
 

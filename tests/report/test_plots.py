@@ -58,3 +58,14 @@ def test_the_map_has_a_row_a_module_and_a_column_a_layer(tmp_path):
     assert size(path) == (int(150 * (4.2 + 0.42 * 5)), int(150 * (1.2 + 0.22 * 4)))
     plots.fisher_map(path, {name: 0 * x for name, x in found.items()}, "title")
     assert min(size(path)) > 100
+
+
+def test_rounding_error_does_not_take_up_the_scale_of_a_map(tmp_path):
+    """However far below it is, what is next to nothing looks the same and leaves others their colours."""
+    found = {f"params:encoder:layer_{i}:ffn:kernel": np.full(2, 10.0**-i) for i in range(3)}
+    pictures = []
+    for least in (1e-9, 1e-25, 1e-5):
+        everything = {**found, "params:encoder:layer_3:ffn:kernel": np.full(2, least)}
+        plots.fisher_map(tmp_path / "x.png", everything, "title")
+        pictures.append((tmp_path / "x.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
