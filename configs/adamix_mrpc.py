@@ -10,7 +10,7 @@ bert-base-uncased, published: 92.4 F1.
 (The AdaMix repository. Another recipe than this one.)
 """
 
-from jpeft import config as c
+from jpeft.run import config as c
 
 
 def get_config(variant: str = "") -> c.Config:

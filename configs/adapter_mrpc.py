@@ -10,11 +10,11 @@ bert-base-uncased, published: 89.86 F1.
 (UniPELT's tables. Another recipe than this one.)
 """
 
-from jpeft import config as c
+from jpeft.run import config as c
 
 
 def get_config(variant: str = "") -> c.Config:
-    config = c.default(task="mrpc", method="adapter")
+    config = c.default(task="mrpc", method="pfeiffer")
     config.train.learning_rate = 1e-4
     config.seeds = (11, 22, 88)
     return c.variant(config, variant)

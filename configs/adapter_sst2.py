@@ -10,11 +10,11 @@ bert-base-uncased, published: 91.86 accuracy.
 (UniPELT's tables. Another recipe than this one.)
 """
 
-from jpeft import config as c
+from jpeft.run import config as c
 
 
 def get_config(variant: str = "") -> c.Config:
-    config = c.default(task="sst2", method="adapter")
+    config = c.default(task="sst2", method="pfeiffer")
     config.train.learning_rate = 1e-4
     config.seeds = (111, 11, 22)
     return c.variant(config, variant)

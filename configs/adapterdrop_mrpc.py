@@ -10,7 +10,7 @@ roberta-base, published: 88.5 accuracy with 0.3 M parameters, 88.4 with 0.9 M.
 (microsoft/LoRA's table. Another recipe than this one.)
 """
 
-from jpeft import config as c
+from jpeft.run import config as c
 
 
 def get_config(variant: str = "") -> c.Config:

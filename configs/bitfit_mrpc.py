@@ -10,7 +10,7 @@ bert-base-uncased, published: 90.4 F1.
 (BitFit's figure as the AdaMix repository gives it. Another recipe than this one.)
 """
 
-from jpeft import config as c
+from jpeft.run import config as c
 
 
 def get_config(variant: str = "") -> c.Config:

@@ -10,7 +10,7 @@ The thesis claims more than each of its modules alone; it prints no table of sco
 `--config.fishpal.plan=thesis_mrpc` (twelve layers).
 """
 
-from jpeft import config as c
+from jpeft.run import config as c
 
 
 def get_config(variant: str = "") -> c.Config:

@@ -10,7 +10,7 @@ bert-base-uncased, published: 91.51 accuracy; roberta-base 95.1.
 (UniPELT's tables; roberta-base: microsoft/LoRA. Other recipes than this one.)
 """
 
-from jpeft import config as c
+from jpeft.run import config as c
 
 
 def get_config(variant: str = "") -> c.Config:

@@ -10,7 +10,7 @@ bert-base-uncased, published: 91.29 F1.
 (UniPELT's tables. Another recipe than this one.)
 """
 
-from jpeft import config as c
+from jpeft.run import config as c
 
 
 def get_config(variant: str = "") -> c.Config:

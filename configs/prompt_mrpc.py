@@ -9,7 +9,7 @@ For RoBERTa add --config.model=roberta-base.
 No published figure with this recipe.
 """
 
-from jpeft import config as c
+from jpeft.run import config as c
 
 
 def get_config(variant: str = "") -> c.Config:

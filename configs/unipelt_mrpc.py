@@ -10,7 +10,7 @@ bert-base-uncased, published: 90.94 F1 (APL), 90.28 (AP).
 (UniPELT's tables. Another recipe than this one.)
 """
 
-from jpeft import config as c
+from jpeft.run import config as c
 
 
 def get_config(variant: str = "") -> c.Config:

@@ -8,21 +8,12 @@ leaves = jpeft.init(method, key, sites, params)                 # what trains; p
 y = jpeft.apply(model, method, {"params": params, "peft": leaves}, x)
 """
 
-from jpeft.average import fisher_average
-from jpeft.errors import UserError
-from jpeft.fisher import fisher
-from jpeft.hook import apply
-from jpeft.methods import METHODS
-from jpeft.plan import Entry, Plan, build
-from jpeft.saved import Saved, load, predict
-from jpeft.selection import fishpal
-from jpeft.selection.existing import bitfit, layer_norm, top_k_layers
-from jpeft.selection.far import far
-from jpeft.selection.mask import fish, magnitude_mask, random_mask
-from jpeft.selection.sparse import packed, read_mask, top, write_mask
-from jpeft.site import Site, find, layers, sites
-from jpeft.summary import Summary, summary
-from jpeft.transform import (
+from jpeft.core.errors import UserError
+from jpeft.core.hook import apply
+from jpeft.core.partition import Partition, partition, penalty
+from jpeft.core.site import Site, find, layers, sites
+from jpeft.core.summary import Summary, summary
+from jpeft.core.transform import (
     Chain,
     Context,
     Merged,
@@ -35,21 +26,39 @@ from jpeft.transform import (
     merge,
     prepare,
 )
+from jpeft.core.tree import union
+from jpeft.importance.average import fisher_average
+from jpeft.importance.fisher import fisher
+from jpeft.importance.masks import packed, read_mask, top, write_mask
+from jpeft.plans import fishpal
+from jpeft.plans.plan import Entry, Plan, build
+from jpeft.store.modules import Saved, load, predict
 from jpeft.transforms.adamix import adamix
-from jpeft.transforms.adapter import houlsby, parallel, pfeiffer
 from jpeft.transforms.adapterdrop import adapterdrop
+from jpeft.transforms.bitfit import bitfit
 from jpeft.transforms.dora import dora
-from jpeft.transforms.hybrid import mam, unipelt
+from jpeft.transforms.far import far
+from jpeft.transforms.fish import fish
+from jpeft.transforms.houlsby import houlsby
 from jpeft.transforms.ia3 import ia3
 from jpeft.transforms.krona import krona
 from jpeft.transforms.ladder_side import ladder_side
+from jpeft.transforms.layer_norm import layer_norm
 from jpeft.transforms.lora import lora, rslora
+from jpeft.transforms.magnitude_mask import magnitude_mask
+from jpeft.transforms.mam import mam
 from jpeft.transforms.p_tuning import p_tuning
+from jpeft.transforms.parallel import parallel
+from jpeft.transforms.pfeiffer import pfeiffer
 from jpeft.transforms.pissa import pissa
 from jpeft.transforms.prefix import prefix
 from jpeft.transforms.prompt import prompt
+from jpeft.transforms.random_mask import random_mask
+from jpeft.transforms.registry import METHODS
 from jpeft.transforms.said import said
 from jpeft.transforms.sparse_adapter import sparse_adapter
+from jpeft.transforms.top_k_layers import top_k_layers
+from jpeft.transforms.unipelt import unipelt
 from jpeft.version import __version__
 
 __all__ = [
@@ -58,6 +67,7 @@ __all__ = [
     "Context",
     "Entry",
     "Merged",
+    "Partition",
     "Plan",
     "Saved",
     "Setting",
@@ -96,6 +106,8 @@ __all__ = [
     "p_tuning",
     "packed",
     "parallel",
+    "partition",
+    "penalty",
     "pfeiffer",
     "pissa",
     "predict",
@@ -111,6 +123,7 @@ __all__ = [
     "summary",
     "top",
     "top_k_layers",
+    "union",
     "unipelt",
     "write_mask",
 ]

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jpeft.errors import UserError, nearest
+from jpeft.core.errors import UserError, nearest
 
 
 def _define(argv: list[str]) -> flags.FlagValues:
@@ -32,7 +32,7 @@ def _define(argv: list[str]) -> flags.FlagValues:
 
 def _fields(given: str) -> list[str]:
     """The fields of the config that a file makes, "config.train.num_epochs" for one."""
-    from jpeft import tree
+    from jpeft.core import tree
 
     path, _, variant = given.partition(":")
     try:
@@ -57,7 +57,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     if any(arg in ("-h", "-help", "--help", "--helpshort", "--helpfull") for arg in argv[1:]):
         print(f"{__doc__}\nFlags:\n  --config   {values['config'].help}\n  --workdir  {values['workdir'].help}")
         print("\nFields of the config and their defaults (see jpeft/config.py):\n")
-        from jpeft import config
+        from jpeft.run import config
 
         print(config.default("mnli", "fishpal"))
         raise SystemExit(0)
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         stem = Path(stem).stem + (f"_{variant}" if variant else "")
 
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
-        from jpeft import experiment  # after the flags, so that --help and their errors come at once
+        from jpeft.run import experiment  # after the flags, so that --help and their errors come at once
 
         experiment.run(config, Path(values["workdir"].value or f"runs/{stem}"))
     except UserError as error:

@@ -51,7 +51,7 @@ class Toy(NamedTuple):
     ids: jax.Array
     mask: jax.Array
     labels: jax.Array
-    sites: jpeft.site.Sites
+    sites: jpeft.core.site.Sites
 
     def logits(self, method, leaves, params=None, ids=None, mask=None, **kwargs):
         """Logits with a method's leaves in place."""
@@ -115,8 +115,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
+    from jpeft.core.tree import replace
     from jpeft.models import pretrained
-    from jpeft.tree import replace
 
     vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -169,7 +169,7 @@ def tiny_config(
     tiny_model: Path, tiny_glue: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., ConfigDict]:
     """Makes the config of a run of seconds on `tiny_model` and `tiny_glue`; keywords set fields of `train`."""
-    from jpeft import config as configs
+    from jpeft.run import config as configs
 
     # A folder that is set leaves JAX's configuration, and the user's own cache, as they are.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "jax"))
@@ -177,7 +177,7 @@ def tiny_config(
     def make(method: str, task: str = "mrpc", **train: Any) -> ConfigDict:
         config = configs.default(task, method)
         config.model, config.data.path = str(tiny_model), str(tiny_glue)
-        config.peft.adapter.bottleneck, config.peft.prefix.mlp_hidden = 4, 8
+        config.peft.pfeiffer.bottleneck, config.peft.prefix.mlp_hidden = 4, 8
         config.peft.prefix.num_virtual_tokens, config.peft.lora.rank = 3, 2
         config.fishpal.num_examples = 8
         config.train.update({"num_epochs": 2, "batch_size": 16, "max_length": 16, **train})

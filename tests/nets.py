@@ -5,8 +5,9 @@ import jax
 import numpy as np
 
 import jpeft
-from jpeft.site import find
-from jpeft.transform import Transform, init_sites
+from jpeft.core.leaves import init_sites
+from jpeft.core.site import find
+from jpeft.core.transform import Transform
 
 D = 5
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jpeft import config as c
+from jpeft.run import config as c
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 SEEDS = {"mnli": (11, 22, 88), "mrpc": (11, 22, 88), "sst2": (111, 11, 22)}
@@ -20,7 +20,7 @@ def get_config(path: Path, variant: str):
 
 
 def test_there_is_one_for_each_method_and_task():
-    methods = ("fishpal", "lora", "adapter", "prefix", "full", "head")
+    methods = ("fishpal", "lora", "pfeiffer", "prefix", "full", "head")
     assert {path.stem for path in FILES} >= {f"{method}_{task}" for method in methods for task in SEEDS}
 
 
@@ -45,7 +45,7 @@ def test_the_demo_needs_no_network(path):
     [
         ("fishpal", 5e-4, 10, 0.06, 0.1),
         ("lora", 5e-4, 10, 0.06, 0.1),
-        ("adapter", 1e-4, 10, 0.06, 0.1),
+        ("pfeiffer", 1e-4, 10, 0.06, 0.1),
         ("prefix", 2e-4, 10, 0.06, 0.1),
         ("full", 2e-5, 3, 0.1, 0.01),
         ("head", 1e-3, 3, 0.1, 0.01),

@@ -19,7 +19,7 @@ def config(tmp_path, tiny_config, tiny_model, tiny_glue):
     """A config file of a LoRA run of one epoch."""
     path = tmp_path / "tiny.py"
     path.write_text(
-        "from jpeft import config as c\n"
+        "from jpeft.run import config as c\n"
         "def get_config(variant=''):\n"
         "    config = c.default('mrpc', 'lora')\n"
         f"    config.model, config.data.path = {str(tiny_model)!r}, {str(tiny_glue)!r}\n"

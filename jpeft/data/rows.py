@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jpeft.errors import UserError
+from jpeft.core.errors import UserError
 
 __all__ = ["ENDINGS", "rows"]
 

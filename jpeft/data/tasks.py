@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jpeft.core.errors import UserError, nearest
 from jpeft.data.rows import ENDINGS, rows
-from jpeft.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +32,7 @@ class Task:
       name: the hub's name of it.
       text: the columns with text, one or two.
       labels: the names of the classes in the order of their ids; () means regression on `label_range`.
-      metrics: the official ones, names as in `jpeft.training.metrics`.
+      metrics: the official ones, names as in `jpeft.data.metrics`.
       primary: the one to choose by.
       eval_split: where to measure.
       optional_splits: official splits that may be absent.

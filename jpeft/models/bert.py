@@ -7,8 +7,8 @@ Parameter names follow Hugging Face's, so that conversion is a renaming (`jpeft.
     encoder/layer_{i}/ffn/{intermediate,output},          encoder/layer_{i}/ffn_add_norm/LayerNorm
     pooler (BERT), classifier (RoBERTa: classifier/{dense,out_proj})
 
-Every name above is a site that a transform can wrap (see `jpeft.transform`). Besides the Dense layers there are five
-attachment points made for that purpose; their signatures are part of the public API:
+Every name above is a site that a transform can wrap (see `jpeft.core.transform`). Besides the Dense layers there
+are five attachment points made for that purpose; their signatures are part of the public API:
 
     embeddings/inputs                (word_vectors, token_types, positions, mask) -> the same four
     encoder/layer_{i}/attention/core (hidden, query, key, value, mask) -> context
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.errors import UserError
+from jpeft.core.errors import UserError
 
 __all__ = ["ACTIVATIONS", "Bert", "BertConfig", "Intermediates"]
 
@@ -302,6 +302,7 @@ class Bert(nn.Module):
     """
 
     config: BertConfig
+    HEAD = ("classifier",)  # the submodules that are new for every task; not a field, so without a type
 
     @nn.compact
     def __call__(

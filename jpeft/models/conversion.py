@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from jpeft.errors import UserError
+from jpeft.core.errors import UserError
 from jpeft.models.bert import Bert, BertConfig
 
 __all__ = ["fingerprint", "from_hf", "hf_module", "listed", "shapes", "to_hf"]

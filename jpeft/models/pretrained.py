@@ -23,7 +23,7 @@ from jax import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jpeft.errors import UserError, nearest
+from jpeft.core.errors import UserError, nearest
 from jpeft.models.bert import ACTIVATIONS, BertConfig
 from jpeft.models.conversion import fingerprint, from_hf, hf_module, listed, shapes, to_hf
 

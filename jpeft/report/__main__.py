@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from jpeft.errors import UserError
-from jpeft.files import read_json
+from jpeft.core.errors import UserError
+from jpeft.core.files import read_json
 from jpeft.report.tables import compare
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jpeft.selection.fishpal import Scores
-from jpeft.site import layer_of
+from jpeft.core.site import layer_of
+from jpeft.plans.fishpal import Scores
 
 __all__ = ["fisher_map", "fisher_scores", "methods"]
 
@@ -22,7 +22,7 @@ def fisher_scores(path: Path, by_seed: Mapping[int, Scores], title: str) -> None
 
     Args:
       path: of the PNG.
-      by_seed: the scores, as `jpeft.selection.fishpal.scores` returns them.
+      by_seed: the scores, as `jpeft.plans.fishpal.scores` returns them.
       title: stands above.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,7 +75,8 @@ def fisher_map(path: Path, information: Mapping[str, np.ndarray], title: str) ->
 
     Args:
       path: of the PNG.
-      information: Fisher information by the paths of leaves, joined by ":" or "/", as `jpeft.measure.read` gives it.
+      information: Fisher information by the paths of leaves, joined by ":" or "/", as `jpeft.run.measured.read`
+        gives it.
       title: stands above.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -122,7 +123,7 @@ def methods(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
 
     Args:
       path: of the PNG.
-      rows: by method, as `jpeft.report.methods` measures them.
+      rows: by method, as `jpeft.workbench.methods` measures them.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jpeft.errors import UserError
+from jpeft.core.errors import UserError
 from jpeft.training.step import State
 
 __all__ = ["Progress", "Restored", "restore", "save"]

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from jax import Array
 
+from jpeft.core.errors import UserError
+from jpeft.data import metrics
 from jpeft.data.batching import Examples, eval_batches, num_batches, train_batches
 from jpeft.data.tasks import Task
-from jpeft.errors import UserError
-from jpeft.report.console import Console
-from jpeft.training import checkpoint, metrics
+from jpeft.run.console import Console
+from jpeft.training import checkpoint
 from jpeft.training.step import State, Tree
 
 __all__ = ["Fitted", "Schedule", "Steps", "compile_steps", "evaluate", "fit"]

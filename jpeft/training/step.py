@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jpeft.core.hook import apply
+from jpeft.core.partition import penalty
+from jpeft.core.transform import Chain, Transform
+from jpeft.core.tree import union
 from jpeft.data.batching import Batch
-from jpeft.hook import apply
-from jpeft.transform import Chain, Transform, members
-from jpeft.tree import union
 
 __all__ = [
     "State",
@@ -104,8 +105,6 @@ def train_step(
     The dropout key of a step is `key` folded with the step's number, so a resumed run draws what it would have drawn.
     """
 
-    penalties = [member.penalty for member in members(transform) if member.penalty is not None]
-
     def step(state: State, frozen: Tree, batch: Batch, key: Array) -> tuple[State, StepMetrics]:
         key = jax.random.fold_in(key, state.step)
 
@@ -114,7 +113,7 @@ def train_step(
                 return forward(model, transform, trainable, frozen, batch, jax.random.fold_in(key, 1))
 
             logits = forward(model, transform, trainable, frozen, batch, key)
-            losses = example_losses(logits, batch.labels) + sum(penalty(logits, again) for penalty in penalties)
+            losses = example_losses(logits, batch.labels) + penalty(transform, logits, again)
             return jnp.average(losses, weights=batch.weights)
 
         value, grads = jax.value_and_grad(loss)(state.trainable)

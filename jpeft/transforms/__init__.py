@@ -1,1 +1,1 @@
-"""Every method that puts something into the forward pass, one small file each or close family."""
+"""One method a file; `registry` knows them by name, `parts` holds what several of them share."""

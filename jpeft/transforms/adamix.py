@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.site import Site, Sites, find
-from jpeft.transform import Call, Context, Leaves, Params, Transform, init_sites, site_key
-from jpeft.transforms.bottleneck import Bottleneck, added, checked, fresh, normal
-from jpeft.transforms.linear import sizes
+from jpeft.core.leaves import fold_sites, init_sites
+from jpeft.core.site import Site, Sites, find
+from jpeft.core.transform import Call, Context, Leaves, Params, Transform, site_key
+from jpeft.transforms.parts.bottleneck import Bottleneck, added, checked, fresh, normal
+from jpeft.transforms.parts.linear import sizes
 
 __all__ = ["adamix", "consistency"]
 
@@ -64,7 +65,7 @@ def adamix(
         return call(hidden + added(spec, _one(leaves, key), hidden, ctx), residual)
 
     def fold(leaves: Leaves) -> Leaves:
-        return {path: _one(own, None) for path, own in leaves.items()}
+        return fold_sites(leaves, lambda own: _one(own, None))
 
     return Transform("adamix", init, wrap, fold=fold, penalty=consistency)
 

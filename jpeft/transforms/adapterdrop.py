@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.errors import UserError
-from jpeft.site import Site, Sites, find, layer_of
-from jpeft.site import layers as layers_of
-from jpeft.transform import FIXED, SHARED, Call, Context, Leaves, Params, Transform, init_sites
-from jpeft.transforms.bottleneck import Bottleneck, added, checked, fresh, normal
+from jpeft.core.errors import UserError
+from jpeft.core.leaves import init_sites
+from jpeft.core.site import Site, Sites, find, layer_of
+from jpeft.core.site import layers as layers_of
+from jpeft.core.transform import FIXED, SHARED, Call, Context, Leaves, Params, Transform
+from jpeft.transforms.parts.bottleneck import Bottleneck, added, checked, fresh, normal
 
 __all__ = ["adapterdrop", "drop_layers"]
 

@@ -1,15 +1,26 @@
 """Weight-decomposed low-rank adaptation, DoRA (Liu et al. 2024, arXiv:2402.09353; reference: NVlabs/DoRA)."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.site import Site, Sites
-from jpeft.transform import Call, Context, Leaves, Params, Transform, init_sites
-from jpeft.transforms.low_rank import LowRank, faster_b, fresh, kernel_at, low_rank, product, scale_at, where
-from jpeft.tree import replace
+from jpeft.core.leaves import init_sites, merge_sites, wide
+from jpeft.core.site import Site, Sites
+from jpeft.core.transform import Call, Context, Leaves, Params, Transform
+from jpeft.transforms.parts.low_rank import (
+    LowRank,
+    dense_shape,
+    faster_b,
+    fresh,
+    low_rank,
+    need_params,
+    product,
+    scale_at,
+    where,
+)
 
 __all__ = ["dora"]
 
@@ -31,8 +42,8 @@ def dora(
     gradients are made. The norm needs A B once a forward pass, [in, out] and independent of the input; the output is
     put together from x W and (x A) B. `merge` makes inference free.
 
-    At a site that it shares with others of a chain, write it first: |W'| knows of the base's W only, so merging
-    one that comes after a LoRA gives other outputs than running it.
+    |W'| is that of the base's W alone. So where it comes after another member of a chain, such as a LoRA at the same
+    site, neither of the two can be merged; written first, it can.
 
     Args:
       rank: r, the inner dimension.
@@ -54,36 +65,46 @@ def dora(
     spec = low_rank(rank, alpha, targets, layers, dropout, rank_pattern, alpha_pattern)
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
-        def make(key: Array, site: Site) -> Leaves:
-            factors = fresh(spec, key, site)
-            return {**factors, "magnitude": _norms(kernel_at(params, site.path))}
+        def make(key: Array, site: Site, own: Params) -> Leaves:
+            return {**fresh(spec, key, site), "magnitude": _norms(own["kernel"].reshape(dense_shape(site)))}
 
-        return init_sites(key, where(spec, sites), make)
+        return init_sites(key, where(spec, sites), make, need_params(params))
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         (x,) = args
         y = call(x)
-        row = (1,) * (y.ndim - 1) + (-1,)
-        norms = jax.lax.stop_gradient(_norms(_updated(spec, site.path, leaves, ctx.params["kernel"])))
+        base = wide(dict(ctx.params))
+        norms = jax.lax.stop_gradient(_norms(_updated(spec, site.path, leaves, base["kernel"])))
+        trailing = base["kernel"].shape[base["kernel"].ndim - _axes(leaves, base["kernel"]) :]
+        row = (1,) * (y.ndim - len(trailing)) + trailing
         factor = (leaves["magnitude"] / norms).reshape(row)
-        linear = y - ctx.params["bias"].astype(y.dtype).reshape(row) if "bias" in ctx.params else y
+        linear = y - base["bias"].astype(y.dtype).reshape(row) if "bias" in base else y
         update = product(spec, x, leaves["a"], leaves["b"], site, ctx, y)
         # Written as changes to y, so that a fresh one changes nothing.
         scale = scale_at(spec, site.path, leaves)
         return y + linear * (factor - 1).astype(y.dtype) + update * (scale * factor).astype(y.dtype)
 
     def merge(leaves: Leaves, params: Params) -> Params:
-        for path, own in leaves.items():
-            turned = _updated(spec, path, own, kernel_at(params, path))
+        def merged(path: str, own: Leaves, old: Params) -> Params:
+            turned = _updated(spec, path, own, old["kernel"])
             kernel = turned * (own["magnitude"] / _norms(turned)).reshape(1, -1)
-            params = replace(params, f"{path}/kernel", lambda _, kernel=kernel: kernel)
-        return params
+            return {**old, "kernel": kernel.reshape(old["kernel"].shape)}
 
-    return Transform("dora", init, wrap, merge, rate=faster_b(learning_rate_ratio))
+        return merge_sites(leaves, params, merged)
+
+    return Transform("dora", init, wrap, merge, rate=faster_b(learning_rate_ratio), reads_params=True)
 
 
 def _updated(spec: LowRank, path: str, leaves: Leaves, kernel: Array) -> Array:
-    return kernel + scale_at(spec, path, leaves) * (leaves["a"] @ leaves["b"])
+    """W + scale A B as a matrix [in, out], exact in float32 wherever it runs: a norm of it divides the output."""
+    update = jnp.matmul(leaves["a"], leaves["b"], precision=jax.lax.Precision.HIGHEST)
+    return kernel.reshape(update.shape) + scale_at(spec, path, leaves) * update
+
+
+def _axes(leaves: Leaves, kernel: Array) -> int:
+    """How many of the kernel's last axes are the output's."""
+    n = next(n for n in range(1, kernel.ndim) if math.prod(kernel.shape[-n:]) == leaves["b"].shape[-1])
+    return n
 
 
 def _norms(kernel: Array) -> Array:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.errors import UserError, nearest
-from jpeft.site import Site, Sites, find
-from jpeft.transform import Call, Context, Leaves, Params, Transform, init_sites
-from jpeft.transforms.low_rank import dense_shape
-from jpeft.tree import replace
+from jpeft.core.errors import UserError, nearest
+from jpeft.core.leaves import init_sites, merge_sites
+from jpeft.core.site import Site, Sites
+from jpeft.core.transform import Call, Context, Leaves, Params, Transform
+from jpeft.transforms.parts.low_rank import dense_shape, find_dense, flat
 
 __all__ = ["ia3"]
 
@@ -52,7 +52,7 @@ def ia3(placement: str = "after", targets: str | None = None, layers: Sequence[i
             n_in, n_out = dense_shape(site)
             return {"scale": jnp.ones(n_in if _READS.fullmatch(site.path) else n_out)}
 
-        return init_sites(key, find(sites, pattern, layers), make)
+        return init_sites(key, find_dense(sites, pattern, layers), make)
 
     def wrap(leaves: dict[str, Array], site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         (x,) = args
@@ -61,16 +61,19 @@ def ia3(placement: str = "after", targets: str | None = None, layers: Sequence[i
         return _scaled(call(x), leaves["scale"])
 
     def merge(leaves: Leaves, params: Params) -> Params:
-        for path, leaf in leaves.items():
-            scale = leaf["scale"]
+        def merged(path: str, own: Leaves, old: Params) -> Params:
+            scale = own["scale"]
             if _READS.fullmatch(path):
-                params = replace(params, f"{path}/kernel", lambda w, s=scale: w * s[:, None])
-            else:  # kernel [in, out] and bias [out], if there is one, end in the axis that is scaled
-                params = replace(params, path, lambda p, s=scale: {name: _scaled(x, s) for name, x in p.items()})
-        return params
+                rows = old["kernel"].reshape(len(scale), -1) * scale[:, None]
+                return {**old, "kernel": rows.reshape(old["kernel"].shape)}
+            # kernel and bias, if there is one, end in the axes that are scaled
+            return {name: _scaled(x, scale) for name, x in old.items()}
+
+        return merge_sites(leaves, params, merged)
 
     return Transform("ia3", init, wrap, merge)
 
 
 def _scaled(x: Array, scale: Array) -> Array:
-    return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    rows = flat(x, len(scale))
+    return (rows * scale.astype(x.dtype).reshape((1,) * (rows.ndim - 1) + (-1,))).reshape(x.shape)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.errors import UserError
-from jpeft.site import Site, Sites, find
-from jpeft.transform import Call, Context, Leaves, Params, Transform, init_sites, site_key
-from jpeft.transforms.linear import dropout as drop
-from jpeft.transforms.linear import kaiming_uniform, positive, rate, sizes
-from jpeft.transforms.low_rank import dense_shape
-from jpeft.tree import replace
+from jpeft.core.errors import UserError
+from jpeft.core.leaves import init_sites, merge_sites
+from jpeft.core.site import Site, Sites
+from jpeft.core.transform import Call, Context, Leaves, Params, Transform, site_key
+from jpeft.transforms.parts.linear import dropout as drop
+from jpeft.transforms.parts.linear import kaiming_uniform, positive, rate, sizes
+from jpeft.transforms.parts.low_rank import add_to_kernel, dense_shape, find_dense, flat
 
 __all__ = ["krona"]
 
@@ -65,21 +65,21 @@ def krona(
                 raise UserError(f"shape {(a1, a2)} does not divide {whole}, the kernel's shape at {site.path!r}")
             return {"a": kaiming_uniform(key, (a1, a2)), "b": jnp.zeros((whole[0] // a1, whole[1] // a2))}
 
-        return init_sites(key, find(sites, targets, layers), make)
+        return init_sites(key, find_dense(sites, targets, layers), make)
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         (x,) = args
         y = call(x)
         a, b = leaves["a"].astype(y.dtype), leaves["b"].astype(y.dtype)
         x = drop(x, dropout, None if ctx.key is None else site_key(ctx.key, site.path)).astype(y.dtype)
+        x = flat(x, a.shape[0] * b.shape[0])
         x = x.reshape(*x.shape[:-1], a.shape[0], b.shape[0]) @ b
         return y + jnp.einsum("...io,ia->...ao", x, a).reshape(y.shape) * jnp.asarray(scale, y.dtype)
 
     def merge(leaves: Leaves, params: Params) -> Params:
-        for path, own in leaves.items():
-            update = scale * jnp.kron(own["a"], own["b"])
-            params = replace(params, f"{path}/kernel", lambda w, update=update: w + update)
-        return params
+        return merge_sites(
+            leaves, params, lambda path, own, old: add_to_kernel(old, scale * jnp.kron(own["a"], own["b"]))
+        )
 
     return Transform("krona", init, wrap, merge)
 

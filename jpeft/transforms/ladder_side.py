@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.errors import UserError, nearest
+from jpeft.core.errors import UserError, nearest
+from jpeft.core.leaves import init_sites
+from jpeft.core.site import Site, Sites, find
+from jpeft.core.transform import Call, Context, Leaves, Params, Setting, Transform
+from jpeft.core.tree import at, union
 from jpeft.models.bert import ACTIVATIONS, attends
-from jpeft.site import Site, Sites, find
-from jpeft.transform import Call, Context, Leaves, Params, Setting, Transform, init_sites
-from jpeft.transforms.linear import kaiming_uniform, layer_norm, linear, linear_leaves, sizes
-from jpeft.tree import at, union
+from jpeft.transforms.parts.linear import kaiming_uniform, layer_norm, linear, linear_leaves, sizes
 
 __all__ = ["ladder_side"]
 

@@ -8,12 +8,22 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.errors import UserError
-from jpeft.site import Site, Sites
-from jpeft.transform import Call, Context, Leaves, Params, Transform, init_sites, site_key
-from jpeft.transforms.gate import gate_leaves, gate_value
-from jpeft.transforms.low_rank import LowRank, dense_shape, faster_b, fresh, low_rank, product, scale_at, where
-from jpeft.tree import replace
+from jpeft.core.errors import UserError
+from jpeft.core.leaves import init_sites, merge_sites
+from jpeft.core.site import Site, Sites
+from jpeft.core.transform import Call, Context, Leaves, Params, Transform, site_key
+from jpeft.transforms.parts.gate import gate_leaves, gate_value
+from jpeft.transforms.parts.low_rank import (
+    LowRank,
+    add_to_kernel,
+    dense_shape,
+    faster_b,
+    fresh,
+    low_rank,
+    product,
+    scale_at,
+    where,
+)
 
 __all__ = ["lora", "rslora"]
 
@@ -37,8 +47,8 @@ def lora(
     nothing.
 
     With `gate`, as in UniPELT (arXiv:2110.07577), a gate takes the place of alpha / rank: the mean over an example's
-    real tokens of sigmoid(x w + b), see `jpeft.transforms.gate`. It depends on the input, so it cannot be merged, and
-    inference costs 2 rank (in + out) + 2 in floating-point operations a token.
+    real tokens of sigmoid(x w + b), see `jpeft.transforms.parts.gate`. It depends on the input, so it cannot be merged,
+    and inference costs 2 rank (in + out) + 2 in floating-point operations a token.
 
     Args:
       rank: r, the inner dimension.
@@ -116,10 +126,10 @@ def _lora(name: str, spec: LowRank, learning_rate_ratio: float, gate: bool) -> T
         return y + product(spec, x, leaves["a"], leaves["b"], site, ctx, y) * jnp.asarray(factor, y.dtype)
 
     def merge(leaves: Leaves, params: Params) -> Params:
-        for path, own in leaves.items():
-            update = scale_at(spec, path, own) * (own["a"] @ own["b"])
-            params = replace(params, f"{path}/kernel", lambda w, update=update: w + update)
-        return params
+        def merged(path: str, own: Leaves, old: Params) -> Params:
+            return add_to_kernel(old, scale_at(spec, path, own) * (own["a"] @ own["b"]))
+
+        return merge_sites(leaves, params, merged)
 
     return Transform(name, init, wrap, None if gate else merge, rate=faster_b(learning_rate_ratio))
 

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.errors import UserError, nearest
-from jpeft.site import Site, Sites, find
-from jpeft.transform import FIXED, Call, Context, Leaves, Params, Transform, init_sites, site_key
-from jpeft.transforms.inputs import around_words, width, word_embeddings
-from jpeft.transforms.linear import dropout as drop
-from jpeft.transforms.linear import linear, rate, sizes, uniform_linear
+from jpeft.core.errors import UserError, nearest
+from jpeft.core.leaves import fold_sites, init_sites
+from jpeft.core.site import Site, Sites, find
+from jpeft.core.transform import FIXED, Call, Context, Leaves, Params, Transform, site_key
+from jpeft.transforms.parts.inputs import around_words, width, word_embeddings
+from jpeft.transforms.parts.linear import dropout as drop
+from jpeft.transforms.parts.linear import linear, rate, sizes, uniform_linear
 from jpeft.transforms.prompt import check_ids
 
 __all__ = ["p_tuning"]
@@ -112,7 +113,7 @@ def p_tuning(
         return call(*around_words(vectors[:split], vectors[split:], args))
 
     def fold(leaves: Leaves) -> Leaves:
-        return {path: _folded(own) for path, own in leaves.items()}
+        return fold_sites(leaves, _folded)
 
     return Transform("p_tuning", init, wrap, fold=fold)
 

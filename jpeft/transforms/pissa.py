@@ -6,11 +6,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.errors import UserError
-from jpeft.site import Site, Sites
-from jpeft.transform import FIXED, Call, Context, Leaves, Params, Transform, init_sites
-from jpeft.transforms.low_rank import dense_shape, faster_b, kernel_at, low_rank, product, rank_at, scale_at, where
-from jpeft.tree import replace
+from jpeft.core.errors import UserError
+from jpeft.core.leaves import init_sites, merge_sites
+from jpeft.core.site import Site, Sites
+from jpeft.core.transform import FIXED, Call, Context, Leaves, Params, Transform
+from jpeft.transforms.parts.low_rank import (
+    add_to_kernel,
+    dense_shape,
+    faster_b,
+    low_rank,
+    need_params,
+    product,
+    rank_at,
+    scale_at,
+    where,
+)
 
 __all__ = ["pissa"]
 
@@ -57,18 +67,18 @@ def pissa(
     spec = low_rank(rank, alpha, targets, layers, dropout, rank_pattern, alpha_pattern)
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
-        def make(key: Array, site: Site) -> Leaves:
+        def make(key: Array, site: Site, own: Params) -> Leaves:
             rank, shape = rank_at(spec, site.path), dense_shape(site)
             if rank > min(shape):
                 raise UserError(f"rank {rank} at {site.path!r}, whose kernel {shape} has {min(shape)} singular values")
-            u, s, v = jnp.linalg.svd(kernel_at(params, site.path), full_matrices=False)
+            u, s, v = jnp.linalg.svd(own["kernel"].reshape(shape), full_matrices=False)
             a, b = u[:, :rank], v[:rank]
             root = jnp.sqrt(s[:rank] / scale_at(spec, site.path, {"a": a}))
             start = {"a": a * root.reshape(1, -1), "b": root.reshape(-1, 1) * b}
             # A copy, because the step that trains `start` may take over its memory.
             return {**start, FIXED: jax.tree.map(jnp.copy, start)}
 
-        return init_sites(key, where(spec, sites), make)
+        return init_sites(key, where(spec, sites), make, need_params(params))
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         (x,) = args
@@ -77,13 +87,14 @@ def pissa(
         return y + product(spec, x, *_difference(leaves), site, ctx, y) * scale
 
     def merge(leaves: Leaves, params: Params) -> Params:
-        for path, own in leaves.items():
+        def merged(path: str, own: Leaves, old: Params) -> Params:
             a, b = _difference(own)
-            update = scale_at(spec, path, own) * (a @ b)
-            params = replace(params, f"{path}/kernel", lambda w, update=update: w + update)
-        return params
+            return add_to_kernel(old, scale_at(spec, path, own) * (a @ b))
 
-    return Transform("pissa", init, wrap, merge, rate=faster_b(learning_rate_ratio))
+        return merge_sites(leaves, params, merged)
+
+    # Decay would pull A and B to zero, and so the function away from the base's.
+    return Transform("pissa", init, wrap, merge, rate=faster_b(learning_rate_ratio), decay=lambda path, leaf: False)
 
 
 def _difference(leaves: Leaves) -> tuple[Array, Array]:

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.site import Site, Sites, find
-from jpeft.transform import SHARED, Call, Context, Leaves, Params, Transform, init_sites, site_key
-from jpeft.transforms.gate import gate_leaves, gate_value
-from jpeft.transforms.linear import linear, sizes, uniform_linear
+from jpeft.core.leaves import fold_sites, init_sites
+from jpeft.core.site import Site, Sites, find
+from jpeft.core.transform import SHARED, Call, Context, Leaves, Params, Transform, site_key
+from jpeft.transforms.parts.gate import gate_leaves, gate_value
+from jpeft.transforms.parts.linear import linear, sizes, uniform_linear
 
 __all__ = ["prefix"]
 
@@ -29,7 +30,7 @@ def prefix(
     U(-1/sqrt(in), 1/sqrt(in)); flat keys and values from N(0, 0.02). Positions are not shifted (AdapterHub's way;
     peft shifts them).
     With `gate`, as in UniPELT (arXiv:2110.07577), each layer's keys and values are scaled for each example by the mean
-    over its real tokens of sigmoid(x w + b), x being the layer's input; see `jpeft.transforms.gate`.
+    over its real tokens of sigmoid(x w + b), x being the layer's input; see `jpeft.transforms.parts.gate`.
     At inference a prefix costs 4 P d floating-point operations a token and layer. It cannot be merged.
 
     Args:
@@ -95,7 +96,7 @@ def prefix(
 
     def fold(leaves: Leaves) -> Leaves:
         shared = leaves.get(SHARED, {})
-        return {path: {**own, **_keys_values(own, shared)} for path, own in leaves.items() if path != SHARED}
+        return fold_sites(leaves, lambda own: {**own, **_keys_values(own, shared)})
 
     return Transform("prefix", init, wrap, fold=fold)
 

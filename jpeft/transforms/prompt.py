@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.errors import UserError, nearest
-from jpeft.site import Site, Sites, find
-from jpeft.transform import Call, Context, Leaves, Params, Transform, init_sites
-from jpeft.transforms.inputs import before_states, before_words, width, word_embeddings
-from jpeft.transforms.linear import sizes
+from jpeft.core.errors import UserError, nearest
+from jpeft.core.leaves import init_sites
+from jpeft.core.site import Site, Sites, find
+from jpeft.core.transform import Call, Context, Leaves, Params, Transform
+from jpeft.transforms.parts.inputs import before_states, before_words, width, word_embeddings
+from jpeft.transforms.parts.linear import sizes
 
 __all__ = ["prompt"]
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.random import threefry_2x32
 
-from jpeft import tree
-from jpeft.errors import UserError
-from jpeft.site import Site, Sites, find, layer_of
-from jpeft.transform import FIXED, SHARED, Leaves, Params, Transform, init_sites
-from jpeft.transforms.linear import sizes
+from jpeft.core import tree
+from jpeft.core.errors import UserError
+from jpeft.core.site import Site, Sites, find, layer_of
+from jpeft.core.transform import FIXED, SHARED, Leaves, Params, Transform, site_key
+from jpeft.transforms.parts.linear import sizes
 
 __all__ = ["fastfood", "hadamard", "said"]
 
@@ -65,7 +65,8 @@ def said(
         shared: Leaves = {"d": jnp.zeros(intrinsic_dim)}
         if layer_wise:
             shared["lambda"] = {_group(site.path): jnp.ones(()) for site in chosen}
-        return {SHARED: shared, **init_sites(key, chosen, _seed)}
+        # Of the whole parameters, which a scan may stack: they are moved before the forward pass.
+        return {SHARED: shared, **{site.path: _seed(site_key(key, site.path), site) for site in chosen}}
 
     def merge(leaves: Leaves, params: Params) -> Params:
         d, lambdas = leaves[SHARED]["d"], leaves[SHARED].get("lambda")

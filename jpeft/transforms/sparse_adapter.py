@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jpeft.errors import UserError, nearest
-from jpeft.selection.sparse import top
-from jpeft.site import Site, Sites
-from jpeft.transform import FIXED, Call, Context, Leaves, Params, Setting, Transform, site_key
-from jpeft.transforms.adapter import houlsby, pfeiffer
-from jpeft.transforms.linear import sizes
+from jpeft.core.errors import UserError, nearest
+from jpeft.core.site import Site, Sites
+from jpeft.core.transform import FIXED, STACKED, Call, Context, Leaves, Params, Setting, Transform, site_key
+from jpeft.importance.masks import top
+from jpeft.transforms.houlsby import houlsby
+from jpeft.transforms.parts.linear import sizes
+from jpeft.transforms.pfeiffer import pfeiffer
 
 __all__ = ["grasp", "magnitude", "snip", "sparse_adapter", "synflow"]
 
@@ -82,6 +83,9 @@ def sparse_adapter(
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         leaves = dense.init(key, sites, params)
+        for path, own in leaves.items():
+            if STACKED in own:
+                raise UserError(f"the parameters of site {path!r} are stacked, which sparse_adapter does not support")
         kernels = _kernels(leaves)
         if score == "random":
             scores = _random(site_key(key, "scores"), kernels)
@@ -105,7 +109,11 @@ def sparse_adapter(
         full = {"down": _written(leaves["down"], (d, b)), "up": _written(leaves["up"], (b, d))}
         return dense_wrap(full, site, call, args, ctx)
 
-    return Transform("sparse_adapter", init, wrap, prepare=prepare if score in ("snip", "grasp") else None)
+    def decay(path: tuple[str, ...], leaf: Any) -> bool:
+        del leaf  # a pruned kernel is one axis long
+        return "kernel" in path
+
+    return Transform("sparse_adapter", init, wrap, prepare=prepare if score in ("snip", "grasp") else None, decay=decay)
 
 
 def magnitude(kernels: Kernels) -> Kernels:

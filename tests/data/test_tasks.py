@@ -5,9 +5,9 @@ import time
 
 import pytest
 
+from jpeft.core.errors import UserError
 from jpeft.data import tasks
 from jpeft.data.tasks import TASKS, load
-from jpeft.errors import UserError
 
 ROWS = [{"sentence": "Fine.", "label": 1, "idx": 5}, {"sentence": 'Bad\tis, "this".', "label": 0, "idx": 6}]
 HUB_SIZES = {

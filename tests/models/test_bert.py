@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jpeft.errors import UserError
+from jpeft.core.errors import UserError
 from jpeft.models import pretrained
 from jpeft.models.bert import Bert, BertConfig
 

@@ -18,9 +18,9 @@ import optax
 from safetensors.numpy import load_file
 
 import jpeft
+from jpeft.core.tree import flatten
 from jpeft.models import Bert, pretrained
 from jpeft.models.conversion import hf_module
-from jpeft.tree import flatten
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 ARCHITECTURES = ["bert", "roberta"]
@@ -65,7 +65,7 @@ class Base(NamedTuple):
     architecture: str
     model: Bert
     params: dict[str, Any]
-    sites: jpeft.site.Sites
+    sites: jpeft.core.site.Sites
 
 
 def methods(peer: str, architecture: str) -> set[str]:
@@ -110,10 +110,10 @@ def logits(base: Base, method: Any, leaves: Any, head: Any, inputs: Any, mask: A
 
 def run(base: Base, method: Any, leaves: Any, head: Any, peer: Golden, inputs: Any, mask: Any) -> Result:
     """Our logits and gradients from given leaves."""
-    training, fixed = jpeft.transform.split(leaves)
+    training, fixed = jpeft.core.partition.split(leaves)
 
     def loss(training, head):
-        variables = {"params": {**base.params, "classifier": head}, "peft": jpeft.tree.union(training, fixed)}
+        variables = {"params": {**base.params, "classifier": head}, "peft": jpeft.core.tree.union(training, fixed)}
         logits, _ = jpeft.apply(base.model, method, variables, mask=mask, **inputs)
         return optax.softmax_cross_entropy_with_integer_labels(logits, peer.labels).mean(), logits
 
@@ -150,7 +150,7 @@ def check(
     ours = run(base, method, leaves, head, peer, peer.inputs if inputs is None else inputs, mask)
     np.testing.assert_allclose(ours.logits, peer.logits, rtol=0, atol=LOGITS)
     wanted, wanted_head = _mapped(mapping, head_prefix, peer.grads, set())
-    wanted = jpeft.transform.split(wanted)[0]
+    wanted = jpeft.core.partition.split(wanted)[0]
     theirs = flatten({"leaves": wanted, "head": wanted_head})
     grads = flatten({"leaves": ours.leaves, "head": ours.head})
     assert set(grads) == set(theirs)

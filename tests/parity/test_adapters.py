@@ -8,12 +8,15 @@ import peers
 import pytest
 from peers import ARCHITECTURES, check, golden, linear, load_base, paths
 
-from jpeft.transforms.adapter import houlsby, parallel, pfeiffer
-from jpeft.transforms.hybrid import mam, unipelt
+from jpeft.transforms.houlsby import houlsby
 from jpeft.transforms.ia3 import ia3
 from jpeft.transforms.lora import lora
+from jpeft.transforms.mam import mam
+from jpeft.transforms.parallel import parallel
+from jpeft.transforms.pfeiffer import pfeiffer
 from jpeft.transforms.prefix import prefix
 from jpeft.transforms.prompt import prompt
+from jpeft.transforms.unipelt import unipelt
 
 HEAD = "classifier"
 P = 4

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from jpeft.plan import Entry
+from jpeft.plans.plan import Entry
 from jpeft.report import tables
 
 SUMMARY = {0: "| a table |"}

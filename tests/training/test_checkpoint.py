@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jpeft.errors import UserError
+from jpeft.core.errors import UserError
 from jpeft.training import checkpoint
 from jpeft.training.checkpoint import Progress
 from jpeft.training.step import State

@@ -5,13 +5,13 @@ import optax
 import pytest
 
 import jpeft
-from jpeft import optim, tree
+from jpeft.core import tree
+from jpeft.core.errors import UserError
 from jpeft.data.batching import Examples
 from jpeft.data.tasks import TASKS
-from jpeft.errors import UserError
 from jpeft.models import Bert, BertConfig
-from jpeft.report.console import Console
-from jpeft.training import checkpoint, loop
+from jpeft.run.console import Console
+from jpeft.training import checkpoint, loop, optim
 from jpeft.training import step as stepping
 from jpeft.training.loop import Schedule
 

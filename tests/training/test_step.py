@@ -6,9 +6,10 @@ import optax
 import pytest
 
 import jpeft
-from jpeft import optim, tree
+from jpeft.core import tree
 from jpeft.data.batching import Batch
 from jpeft.models import Bert, BertConfig
+from jpeft.training import optim
 from jpeft.training import step as stepping
 
 pytestmark = pytest.mark.usefixtures("compiled_soon")

@@ -8,9 +8,9 @@ from conftest import randomised
 from scipy.special import softmax
 
 import jpeft
-from jpeft.errors import UserError
-from jpeft.site import Site
-from jpeft.transform import Context
+from jpeft.core.errors import UserError
+from jpeft.core.site import Site
+from jpeft.core.transform import Context
 from jpeft.transforms.adamix import adamix, consistency
 
 pytestmark = pytest.mark.usefixtures("compiled_soon")

@@ -6,10 +6,11 @@ import pytest
 from conftest import randomised
 
 import jpeft
-from jpeft import tree
-from jpeft.errors import UserError
+from jpeft.core import tree
+from jpeft.core.errors import UserError
+from jpeft.core.partition import split
+from jpeft.core.transform import FIXED
 from jpeft.models import Bert, BertConfig
-from jpeft.transform import FIXED, split
 from jpeft.transforms.adapterdrop import adapterdrop, drop_layers
 
 LAYERS = 3

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpeft.transforms.gate import gate_leaves, gate_value
+from jpeft.transforms.parts.gate import gate_leaves, gate_value
 
 X = jax.random.normal(jax.random.key(0), (3, 4, 6))
 LEAVES = {"kernel": jax.random.normal(jax.random.key(1), (6, 1)), "bias": jnp.array([0.3])}

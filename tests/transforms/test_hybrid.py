@@ -7,7 +7,8 @@ import pytest
 from conftest import randomised
 
 import jpeft
-from jpeft.transforms.hybrid import mam, unipelt
+from jpeft.transforms.mam import mam
+from jpeft.transforms.unipelt import unipelt
 
 SMALL = {"num_virtual_tokens": 2, "mlp_hidden": 4, "rank": 2}
 

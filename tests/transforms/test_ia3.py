@@ -7,10 +7,10 @@ import pytest
 from conftest import randomised
 
 import jpeft
-from jpeft import tree
-from jpeft.errors import UserError
-from jpeft.site import Site
-from jpeft.transform import Context
+from jpeft.core import tree
+from jpeft.core.errors import UserError
+from jpeft.core.site import Site
+from jpeft.core.transform import Context
 from jpeft.transforms.ia3 import ia3
 
 PLACES = {"after": "ffn/output", "before": "ffn/intermediate"}

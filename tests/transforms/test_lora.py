@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 import jpeft
-from jpeft import tree
-from jpeft.errors import UserError
+from jpeft.core import tree
+from jpeft.core.errors import UserError
+from jpeft.core.partition import rates, split
+from jpeft.core.site import Site
+from jpeft.core.transform import Context
 from jpeft.models import Bert, BertConfig
-from jpeft.site import Site
-from jpeft.transform import Context, rates, split
 from jpeft.transforms.dora import dora
 from jpeft.transforms.lora import rslora
 from jpeft.transforms.pissa import pissa

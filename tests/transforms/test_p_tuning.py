@@ -64,7 +64,7 @@ def test_a_template_mixes_prompts_and_anchors(toy, key):
     rows = jnp.stack([jnp.asarray(made[0]), table[7], jnp.asarray(made[1]), table[20]])
     expected = toy.logits(prompt(4), {"prompt_0": {PATH: {"embedding": rows}}})
     np.testing.assert_allclose(toy.logits(method, leaves), expected, atol=1e-5)
-    trained, fixed = jpeft.transform.split(leaves)
+    trained, fixed = jpeft.core.partition.split(leaves)
     assert set(fixed["p_tuning_0"][PATH]["fixed"]) == {"anchors"}
     assert "fixed" not in trained["p_tuning_0"][PATH]
     np.testing.assert_allclose(toy.logits(method, jpeft.fold(method, leaves)), expected, atol=1e-5)

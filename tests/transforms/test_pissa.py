@@ -5,10 +5,11 @@ import pytest
 from conftest import randomised
 
 import jpeft
-from jpeft import tree
-from jpeft.errors import UserError
-from jpeft.site import Site
-from jpeft.transform import Context, split
+from jpeft.core import tree
+from jpeft.core.errors import UserError
+from jpeft.core.partition import split
+from jpeft.core.site import Site
+from jpeft.core.transform import Context
 from jpeft.transforms.pissa import pissa
 
 TARGETS = "query|value|intermediate|ffn/output|pooler"

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 import jpeft
-from jpeft.errors import UserError
+from jpeft.core.errors import UserError
+from jpeft.core.site import Site
+from jpeft.core.transform import SHARED, Context
 from jpeft.models import Bert, BertConfig
 from jpeft.models.bert import Core
-from jpeft.site import Site
-from jpeft.transform import SHARED, Context
 
 SHAPE = {
     "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,

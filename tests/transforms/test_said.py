@@ -11,9 +11,9 @@ from conftest import randomised
 from jax.extend.random import threefry_2x32
 
 import jpeft
-from jpeft import tree
-from jpeft.errors import UserError
-from jpeft.transform import split
+from jpeft.core import tree
+from jpeft.core.errors import UserError
+from jpeft.core.partition import split
 from jpeft.transforms.said import fastfood, hadamard, said
 
 pytestmark = pytest.mark.usefixtures("compiled_soon")

@@ -7,9 +7,10 @@ import pytest
 from conftest import randomised, setting
 
 import jpeft
-from jpeft import tree
-from jpeft.errors import UserError
-from jpeft.transform import FIXED, split
+from jpeft.core import tree
+from jpeft.core.errors import UserError
+from jpeft.core.partition import split
+from jpeft.core.transform import FIXED
 from jpeft.transforms.sparse_adapter import grasp, magnitude, snip, sparse_adapter, synflow
 
 pytestmark = pytest.mark.usefixtures("compiled_soon")

@@ -24,13 +24,16 @@ import numpy as np
 import optax
 
 import jpeft
-from jpeft import optim, per_example, saved, transform, tree
+from jpeft.core import tree
 from jpeft.data import batching, tasks
+from jpeft.importance import per_example
 from jpeft.models import Bert, pretrained
-from jpeft.plan import make
+from jpeft.plans.plan import make
+from jpeft.store import modules as saved
+from jpeft.training import optim
 from jpeft.training import step as stepping
 
-fishing = sys.modules["jpeft.fisher"]  # the module; `jpeft.fisher` is the function
+fishing = sys.modules["jpeft.importance.fisher"]
 NUM, BATCH, FULL = 128, 8, 128
 
 
@@ -233,7 +236,7 @@ def sparse(model: Bert, params: Any, sites: Any, batch: Any, pairs: int, say: Ca
     """FISH's training step at 0.5 % against full fine-tuning's; a random choice, which costs the same."""
     steps, plans, key = {}, {}, jax.random.key(0)
     for name, method in (("full", jpeft.chain()), ("fish", jpeft.chain(jpeft.fish(0.005)))):
-        leaves, fixed = transform.split(jpeft.init(method, jax.random.key(0), sites, params))
+        leaves, fixed = jpeft.core.partition.split(jpeft.init(method, jax.random.key(0), sites, params))
         trained, rest = tree.split(params, lambda path, n=name: n == "full" or path[0] == "classifier")
         trainable, frozen = {"params": trained, "peft": leaves}, {"params": rest, "peft": fixed}
         optimizer = optim.adamw(optax.constant_schedule(1e-5), 0.0)

@@ -31,7 +31,7 @@ def main() -> int:
 def write(folder: pathlib.Path) -> int:
     import jax
 
-    from jpeft.errors import UserError
+    from jpeft.core.errors import UserError
     from jpeft.models import pretrained
     from jpeft.models.bert import Bert
 

@@ -1,0 +1,87 @@
+"""Files that are whole or absent: written beside their place and moved there."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jpeft.core.tree import empty_paths, flatten, unflatten
+
+__all__ = ["append_json", "keep_lines", "read_json", "read_leaves", "write_json", "write_leaves", "write_text"]
+
+
+EMPTY = "empty"  # the metadata entry that lists empty dicts, which safetensors cannot hold
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically; the folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON atomically. NaN and Inf are refused: they are no JSON."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Appends one line of JSON."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def keep_lines(path: Path, keep: Callable[[Any], bool]) -> None:
+    """Rewrites a file of JSON lines with the values that `keep` wants; a line cut short by a crash is dropped."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if keep(value):
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
+def write_leaves(path: Path, leaves: Mapping[str, Any], about: Mapping[str, str] | None = None) -> None:
+    """Writes a nested dict of arrays as one safetensors file, atomically.
+
+    Args:
+      path: of the file; its folder is made if need be.
+      leaves: the arrays. Empty dicts are kept too, as names in the metadata.
+      about: further metadata.
+    """
+    from safetensors.numpy import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    tensors = {":".join(keys): np.asarray(x) for keys, x in flatten(leaves).items()}
+    empty = {EMPTY: json.dumps([":".join(keys) for keys in paths])} if (paths := empty_paths(leaves)) else {}
+    save_file(tensors, beside, metadata={"format": "jpeft", **empty, **(about or {})})
+    os.replace(beside, path)
+
+
+def read_leaves(path: Path) -> dict[str, Any]:
+    """The inverse of `write_leaves`, with jax arrays."""
+    from safetensors import safe_open
+    from safetensors.numpy import load_file
+
+    leaves: dict[str, Any] = {tuple(key.split(":")): jax.numpy.asarray(x) for key, x in load_file(path).items()}
+    with safe_open(path, "np") as file:
+        empty = json.loads((file.metadata() or {}).get(EMPTY, "[]"))
+    for key in empty:
+        leaves[tuple(key.split(":"))] = {}
+    return unflatten(leaves)

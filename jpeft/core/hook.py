@@ -1,0 +1,221 @@
+"""The hook: one `nn.intercept_methods` that runs a transform where the forward pass reaches its sites.
+
+The leaves of a site lie in the collection "params", beside the site's own parameters. So they go wherever those go:
+`nn.scan`, `nn.vmap` and `nn.RNN` pass a module the collections that they are told to, and "params" is always one.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.core.errors import UserError, nearest
+from jpeft.core.site import check_linen, in_order, path_of, site_of, sites
+from jpeft.core.transform import SHARED, STACKED, Call, Chain, Context, Params, Transform, instances
+
+__all__ = ["apply"]
+
+_HELD = "__peft__"  # the name, among a site's parameters, of what the hook put there
+
+
+class _Held:
+    """What a site finds beside its parameters: a pytree of its own, so that nothing walks into it by mistake.
+
+    Attributes:
+      members: the transforms at this site by instance, in the order of the chain. They are static, and so part of the
+        cache key of `nn.jit`.
+      leaves: {instance: (own leaves, shared leaves)}.
+      ambient: {"key": ..., "mask": ...}, without what was not given.
+      stack: zeros of shape (*stack, 0): inside the scans and maps that stack the site's parameters, [0] is left of it.
+    """
+
+    def __init__(self, members: tuple[tuple[str, Transform], ...], leaves: Any, ambient: Any, stack: Any):
+        self.members, self.leaves, self.ambient, self.stack = members, leaves, ambient, stack
+
+
+jax.tree_util.register_pytree_node(
+    _Held, lambda held: ((held.leaves, held.ambient, held.stack), held.members), lambda members, x: _Held(members, *x)
+)
+
+
+def apply(
+    model: nn.Module,
+    transform: Transform | Chain,
+    variables: Mapping[str, Any],
+    *args: Any,
+    mask: Array | None = None,
+    rngs: dict[str, Array] | Array | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`model.apply` with a transform around its sites.
+
+    Inside `nn.scan` and `nn.vmap` with stacked parameters, each copy of a site has leaves and a dropout key of its own.
+    Where the copies share their parameters, as the steps of `nn.RNN` do, they share leaves and key too.
+
+    Args:
+      model: any linen module.
+      transform: a method or a chain.
+      variables: as for `model.apply`, with the leaves under "peft".
+      *args: what the model's `__call__` takes.
+      mask: handed to the wraps as `ctx.mask`; for our encoders, the attention mask.
+      rngs: as for `model.apply`: keys by name, or one key for all. With a "dropout" key, or one for all, the wraps
+        are in training mode and draw from it.
+      **kwargs: what the model's `__call__` takes, and `mutable` or `method`, as for `model.apply`.
+
+    Returns:
+      What `model.apply` returns.
+
+    Raises:
+      UserError: if the model is not a linen module, or the leaves are not this transform's, or are at places that the
+        model does not have or that they cannot reach.
+    """
+    check_linen(model)
+    variables = dict(variables)
+    leaves = variables.pop("peft", {})
+    named = instances(transform)
+    if set(leaves) != set(named):
+        raise UserError(f"leaves of {sorted(leaves)} do not fit a transform with {sorted(named)}")
+    placed: dict[str, dict[str, Any]] = {}
+    for name, member in named.items():
+        if member.wrap is None and member.merge is not None:
+            variables["params"] = member.merge(leaves[name], variables["params"])
+            continue
+        shared = leaves[name].get(SHARED, {})
+        for path, own in leaves[name].items():
+            if path != SHARED:
+                placed.setdefault(path, {})[name] = (own, shared)
+    key = rngs.get("dropout") if isinstance(rngs, dict) else rngs
+    params = variables.get("params", {})
+    for path, at_site in placed.items():
+        params = _insert(params, path.split("/"), _held(path, at_site, named, key, mask))
+    variables["params"] = params
+    reached: set[str] = set()
+    missed: set[str] = set()
+
+    def hook(call: Call, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        path, module = path_of(context), context.module
+        if path not in placed:
+            return call(*args, **kwargs)
+        # A wrap may run a module of its own with `.apply`: its scope holds nothing, so it is left alone.
+        if not module.has_variable("params", _HELD):
+            missed.add(path)
+            return call(*args, **kwargs)
+        reached.add(path)
+        held: _Held = module.get_variable("params", _HELD)
+        if held.stack.shape != (0,):
+            raise UserError(f"the leaves at site {path!r} are stacked, and its parameters are not: use the model's own")
+        own_params = _without_held(module.variables.get("params", {}))
+        args, kwargs = in_order(module, args, kwargs)
+        site = site_of(path, module, args)._replace(params=own_params)
+        ctx = Context("key" in held.ambient, held.ambient.get("key"), held.ambient.get("mask"), own_params, {})
+
+        def inner(*a: Any) -> Any:
+            return call(*a, **kwargs)
+
+        for name, member in held.members:
+            own, shared = held.leaves[name]
+            inner = _wrapped(member, own, site, inner, ctx._replace(shared=shared))
+        return inner(*args)
+
+    with nn.intercept_methods(hook):
+        out = model.apply(variables, *args, rngs=rngs, **kwargs)
+    for path in sorted(missed - reached):
+        raise UserError(
+            f"a lift such as nn.scan or nn.vmap keeps the leaves from site {path!r}: pass it "
+            "variable_axes={'params': 0} or, where the copies share parameters, variable_broadcast='params'"
+        )
+    _check_reached(set(placed) - reached, model, variables["params"], args, kwargs)
+    if kwargs.get("mutable", False) is False or "params" not in out[1]:
+        return out
+    return out[0], {**out[1], "params": _without_held(out[1]["params"])}
+
+
+def _held(path: str, at_site: Mapping[str, Any], named: Mapping[str, Transform], key: Any, mask: Any) -> _Held:
+    """What to put beside the parameters of one site."""
+    stack: tuple[int, ...] = ()
+    leaves: dict[str, Any] = {}
+    for name, (own, shared) in at_site.items():
+        depth = 0
+        while STACKED in own:
+            own, depth = own[STACKED], depth + 1
+        found = {jnp.shape(x)[:depth] for x in jax.tree.leaves(own)}
+        if len(found) > 1 or (stack and found and found != {stack}):
+            raise UserError(f"the leaves at site {path!r} are stacked unevenly: {sorted(found | {stack})}")
+        stack = found.pop() if found else stack
+        leaves[name] = (own, shared)
+    ambient = {name: x for name, x in (("key", key), ("mask", mask)) if x is not None}
+    if stack:
+
+        def copied(x: Any) -> Array:
+            return jnp.broadcast_to(x, (*stack, *jnp.shape(x)))
+
+        leaves = {name: (own, jax.tree.map(copied, shared)) for name, (own, shared) in leaves.items()}
+        if mask is not None:
+            ambient["mask"] = copied(mask)
+        if key is not None:
+            ambient["key"] = jax.random.split(key, stack)
+    members = tuple((name, member) for name, member in named.items() if name in leaves)
+    return _Held(members, leaves, ambient, jnp.zeros((*stack, 0)))
+
+
+def _wrapped(member: Transform, own: Any, site: Any, inner: Call, ctx: Context) -> Call:
+    assert member.wrap is not None
+    wrap = member.wrap
+    return lambda *args: wrap(own, site, inner, args, ctx)
+
+
+def _insert(params: Params, parts: list[str], held: _Held) -> dict[str, Any]:
+    """The parameters with something held at the end of a path; modules without parameters get an entry."""
+    if not parts:
+        return {**params, _HELD: held}
+    return {**params, parts[0]: _insert(params.get(parts[0], {}), parts[1:], held)}
+
+
+def _without_held(params: Any) -> Any:
+    if not isinstance(params, Mapping):
+        return params
+    return {name: _without_held(x) for name, x in params.items() if name != _HELD}
+
+
+def _check_reached(unreached: set[str], model: nn.Module, params: Params, args: tuple, kwargs: dict) -> None:
+    # Under `nn.jit` a cached trace does not call the hook again, so a site that was not reached is only suspicious.
+    if not unreached:
+        return
+    call = {name: x for name, x in kwargs.items() if name != "mutable"}
+    have = _paths(model, args, call)
+    for path in sorted(unreached - have):
+        # Another method may go elsewhere: it is enough that a module of the model is around the site.
+        around = path.rpartition("/")[0] or path
+        if "method" in call and _has(params, around):
+            continue
+        raise UserError(f"the model has no site {path!r} that the leaves are for: {nearest(path, have)}")
+
+
+def _has(params: Params, path: str) -> bool:
+    for part in path.split("/"):
+        if part not in params:
+            return False
+        params = params[part]
+    return bool(set(params) - {_HELD})
+
+
+def _paths(model: nn.Module, args: tuple, kwargs: dict) -> frozenset[str]:
+    """The paths of the model's sites, listed once for each model and shape of its arguments."""
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, (args, kwargs)
+    )
+    leaves, treedef = jax.tree.flatten(shapes)
+    try:
+        return _listed(model, tuple(leaves), treedef)
+    except TypeError:  # a model, or an argument, that cannot be hashed
+        return _listed.__wrapped__(model, tuple(leaves), treedef)
+
+
+@functools.lru_cache(maxsize=64)
+def _listed(model: nn.Module, leaves: tuple, treedef: Any) -> frozenset[str]:
+    args, kwargs = jax.tree.unflatten(treedef, leaves)
+    return frozenset(sites(model, *args, **kwargs))

@@ -1,0 +1,135 @@
+"""What trains, how fast, and what decays: all that an optimiser has to know about a method."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jpeft.core import tree
+from jpeft.core.errors import UserError, nearest
+from jpeft.core.transform import FIXED, STACKED, Chain, Leaves, Params, Transform, instances, members
+
+__all__ = ["Partition", "decays", "is_matrix", "map_leaves", "partition", "penalty", "rates", "split"]
+
+
+class Partition(NamedTuple):
+    """The variables of a model in two parts, and how the first one trains.
+
+    Attributes:
+      trainable: {"params": the parameters that train themselves, "peft": the leaves that train}.
+      frozen: {"params": the other parameters, "peft": the leaves that are fixed}. `jpeft.union(frozen, trainable)` are
+        the variables for `jpeft.apply`.
+      rates: like `trainable`, the factor on the learning rate of each leaf.
+      decays: like `trainable`, whether weight decay applies to a leaf: the `mask` of `optax.adamw` and others.
+    """
+
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
+    rates: dict[str, Any]
+    decays: dict[str, Any]
+
+    @property
+    def scale(self) -> optax.GradientTransformation:
+        """Multiplies the update of each leaf by its factor: learning rates by leaf. Put it last in `optax.chain`."""
+        return optax.stateless(lambda updates, params: jax.tree.map(lambda rate, u: rate * u, self.rates, updates))
+
+
+def partition(transform: Transform | Chain, params: Params, leaves: Leaves, trains: Iterable[str] = ()) -> Partition:
+    """Splits variables into what trains and what does not, with the learning rates and weight decay of the method.
+
+        parts = jpeft.partition(method, params, leaves, trains=["classifier"])
+        optimizer = optax.chain(optax.adamw(1e-3, mask=parts.decays), parts.scale)
+
+    Args:
+      transform: a method or a chain.
+      params: the parameters of the model.
+      leaves: the leaves of the transform.
+      trains: names at the top of `params` that train as well, such as the head.
+
+    Returns:
+      The parts. Their arrays are those given, not copies: an optimiser step that donates them needs a copy.
+
+    Raises:
+      UserError: if `params` has no such name.
+    """
+    trains = [trains] if isinstance(trains, str) else list(trains)
+    for name in trains:
+        if name not in params:
+            raise UserError(f"trains names {name!r}, which params do not have: {nearest(name, params)}")
+    own, rest = tree.split(params, lambda path: path[0] in trains)
+    modified, fixed = split(leaves)
+    trainable = {"params": own, "peft": modified}
+    rate, decay = rates(transform), decays(transform)
+
+    def by_leaf(of_params: Callable[..., Any], of_leaves: Callable[..., Any]) -> dict[str, Any]:
+        return {
+            "params": map_leaves(of_params, own),
+            "peft": map_leaves(of_leaves, modified),
+        }
+
+    return Partition(
+        trainable,
+        {"params": rest, "peft": fixed},
+        by_leaf(lambda path, x: 1.0, lambda path, x: rate(path)),
+        by_leaf(is_matrix, decay),
+    )
+
+
+def split(leaves: Leaves) -> tuple[Leaves, Leaves]:
+    """The leaves that train, and those under a "fixed" key; `jpeft.union` puts them together again."""
+    return tree.split(leaves, lambda path: FIXED not in path)
+
+
+def rates(transform: Transform | Chain) -> Callable[[tuple[str, ...]], float]:
+    """The function from a leaf's path, instance first, to its factor on the learning rate."""
+    named = instances(transform)
+
+    def rate(path: tuple[str, ...]) -> float:
+        own = named[path[0]].rate
+        return 1.0 if own is None else own(path[1:])
+
+    return rate
+
+
+def decays(transform: Transform | Chain) -> Callable[[tuple[str, ...], Any], bool]:
+    """The function from a leaf's path, instance first, and the leaf to whether weight decay applies to it.
+
+    Unless the method says otherwise, matrices decay. Biases, scales and other vectors do not: they would only be pulled
+    away from where they mean "no change". Axes that stack the leaves of a site's copies do not count.
+    """
+    named = instances(transform)
+
+    def decay(path: tuple[str, ...], leaf: Any) -> bool:
+        own = named[path[0]].decay
+        return is_matrix(path, leaf) if own is None else own(path[1:], leaf)
+
+    return decay
+
+
+def is_matrix(path: tuple[str, ...], leaf: Any) -> bool:
+    """Whether a leaf is a matrix by its shape, and neither a bias nor a scale by its name."""
+    return leaf.ndim - path.count(STACKED) >= 2 and path[-1] not in ("bias", "scale")
+
+
+def penalty(transform: Transform | Chain, logits: Array, again: Callable[[], Array]) -> Array:
+    """What the members add to the training loss of each example, [b]; zeros for all methods but AdaMix.
+
+    Args:
+      transform: a method or a chain.
+      logits: [b, c], of this training pass.
+      again: gives the logits of another pass over the same batch, with another dropout key.
+    """
+    added = [member.penalty(logits, again) for member in members(transform) if member.penalty is not None]
+    return sum(added, jnp.zeros(len(logits), jnp.float32))
+
+
+def map_leaves(fn: Callable[[tuple[str, ...], Any], Any], arrays: Any) -> Any:
+    """A tree like `arrays` with fn(path, leaf) at every leaf of it."""
+
+    def at_leaf(keys: Any, x: Any) -> Any:
+        return fn(tuple(key.key for key in keys), x)
+
+    return jax.tree_util.tree_map_with_path(at_leaf, arrays)

@@ -1,0 +1,280 @@
+"""Sites: the submodule calls of a model, the places where a method can sit."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from flax import nnx
+
+from jpeft.core.errors import UserError, nearest
+
+__all__ = [
+    "Site",
+    "Sites",
+    "check_linen",
+    "describe",
+    "find",
+    "in_order",
+    "layer_of",
+    "layers",
+    "matches",
+    "path_of",
+    "site_of",
+    "sites",
+    "stack_of",
+]
+
+_LAYER = re.compile(r"(?:^|/)(?:layers?|blocks?|h)_(\d+)(?:/|$)")
+
+
+class Site(NamedTuple):
+    """One submodule call of a model.
+
+    Attributes:
+      path: the module's path, such as "encoder/layer_3/attention/query".
+      layer: the number of the layer that it is in, or None; read from path parts such as `layer_3` or `blocks_3`.
+      kind: the module's class, such as "Dense".
+      params: the site's own parameters as one call sees them, nested `jax.ShapeDtypeStruct`s.
+      args: its positional arguments, arrays as `jax.ShapeDtypeStruct`s.
+      out: its result, likewise.
+      stack: the axes that `nn.scan` or `nn.vmap` put before those parameters: (48,) for the body of a scan over 48
+        layers, () elsewhere. None if they are not in front.
+      head: whether it belongs to the model's head, which the model names in an attribute `HEAD`.
+    """
+
+    path: str
+    layer: int | None
+    kind: str
+    params: Mapping[str, Any]
+    args: tuple[Any, ...]
+    out: Any = None
+    stack: tuple[int, ...] | None = ()
+    head: bool = False
+
+
+Sites = dict[str, Site]
+
+
+def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
+    """Lists every submodule call of a model, without computing anything.
+
+    Args:
+      model: any linen module. Its attribute `HEAD`, if there is one, names the submodules that are its head.
+      *args: what the model's `__call__` takes: arrays or `jax.ShapeDtypeStruct`s.
+      **kwargs: likewise; flags such as `train=False` too, and `method` for another method than `__call__`.
+
+    Returns:
+      The sites by path, in the order in which the forward pass reaches them. A module that is called twice is listed
+      with the arguments of its first call.
+
+    Raises:
+      UserError: if the model is not a linen module.
+    """
+    check_linen(model)
+    found: dict[str, Site] = {}
+    seen: dict[str, Any] = {}  # the parameters of every module, as its own call sees them
+
+    def spy(call: Callable[..., Any], args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        path, module = path_of(context), context.module
+        if not path or path in found:
+            return call(*args, **kwargs)
+        args, kwargs = in_order(module, args, kwargs)
+        found[path] = site_of(path, module, args)
+        out = call(*args, **kwargs)
+        found[path] = found[path]._replace(out=_shapes(out))
+        seen[path] = _shapes(dict(module.variables.get("params", {})))
+        return out
+
+    def trace(*arrays: Any) -> Any:
+        leaves = iter(arrays)
+        filled = [next(leaves) if _is_array(x) else x for x in flat]
+        a, k = jax.tree.unflatten(treedef, filled)
+        # Without jit, because `nn.jit` would trace the first of several equal modules only.
+        with nn.intercept_methods(spy), jax.disable_jit():
+            return model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, *a, **k)
+
+    flat, treedef = jax.tree.flatten((args, kwargs))
+    variables = jax.eval_shape(trace, *(x for x in flat if _is_array(x)))
+    params, head = variables.get("params", {}), getattr(model, "HEAD", ())
+    return {
+        path: site._replace(
+            params=seen[path] or _subtree(params, path),
+            stack=_stack(path, seen, params),
+            head=path.split("/")[0] in head,
+        )
+        for path, site in found.items()
+    }
+
+
+def check_linen(model: Any) -> None:
+    """Raises a UserError if a model is not a linen module."""
+    if isinstance(model, nn.Module):
+        return
+    kind = type(model).__name__
+    if isinstance(model, nnx.Module) or (isinstance(model, type) and issubclass(model, nnx.Module)):
+        raise UserError(f"{kind} is an NNX module, which is not supported yet: expected a flax.linen module")
+    raise UserError(f"expected a flax.linen module, got {kind}")
+
+
+def in_order(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call with those that it needs given by position, whichever way the caller gave them."""
+    if not kwargs:
+        return args, kwargs
+    parameters = list(inspect.signature(type(module).__call__).parameters.values())[1 + len(args) :]
+    rest = dict(kwargs)
+    for parameter in parameters:
+        needed = parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty
+        if not needed or parameter.name not in rest:
+            break
+        args = (*args, rest.pop(parameter.name))
+    return args, rest
+
+
+def _stack(path: str, seen: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The axes before the parameters of a site: of its own, or where it has none, of the nearest module around it."""
+    while path and not jax.tree.leaves(seen.get(path, {})):
+        path = path.rpartition("/")[0]
+    if not path:
+        return ()
+    own, whole = (jax.tree.leaves(tree) for tree in (seen[path], _subtree(params, path)))
+    if len(own) != len(whole):
+        return ()
+    extra = {len(b.shape) - len(a.shape) for a, b in zip(own, whole, strict=True)}
+    stacks = {b.shape[: len(b.shape) - len(a.shape)] for a, b in zip(own, whole, strict=True)}
+    in_front = all(b.shape[len(b.shape) - len(a.shape) :] == a.shape for a, b in zip(own, whole, strict=True))
+    return stacks.pop() if len(extra) == 1 and len(stacks) == 1 and in_front else None
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x, tree)
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def path_of(context: nn.module.InterceptorContext) -> str:
+    """The path of the module whose `__call__` this is; "" for other methods and for the root."""
+    module = context.module
+    if context.method_name != "__call__" or module.scope is None:
+        return ""
+    return "/".join(module.path)
+
+
+def site_of(path: str, module: nn.Module, args: tuple) -> Site:
+    """The site at a path, as far as the call tells: without its parameters and result."""
+    return Site(path, layer_of(path), _kind(module), {}, _shapes(args))
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of the class, and what keeps a DenseGeneral from being a matrix product over its last axes."""
+    name = type(module).__name__
+    if isinstance(module, nn.DenseGeneral):
+        axes = module.axis if isinstance(module.axis, Sequence) else (module.axis,)
+        if tuple(axes) != tuple(range(-len(axes), 0)) or module.batch_dims:
+            return f"{name} over axes {tuple(axes)} with batch_dims {tuple(module.batch_dims)}"
+    return name
+
+
+def _subtree(tree: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    for part in path.split("/"):
+        tree = tree.get(part, {})
+    return tree
+
+
+def layer_of(path: str) -> int | None:
+    """The layer number in a path: 3 for "encoder/layer_3/attention/query", None for "pooler"."""
+    found = _LAYER.search(path)
+    return int(found.group(1)) if found else None
+
+
+def layers(sites: Sites) -> tuple[int, ...]:
+    """The layer numbers that occur among the sites, in ascending order.
+
+    Raises:
+      UserError: if the model counts two stacks of layers, such as an encoder's and a decoder's.
+    """
+    _one_stack(sites.values())
+    return tuple(sorted({site.layer for site in sites.values() if site.layer is not None}))
+
+
+def stack_of(path: str) -> str | None:
+    """What comes before the layer number in a path: "encoder/layer" for "encoder/layer_3/ffn", None for "pooler"."""
+    found = _LAYER.search(path)
+    return path[: found.start(1) - 1] if found else None
+
+
+def _one_stack(sites: Iterable[Site]) -> None:
+    stacks = sorted({stack for site in sites if (stack := stack_of(site.path)) is not None})
+    if len(stacks) > 1:
+        raise UserError(f"layers are counted in {' and '.join(map(repr, stacks[:3]))}: name one of them in the pattern")
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a path, or its end in whole parts, matches a regular expression; a UserError if it is none."""
+    try:
+        return re.fullmatch(rf"(?:.*/)?(?:{pattern})", path) is not None
+    except re.error as error:
+        raise UserError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def find(
+    sites: Sites,
+    pattern: str,
+    layers: Iterable[int] | None = None,
+    fits: Callable[[Site], bool] | None = None,
+    wanted: str = "sites",
+) -> tuple[Site, ...]:
+    """The sites whose path, or the end of whose path, matches a regular expression.
+
+    Args:
+      sites: the sites of the model.
+      pattern: matched against whole path parts from the end: "query", "query|value", "layer_[0-3]/attention/query".
+      layers: only in these layers; each of them must have a match. None means everywhere.
+      fits: which sites would do; None means any.
+      wanted: what error messages call those.
+
+    Returns:
+      The matches in the order of the forward pass, at least one.
+
+    Raises:
+      UserError: if nothing matches, everywhere or in one of the layers, or if a match does not fit: the message lists
+        the sites of this model that would do. A mistyped path is never silently a no-op.
+    """
+    hits = [site for path, site in sites.items() if matches(pattern, path)]
+    suitable = [site for site in sites.values() if fits is None or fits(site)]
+    if not hits:
+        names = dict.fromkeys(site.path.rsplit("/", 1)[-1] for site in suitable)
+        close = nearest(pattern.rsplit("/", 1)[-1], names) if fits is None else _listed(suitable, wanted)
+        raise UserError(f"pattern {pattern!r} matches no site of the model: {close}")
+    for site in hits:
+        if fits is not None and not fits(site):
+            raise UserError(f"{describe(site)} is not one of the {wanted}: {_listed(suitable, wanted)}")
+    if layers is None:
+        return tuple(hits)
+    wanted_layers = set(layers)
+    for layer in sorted(wanted_layers - {site.layer for site in hits}):
+        have = sorted({site.layer for site in hits if site.layer is not None})
+        span = f"layers {have[0]}-{have[-1]} do" if have else "its matches are not in numbered layers"
+        raise UserError(f"layer {layer} has no site that matches {pattern!r}: {span}")
+    chosen = tuple(site for site in hits if site.layer in wanted_layers)
+    _one_stack(chosen)
+    return chosen
+
+
+def describe(site: Site) -> str:
+    """A site for an error message: its path, its kind, and the shapes that it maps."""
+    shapes = [
+        ", ".join(str(list(x.shape)) for x in jax.tree.leaves(tree) if _is_array(x)) for tree in (site.args, site.out)
+    ]
+    return f"{site.path!r} ({site.kind}, {shapes[0]} to {shapes[1]})"
+
+
+def _listed(suitable: Sequence[Site], wanted: str) -> str:
+    if not suitable:
+        return f"this model has no {wanted}"
+    listed = ", ".join(describe(site) for site in suitable[:5])
+    return f"the {wanted} of this model are {listed}" + (", ..." if len(suitable) > 5 else "")

@@ -1,0 +1,129 @@
+"""What a method trains and what it leaves behind, by layer: the table that a run prints first."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jpeft.core import tree
+from jpeft.core.partition import split
+from jpeft.core.site import layer_of
+from jpeft.core.transform import SHARED, Chain, Leaves, Params, Transform, fold, instances, merge, stays
+
+__all__ = ["Row", "Summary", "summary"]
+
+
+class Row(NamedTuple):
+    """One instance of a method in one layer, or what trains outside of the layers.
+
+    Attributes:
+      layers: "3", "0-11" for neighbours that are alike, "shared" for what all sites of an instance read, "" for what is
+        in no layer.
+      method: the instance, such as "lora_0", or the name of a part of the base that trains, such as "classifier".
+      trainable: number of parameters that train.
+      added: number of entries that are there at inference and were not in the base: after `fold` and `merge`.
+      added_bytes: their size.
+    """
+
+    layers: str
+    method: str
+    trainable: int
+    added: int
+    added_bytes: int
+
+
+class Summary(NamedTuple):
+    """The rows and what the percentages are of; `str` makes a Markdown table of it."""
+
+    rows: tuple[Row, ...]
+    base: int
+
+    def __str__(self) -> str:
+        """The table, aligned, with a total."""
+        rows = self.rows
+        total = Row(
+            "", "total", sum(r.trainable for r in rows), sum(r.added for r in rows), sum(r.added_bytes for r in rows)
+        )
+        head = ("layers", "method", "trains", "%", "adds at inference", "%", "bytes")
+        body = [self._cells(row) for row in (*rows, total)]
+        widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
+        lines = [
+            "| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in (head, *body)
+        ]
+        rule = "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|"
+        return "\n".join([lines[0], rule, *lines[1:]])
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        trains, added = (f"{100 * n / self.base:.3f}" for n in (row.trainable, row.added))
+        return row.layers, row.method, f"{row.trainable:,}", trains, f"{row.added:,}", added, f"{row.added_bytes:,}"
+
+
+def summary(transform: Transform | Chain, leaves: Leaves, params: Params, trained: Params | None = None) -> Summary:
+    """Counts by layer and method what trains, and what is left at inference after `fold` and `merge`.
+
+    Args:
+      transform: a method or a chain.
+      leaves: its leaves.
+      params: the base parameters; percentages are of their number.
+      trained: the part of `params` that trains itself, such as the head.
+
+    Returns:
+      A `Summary`, whose `str` is a Markdown table.
+
+    >>> import jax, jax.numpy as jnp, flax.linen as nn, jpeft
+    >>> model, x = nn.Sequential([nn.Dense(8), nn.Dense(4)]), jnp.ones((1, 8))
+    >>> params = model.init(jax.random.key(0), x)["params"]
+    >>> method = jpeft.lora(rank=2, targets="layers_0")
+    >>> print(jpeft.summary(method, jpeft.init(method, jax.random.key(1), jpeft.sites(model, x)), params))
+    | layers | method | trains |      % | adds at inference |     % | bytes |
+    |-------:|-------:|-------:|-------:|------------------:|------:|------:|
+    |      0 | lora_0 |     32 | 29.630 |                 0 | 0.000 |     0 |
+    |        |  total |     32 | 29.630 |                 0 | 0.000 |     0 |
+    """
+    left = jax.eval_shape(lambda leaves: _deployed(transform, leaves, params), leaves)
+    rows: list[Row] = []
+    for name in instances(transform):
+        trains, stays = _by_layer(split({name: leaves[name]})[0].get(name, {})), _by_layer(left.get(name, {}))
+        rows += _joined(
+            [
+                (place, Row("", name, tree.count(trains.get(place, {})), tree.count(there), tree.num_bytes(there)))
+                for place in sorted({**trains, **stays}, key=lambda x: (isinstance(x, str), x))
+                for there in [stays.get(place, {})]
+            ]
+        )
+    rows += [Row("", name, tree.count(x), 0, 0) for name, x in (trained or {}).items()]
+    return Summary(tuple(rows), tree.count(params))
+
+
+def _deployed(transform: Transform | Chain, leaves: Leaves, params: Params) -> Leaves:
+    """The leaves that are there when the model serves, by the instance names of the whole transform."""
+    folded = fold(transform, leaves)
+    return dict(zip(stays(transform, folded), merge(transform, folded, params).leaves.values(), strict=True))
+
+
+def _by_layer(leaves: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """Leaves by layer number, "shared", or "" where there is no layer."""
+    placed: dict[int | str, dict[str, Any]] = {}
+    for path, own in leaves.items():
+        layer = layer_of(path)
+        place = SHARED if path == SHARED else "" if layer is None else layer
+        placed.setdefault(place, {})[path] = own
+    return placed
+
+
+def _joined(rows: Sequence[tuple[int | str, Row]]) -> list[Row]:
+    """Neighbouring layers with the same numbers in one row, whose numbers are their sum."""
+    runs: list[tuple[list[int | str], Row]] = []
+    for place, row in rows:
+        last = runs[-1] if runs else None
+        if last and isinstance(place, int) and last[0][-1] == place - 1 and last[1] == row:
+            last[0].append(place)
+        else:
+            runs.append(([place], row))
+    return [_run(places, row) for places, row in runs]
+
+
+def _run(places: Sequence[int | str], row: Row) -> Row:
+    n = len(places)
+    text = str(places[0]) if n == 1 else f"{places[0]}-{places[-1]}"
+    return Row(text, row.method, n * row.trainable, n * row.added, n * row.added_bytes)

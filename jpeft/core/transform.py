@@ -1,0 +1,267 @@
+"""The core: a method is a NamedTuple of pure functions, and a hook runs it where the forward pass reaches its sites.
+
+The base model is never edited. Its `params` stay bit-identical; a method keeps its own small pytree beside them, keyed
+by instance and then by site, with a place for what several sites share:
+
+    variables = {
+        "params": {...},                                                  # frozen, as loaded
+        "peft": {
+            "prefix_0": {"shared": {...}, "encoder/layer_0/attention/core": {...}},
+            "lora_0": {"encoder/layer_1/attention/query": {"a": [in, r], "b": [r, out]}, ...},
+        },
+    }
+
+From there to a forward pass is one call, `apply(model, transform, variables, *args)`. It places every site's leaves, by
+reference, beside that site's own parameters, enters `nn.intercept_methods` and calls `model.apply`. Leaves captured by
+a closure instead would be silently wrong under `nn.jit`, whose cache key ignores interceptors. Beside the parameters
+they go wherever those go: through jit, grad, vmap and remat, and through the scans and maps inside a model.
+
+Where `nn.scan` or `nn.vmap` stacks the parameters of a site, its leaves are stacked in the same way, under one
+"stacked" key for each such axis: {"layers/query": {"stacked": {"a": [48, in, r], "b": [48, r, out]}}}.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+
+from jpeft.core.site import Site, Sites
+
+__all__ = [
+    "FIXED",
+    "SHARED",
+    "STACKED",
+    "Call",
+    "Chain",
+    "Context",
+    "Leaves",
+    "Merged",
+    "Params",
+    "Setting",
+    "Transform",
+    "chain",
+    "fold",
+    "init",
+    "instances",
+    "members",
+    "merge",
+    "prepare",
+    "site_key",
+    "stays",
+]
+
+SHARED = "shared"  # the key, beside the sites of an instance, of the leaves that all its sites read
+STACKED = "stacked"  # the key, at a site, of leaves with an axis in front for each copy of the site's parameters
+FIXED = "fixed"  # the key, anywhere among the leaves, of those that are stored with the method but never train
+
+Params = Mapping[str, Any]
+Leaves = dict[str, Any]
+
+
+class Context(NamedTuple):
+    """What a wrap may need besides its own leaves and the call's arguments.
+
+    Attributes:
+      train: whether this is a training pass, that is, whether `apply` was given a dropout key.
+      key: the dropout key of this pass, the same at every site: use it as it is for one draw per step, `site_key` for
+        one per site. None unless `train`.
+      mask: the `mask` given to `apply`, such as [b, t] segment numbers with 0 for padding; None if none was given.
+      params: the site's own frozen parameters.
+      shared: the leaves that this instance's sites share; {} if there are none.
+    """
+
+    train: bool
+    key: Array | None
+    mask: Array | None
+    params: Params
+    shared: Params
+
+
+Call = Callable[..., Any]
+
+
+class Setting(NamedTuple):
+    """What a method may look at before training, when data decides its leaves.
+
+    Attributes:
+      loss: (variables, example) -> scalar loss of one example, without dropout.
+      logits: (variables, example) -> its float32 logits [c], likewise.
+      variables: {"params": all parameters, the head included, "peft": the leaves of the whole chain}.
+      instance: whose leaves are wanted: `variables["peft"][instance]` holds them as `init` made them.
+      sites: the sites of the model.
+      sample: (n) -> n examples from a seeded shuffle of the training set, fewer if there are fewer: a pytree of arrays
+        with a leading axis.
+      fisher: (fn, tree, n, *rest, labels=..., values=...) -> `jpeft.fisher` of `fn` over the examples that `sample(n)`
+        gives, sorted into a few lengths.
+      key: a PRNG key.
+    """
+
+    loss: Callable[[Mapping[str, Any], Any], Array]
+    logits: Callable[[Mapping[str, Any], Any], Array]
+    variables: Mapping[str, Any]
+    instance: str
+    sites: Sites
+    sample: Callable[[int], Any]
+    fisher: Callable[..., Any]
+    key: Array
+
+
+class Transform(NamedTuple):
+    """A method: what it adds to a model, and what happens when the forward pass reaches a site that has leaves.
+
+    Attributes:
+      name: the method's name; it names the instance in the leaves.
+      init: (key, sites, params) -> {site path: leaves, "shared": leaves}.
+      wrap: (leaves, site, call, args, ctx) -> out. `call(*args)` runs what it wraps: the site, or the member of a chain
+        that was written before. None means that the leaves are merged into the parameters inside the forward pass.
+      merge: (leaves, params) -> params with the method folded into the base weights, a new pytree. None if impossible.
+      fold: (leaves) -> leaves without what only training needs. None if there is nothing of the kind.
+      rate: (path of a leaf) -> factor on the learning rate, as LoRA+ wants for B. None means 1 throughout. The path
+        starts at the site: ("encoder/layer_1/attention/query", "b").
+      decay: (path of a leaf, leaf) -> whether weight decay applies to it. None means the rule of `decays`.
+      prepare: (setting) -> leaves, instead of those that `init` made, for what data decides before training, such as
+        the mask of FISH. None if data decides nothing.
+      penalty: (logits [b, c], again) -> [b], added to the training loss of each example. `again()` is another training
+        pass over the batch with fresh randomness and gives its logits, as AdaMix compares. None means nothing is added.
+      reads_params: whether `wrap` reads the site's own parameters, as DoRA does for their norms. `merge` then leaves
+        them as they are wherever something else was written before it.
+    """
+
+    name: str
+    init: Callable[[Array, Sites, Params | None], Leaves]
+    wrap: Callable[[Any, Site, Call, tuple[Any, ...], Context], Any] | None
+    merge: Callable[[Leaves, Params], Params] | None = None
+    fold: Callable[[Leaves], Leaves] | None = None
+    rate: Callable[[tuple[str, ...]], float] | None = None
+    prepare: Callable[[Setting], Leaves] | None = None
+    penalty: Callable[[Array, Callable[[], Array]], Array] | None = None
+    decay: Callable[[tuple[str, ...], Any], bool] | None = None
+    reads_params: bool = False
+
+
+class Chain(NamedTuple):
+    """Transforms in the order in which they act; made by `chain`."""
+
+    members: tuple[Transform, ...]
+
+
+class Merged(NamedTuple):
+    """The result of `merge`: new parameters, and what could not be merged with its leaves."""
+
+    params: Params
+    transform: Chain
+    leaves: Leaves
+
+
+def chain(*transforms: Transform | Chain) -> Chain:
+    """Composes transforms in the order written: where two meet at a site, the later one wraps the earlier one."""
+    return Chain(tuple(t for each in transforms for t in members(each)))
+
+
+def members(transform: Transform | Chain) -> tuple[Transform, ...]:
+    """The transforms that a chain is made of, in order; a single one is its own only member."""
+    return transform.members if isinstance(transform, Chain) else (transform,)
+
+
+def instances(transform: Transform | Chain) -> dict[str, Transform]:
+    """The members by instance name: the method's name and a count, "lora_0", "prefix_0", "lora_1"."""
+    named: dict[str, Transform] = {}
+    for member in members(transform):
+        count = sum(other.name == member.name for other in named.values())
+        named[f"{member.name}_{count}"] = member
+    return named
+
+
+def site_key(key: Array, path: str) -> Array:
+    """A key for one site: it depends on the path alone, so that leaving a layer out changes no other layer's draw."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def init(transform: Transform | Chain, key: Array, sites: Sites, params: Params | None = None) -> Leaves:
+    """Makes the leaves of a transform.
+
+    Args:
+      transform: a method or a chain.
+      key: a PRNG key; each instance and site folds its name in, so what else is in the chain does not matter.
+      sites: the sites of the model, from `sites`.
+      params: the model's frozen parameters, for methods that start from them.
+
+    Returns:
+      {instance: {site path: leaves, "shared": leaves}}.
+
+    Raises:
+      UserError: if a method finds no place for itself.
+    """
+    named = instances(transform)
+    return {name: member.init(site_key(key, name), sites, params) for name, member in named.items()}
+
+
+def prepare(transform: Transform | Chain, setting: Setting) -> Leaves:
+    """Lets each member that asks for it choose its leaves by data, in the order of the chain.
+
+    Args:
+      transform: a method or a chain.
+      setting: as in `Setting`, with the fresh leaves of all members; `instance` is set here.
+
+    Returns:
+      The leaves of all members.
+    """
+    leaves = dict(setting.variables["peft"])
+    for name, member in instances(transform).items():
+        if member.prepare is not None:
+            variables = {**setting.variables, "peft": leaves}
+            here = setting._replace(instance=name, variables=variables, key=site_key(setting.key, name))
+            leaves = {**leaves, name: member.prepare(here)}
+    return leaves
+
+
+def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merged:
+    """Folds into the base weights what can be folded. The base is not touched, so unmerging is keeping the old tree.
+
+    Members without a wrap come first, as in the forward pass, then the others in the order of the chain. A member
+    stays if it cannot be merged, or if it wraps one that stays: folded into the weights, it would act before that one.
+    One that reads the site's own parameters stays wherever it wraps another, and so does what it wraps. Matrix products
+    are taken in full float32 precision, and the result has the dtypes of the base.
+
+    Args:
+      transform: a method or a chain.
+      leaves: its leaves.
+      params: the base parameters.
+
+    Returns:
+      New parameters, the chain of the members that were not merged, and their leaves.
+    """
+    staying, named = stays(transform, leaves), instances(transform)
+    with jax.default_matmul_precision("highest"):
+        for name, member in sorted(named.items(), key=lambda item: item[1].wrap is not None):
+            if name not in staying and member.merge is not None:
+                params = member.merge(leaves[name], params)
+    left = Chain(tuple(named[name] for name in staying))
+    return Merged(params, left, dict(zip(instances(left), (leaves[name] for name in staying), strict=True)))
+
+
+def stays(transform: Transform | Chain, leaves: Leaves) -> list[str]:
+    """The instances that `merge` cannot fold into the base, in the order of the chain."""
+    named = instances(transform)
+    names = list(named)
+    sites = {name: set(leaves[name]) - {SHARED} if named[name].wrap is not None else set() for name in names}
+    staying = {name for name in names if named[name].merge is None}
+    while True:
+        more = set()
+        for i, outer in enumerate(names):
+            inside = [inner for inner in names[:i] if sites[inner] & sites[outer]]
+            if staying.intersection(inside) or (named[outer].reads_params and inside):
+                more.add(outer)
+            if named[outer].reads_params and outer in staying | more:
+                more.update(inside)
+        if more <= staying:
+            return [name for name in names if name in staying]
+        staying |= more
+
+
+def fold(transform: Transform | Chain, leaves: Leaves) -> Leaves:
+    """Drops what only training needs, such as the MLP of a prefix; the transform stays and reads the smaller leaves."""
+    folded = {name: member.fold for name, member in instances(transform).items()}
+    return {name: leaves[name] if fn is None else fn(leaves[name]) for name, fn in folded.items()}

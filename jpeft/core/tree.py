@@ -1,0 +1,70 @@
+"""Nested dicts of arrays: paths, parts and unions. JAX's own tree functions do the rest."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
+
+__all__ = ["at", "count", "empty_paths", "flatten", "num_bytes", "replace", "split", "unflatten", "union"]
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """{"a": {"b": x}} to {("a", "b"): x}; a tuple, because the keys of peft leaves are paths themselves.
+
+    Empty dicts are left out: `empty_paths` lists them.
+    """
+    return flatten_dict(tree)
+
+
+def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    return unflatten_dict(dict(flat))
+
+
+def empty_paths(tree: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The paths of the empty dicts below the root, which have a meaning: a site may have shared leaves alone."""
+    if not tree:
+        return []
+    return [path for path, x in flatten_dict(tree, keep_empty_nodes=True).items() if x is empty_node]
+
+
+def at(tree: Mapping[str, Any], path: str) -> Any:
+    """The leaf or subtree at "a/b/c"."""
+    for part in path.split("/"):
+        tree = tree[part]
+    return tree
+
+
+def replace(tree: Mapping[str, Any], path: str, fn: Callable[[Any], Any]) -> dict[str, Any]:
+    """A new tree in which fn was applied to the leaf or subtree at "a/b/c"; everything else is shared."""
+    head, _, rest = path.partition("/")
+    return {**tree, head: replace(tree[head], rest, fn) if rest else fn(tree[head])}
+
+
+def split(tree: Mapping[str, Any], belongs: Callable[[tuple[str, ...]], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two trees: the leaves whose path belongs, and the others. Empty dicts stay with the first."""
+    inside: dict[tuple[str, ...], Any] = {}
+    outside: dict[tuple[str, ...], Any] = {}
+    for path, x in flatten_dict(tree, keep_empty_nodes=True).items() if tree else ():
+        (inside if x is empty_node or belongs(path) else outside)[path] = x
+    return unflatten(inside), unflatten(outside)
+
+
+def union(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree that holds the leaves of both; the inverse of `split`. Where both hold a path, the second wins."""
+    merged = dict(first)
+    for name, x in second.items():
+        old = merged.get(name)
+        merged[name] = union(old, x) if isinstance(old, Mapping) and isinstance(x, Mapping) else x
+    return merged
+
+
+def count(tree: Any) -> int:
+    """The number of entries in all leaves."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def num_bytes(tree: Any) -> int:
+    """The number of bytes in all leaves."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

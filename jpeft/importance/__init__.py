@@ -1,0 +1,1 @@
+"""What gradients say: Fisher information, masks of single entries, averages of models."""

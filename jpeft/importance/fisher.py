@@ -1,0 +1,330 @@
+"""The diagonal of the Fisher information, from the gradients of single examples."""
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jpeft.core.errors import UserError, nearest
+from jpeft.importance import per_example
+
+__all__ = ["LABELS", "VALUES", "Running", "accumulate", "fisher", "mean"]
+
+Tree = TypeVar("Tree")
+LABELS = ("empirical", "expected", "sampled")
+VALUES: dict[str, Callable[[Array], Array]] = {"square": jnp.square, "absolute": jnp.abs}
+SHARE = 0.25  # of the device's memory, for what single examples need beside the result
+MOST = {"cpu": 8}  # examples at a time; a larger product is no faster there
+MOST_ELSEWHERE = 64
+
+
+class Running(NamedTuple, Generic[Tree]):
+    """A sum that is not complete yet.
+
+    Attributes:
+      done: the number of examples that are in it.
+      parts: like the tree; with a leading axis over devices if `sharded`.
+      sharded: whether several devices hold a part each.
+    """
+
+    done: int
+    parts: Tree
+    sharded: bool = False
+
+    @property
+    def total(self) -> Tree:
+        """The sum over the examples so far, like the tree."""
+        return jax.tree.map(lambda x: x.sum(0), self.parts) if self.sharded else self.parts
+
+
+def fisher(
+    fn: Callable[..., Array],
+    tree: Tree,
+    examples: Any,
+    *rest: Any,
+    labels: str = "empirical",
+    values: str = "square",
+    key: Array | None = None,
+    ids: Sequence[int] | None = None,
+    microbatch: int | None = None,
+    memory_limit_bytes: int | None = None,
+    mesh: Mesh | None = None,
+) -> Tree:
+    """The mean over examples of the squared gradient of each example's own log-likelihood.
+
+    - "empirical": (1/n) sum_i (d loss_i / d tree)^2 with fn the loss -log p(y_i | x_i) at the true label (Kirkpatrick
+      et al. 2017, arXiv:1612.00796; Sung et al. 2021, arXiv:2111.09839).
+    - "expected": (1/n) sum_i sum_c p(c | x_i) (d log p(c | x_i) / d tree)^2 with fn the logits. Exact in c, from one
+      forward pass an example and one backward pass a class.
+    - "sampled": as the expected one, with one class an example drawn from p(c | x_i) in place of the sum.
+
+    A single logit is the mean of a normal distribution of variance 1/2, whose -log p is the squared error up to a
+    constant; its information is 2 (d logit / d tree)^2. Labels are read for "empirical" only.
+
+    A mean of squares is not the square of a mean: gradients of different examples are never added before they are
+    squared. How that is done at about the cost of a plain gradient is the subject of `jpeft.importance.per_example`.
+
+    Args:
+      fn: (tree, example, *rest) -> scalar loss, or logits [c]; without randomness. `example` is `examples` without its
+        leading axis.
+      tree: the pytree of float arrays to differentiate by.
+      examples: a pytree of arrays with a common leading axis n; or a list of such pytrees, whose other axes may differ
+        from one to the next, such as batches of different lengths.
+      *rest: further arguments of `fn`, such as frozen parameters; handed to the compiled function as arguments, so that
+        they are not baked into it as constants.
+      labels: "empirical", "expected" or "sampled".
+      values: "square" of the gradients, or their "absolute" value as in FISH mask's variant.
+      key: for "sampled": each example draws from it folded with its number.
+      ids: the examples' numbers, n of them, for draws and messages. None means 0 to n - 1 in the order given.
+      microbatch: examples at a time on each device. None means as many as `memory_limit_bytes` allows, at most 8 on CPU
+        and 64 elsewhere.
+      memory_limit_bytes: for what single examples need, beside `tree`, `rest` and the result. None means a quarter of
+        the device's memory. One example is always taken.
+      mesh: devices to share the examples among, along all axes of the mesh. None means one device.
+
+    Returns:
+      A pytree like `tree`, float32 (float64 where `tree` is).
+
+    Raises:
+      UserError: if there are no examples or they do not go together, an option is unknown, `fn` gives something else
+        than `labels` asks for, or a gradient is not finite: it names the example, by its number in `ids`, and the leaf.
+
+    >>> import jax.numpy as jnp
+    >>> fisher(lambda w, x: w * x, jnp.float32(2.0), jnp.array([1.0, 3.0])).item()  # (1 + 9) / 2
+    5.0
+    """
+    sums = accumulate(
+        fn, tree, examples, *rest, labels=labels, values=values, key=key, ids=ids, microbatch=microbatch,
+        memory_limit_bytes=memory_limit_bytes, mesh=mesh,
+    )  # fmt: skip
+    (last,) = deque(sums, maxlen=1)
+    return mean(last)
+
+
+def mean(complete: Running[Tree]) -> Tree:
+    """The Fisher information from the last of the running sums.
+
+    Raises:
+      UserError: if it is not finite.
+    """
+    total = jax.tree.map(lambda x: x / complete.done, complete.total)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(total):
+        if not bool(jnp.isfinite(leaf).all()):
+            raise UserError(f"the information of {_name(path)} is not finite: the squared gradients overflow")
+    return total
+
+
+def accumulate(
+    fn: Callable[..., Array],
+    tree: Tree,
+    examples: Any,
+    *rest: Any,
+    labels: str = "empirical",
+    values: str = "square",
+    key: Array | None = None,
+    ids: Sequence[int] | None = None,
+    microbatch: int | None = None,
+    memory_limit_bytes: int | None = None,
+    mesh: Mesh | None = None,
+    start: Running[Tree] | None = None,
+) -> Iterator[Running[Tree]]:
+    """The running sums that `fisher` is made of, one after each microbatch; for a bar, or to save and go on later.
+
+    Args:
+      fn: as all others, see `fisher`.
+      tree: likewise.
+      examples: likewise.
+      *rest: likewise.
+      labels: likewise.
+      values: likewise.
+      key: likewise.
+      ids: likewise.
+      microbatch: likewise.
+      memory_limit_bytes: likewise.
+      mesh: likewise.
+      start: an earlier sum over the first `start.done` of the same examples, not sharded, to go on from.
+
+    Yields:
+      The sum so far. Its arrays are given up when the next one is asked for.
+
+    Raises:
+      UserError: as `fisher`.
+    """
+    groups = examples if isinstance(examples, list) else [examples]
+    counts = [_count(group) for group in groups]
+    n, devices = sum(counts), 1 if mesh is None else mesh.size
+    mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)  # axes whose sharding XLA works out
+    done = 0 if start is None else start.done
+    _check(n, tree, labels, values, key, ids, microbatch, done)
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
+    if start is not None:
+        total = jax.tree.map(jnp.array, start.total)
+    if mesh is not None:
+        over, copied = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((mesh.axis_names,), ()))
+        total = jax.tree.map(lambda x: jnp.zeros((devices, *x.shape), x.dtype).at[0].set(x), total)
+        total, tree, rest = jax.device_put(total, over), jax.device_put(tree, copied), jax.device_put(rest, copied)
+    one = _one(fn, labels, jax.random.key(0) if key is None else key)
+    first, unchecked = 0, None
+    numbers = np.arange(n) if ids is None else np.asarray(ids)
+    compiled: dict[Any, tuple[Callable, int, list[Any]]] = {}
+    for group, count in zip(groups, counts, strict=True):
+        offset, first = first, first + count
+        left = np.arange(max(offset, done), first)
+        if not left.size:
+            continue
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group)
+        static = jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes))
+        if static not in compiled:
+            step, most, constants = _compiled(
+                one, fn, tree, shapes, rest, labels, VALUES[values], microbatch, memory_limit_bytes, mesh
+            )
+            compiled[static] = step, most, constants if mesh is None else jax.device_put(constants, copied)
+        step, most, constants = compiled[static]
+        share = math.ceil(left.size / devices)
+        size = devices * math.ceil(share / math.ceil(share / most))  # even microbatches, so that little is filled up
+        for rows in (left[i : i + size] for i in range(0, left.size, size)):
+            # The last microbatch repeats a row with weight 0, so that a group is compiled once.
+            filled = np.concatenate([rows, np.full(size - rows.size, rows[0])])
+            chunk = jax.tree.map(lambda x, at=filled - offset: jnp.asarray(np.asarray(x)[at]), group)
+            weights = jnp.asarray(np.arange(size) < rows.size, jnp.float32)
+            numbered = (chunk, jnp.asarray(numbers[filled], jnp.int32))
+            if mesh is not None:
+                numbered, weights = jax.device_put((numbered, weights), over)
+            total, finite = step(total, tree, numbered, weights, rest, constants)
+            if unchecked is not None:  # the one before, so that the device is not waited for
+                _check_finite(*unchecked, one, tree, rest)
+            unchecked = finite, numbers[rows], chunk
+            done += rows.size
+            if done == n:
+                _check_finite(*unchecked, one, tree, rest)
+            yield Running(done, total, mesh is not None)
+    if start is not None and start.done == n:
+        yield start
+
+
+def _count(group: Any) -> int:
+    """The number of examples in a group."""
+    shapes = {jnp.shape(x) for x in jax.tree.leaves(group)}
+    if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
+        raise UserError(f"examples must be arrays with one common leading axis, got {sorted(shapes) or 'none'}")
+    return next(iter(shapes))[0]
+
+
+def _check(
+    n: int, tree: Any, labels: str, values: str, key: Array | None, ids: Sequence[int] | None, microbatch: int | None,
+    done: int,
+) -> None:  # fmt: skip
+    if n == 0 or (microbatch is not None and microbatch < 1):
+        raise UserError(f"Fisher information needs examples and a microbatch of at least 1, got {n} and {microbatch}")
+    for name, value, known in (("labels", labels, LABELS), ("values", values, VALUES)):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is unknown: {nearest(str(value), known)}")
+    if labels == "sampled" and key is None:
+        raise UserError("labels 'sampled' are drawn: give `key`")
+    if ids is not None and len(ids) != n:
+        raise UserError(f"{len(ids)} ids were given for {n} examples: one each is needed")
+    if done > n:
+        raise UserError(f"the sum to go on from has {done} examples, and there are {n}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        kind = getattr(leaf, "dtype", None)
+        if kind is None or not jnp.issubdtype(kind, jnp.floating):
+            raise UserError(f"gradients are taken by float arrays, and {_name(path)} is {kind or type(leaf).__name__}")
+
+
+def _check_output(out: Any, labels: str) -> None:
+    """Whether a function gives what its labels need: a loss, or logits."""
+    wanted, dims = ("a scalar loss", 0) if labels == "empirical" else ("logits [num_labels]", 1)
+    shape, kind = getattr(out, "shape", None), getattr(out, "dtype", None)
+    if shape is None or kind is None or len(shape) != dims or not jnp.issubdtype(kind, jnp.floating):
+        found = type(out).__name__ if shape is None else f"{kind} {list(shape)}"
+        raise UserError(f"with labels {labels!r}, fn must give {wanted} of one example in floats, and it gives {found}")
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "the tree"
+
+
+def _one(fn: Callable[..., Array], labels: str, key: Array) -> Callable[..., tuple[Any, Any]]:
+    """The function (tree, (example, its number), direction, *rest) -> (weight, gradients)."""
+
+    def one(tree: Any, numbered: Any, direction: Array, *rest: Any) -> tuple[Any, Any]:
+        example, number = numbered
+        out, backward = jax.vjp(lambda t: fn(t, example, *rest), tree)
+        _check_output(out, labels)
+        if labels == "empirical":
+            return 1.0, backward(jnp.ones_like(out))[0]
+        own = jax.random.fold_in(key, number)
+        if out.shape == (1,):
+            noise = jax.random.normal(own, out.shape, out.dtype) if labels == "sampled" else jnp.ones_like(out)
+            return 1.0, backward(2**0.5 * noise)[0]
+        probabilities = jax.nn.softmax(out)
+        if labels == "sampled":
+            drawn = jax.random.categorical(own, out)
+            return 1.0, backward(jax.nn.one_hot(drawn, out.size, dtype=out.dtype) - probabilities)[0]
+        return probabilities[direction], backward(jax.nn.one_hot(direction, out.size, dtype=out.dtype) - probabilities)[
+            0
+        ]
+
+    return one
+
+
+def _compiled(
+    one: Callable, fn: Callable, tree: Any, shapes: Any, rest: tuple, labels: str, measure: Callable[[Array], Array],
+    microbatch: int | None, limit: int | None, mesh: Mesh | None,
+) -> tuple[Callable, int, list[Any]]:  # fmt: skip
+    """The jitted step for examples of some shapes, how many it takes on a device, and its constants."""
+    numbered = (shapes, jax.ShapeDtypeStruct((), "int32"))
+    directions = 1
+    if labels == "expected":
+        logits = jax.eval_shape(fn, tree, shapes, *rest)
+        _check_output(logits, labels)
+        directions = logits.size
+    cut = per_example.cut(one, tree, numbered, rest, directions)
+    cpu = jax.default_backend() == "cpu"
+    most = microbatch
+    if most is None:
+        fits = (_memory() if limit is None else limit) // max(1, per_example.bytes_per_example(cut, cpu))
+        most = max(1, min(fits, MOST.get(jax.default_backend(), MOST_ELSEWHERE)))
+
+    def step(total: Any, tree: Any, chunk: Any, weights: Array, rest: tuple, constants: Any) -> tuple[Any, Array]:
+        return per_example.add(cut, measure, total, tree, chunk, weights, rest, constants, one_by_one=cpu)
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0), most, cut.constants[1]
+
+    def shard(total: Any, *args: Any) -> tuple[Any, Array]:
+        own, finite = step(jax.tree.map(lambda x: x[0], total), *args)
+        return jax.tree.map(lambda x: x[None], own), finite
+
+    over, all_of = PartitionSpec(mesh.axis_names), PartitionSpec()
+    specs = (over, all_of, over, over, all_of, all_of)
+    sharded = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=(over, over), check_vma=False)
+    return jax.jit(sharded, donate_argnums=0), most, cut.constants[1]
+
+
+def _memory() -> int:
+    """The share of the device's memory that single examples may take."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None and "bytes_limit" in stats:
+        return int(SHARE * stats["bytes_limit"])
+    return int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _check_finite(finite: Array, rows: np.ndarray, chunk: Any, one: Callable, tree: Any, rest: tuple) -> None:
+    """Raises a UserError that names the first example whose gradient is not finite, and the first such leaf."""
+    bad = np.flatnonzero(~np.asarray(finite)[: rows.size])
+    if not bad.size:
+        return
+    example = jax.tree.map(lambda x: x[bad[0]], chunk)
+    _, gradients = one(tree, (example, int(rows[bad[0]])), 0, *rest)
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    where = [_name(path) for path, leaf in leaves if not bool(jnp.isfinite(leaf).all())]
+    of = where[0] if where else "an intermediate value"
+    raise UserError(f"the gradient of {of} is not finite at example {rows[bad[0]]}: look for NaN or Inf")

@@ -1,0 +1,287 @@
+"""Masks of single entries: the best k of a pytree, an optax wrapper that trains only those, and files as small as they.
+
+A mask is a pytree like the one that it selects from, with one of three things for each leaf: True, all of it trains;
+False, none of it; or int32 [k], ascending, the entries of the flattened leaf that train.
+
+    scores = jpeft.fisher(loss, params, examples)
+    mask = jpeft.top(scores, k=1000)
+    optimizer = jpeft.packed(optax.adamw(1e-4), mask)      # the optimiser's state has 1000 entries twice, not all
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from jpeft.core import tree
+from jpeft.core.errors import UserError
+
+__all__ = ["magnitude", "pack", "packed", "random", "read_mask", "top", "write_mask"]
+
+MODEL = "model"  # the metadata entry that names what a mask was made for
+
+
+def top(scores: Any, k: int) -> Any:
+    """The mask of the k largest scores over all leaves together.
+
+    The k-th largest score is found by bisection on the bits of floating point numbers, whose order is that of integers:
+    32 times (64 for doubles) the leaves are compared with a number where they are; the scores are not sorted.
+
+    Args:
+      scores: a pytree of float arrays, without NaN.
+      k: how many entries, from 0 to all. Of equal scores the earlier ones win, in the order of the leaves and then of
+        the flattened leaf.
+
+    Returns:
+      A pytree like `scores` with int32 arrays of sorted flat indices; empty ones where nothing was selected.
+
+    Raises:
+      UserError: if k is out of range or no whole number, or a score is NaN.
+
+    >>> import jax.numpy as jnp
+    >>> mask = top({"a": jnp.array([[3.0, 1.0], [4.0, 1.0]]), "b": jnp.array([5.0, 1.0])}, k=4)
+    >>> {name: index.tolist() for name, index in mask.items()}
+    {'a': [0, 1, 2], 'b': [0]}
+    """
+    leaves, treedef = jax.tree.flatten(scores)
+    _check_budget(k, [math.prod(x.shape) for x in leaves])
+    if any(bool(jnp.isnan(x).any()) for x in leaves):
+        raise UserError("scores to choose by hold NaN")
+    if k == 0:
+        return treedef.unflatten([np.zeros(0, np.int32) for _ in leaves])
+    if any(jax.eval_shape(_order, x).dtype == jnp.int64 for x in leaves):
+        leaves = [jnp.asarray(x, jnp.float64) for x in leaves]  # bits are compared, so all must have the same meaning
+    limit = _kth(leaves, k)
+    above = sum(int((_order(x) > limit).sum()) for x in leaves)
+    ties = k - above  # so many of those that are equal to the k-th largest
+    chosen = []
+    for x in leaves:
+        order = np.asarray(_order(x)).ravel()
+        equal = np.flatnonzero(order == limit)[:ties]
+        ties -= equal.size
+        chosen.append(np.sort(np.concatenate([np.flatnonzero(order > limit), equal])).astype(np.int32))
+    return treedef.unflatten(chosen)
+
+
+def magnitude(values: Any, k: int) -> Any:
+    """The mask of the k entries that are largest in absolute value: a control that looks at no data.
+
+    Args:
+      values: a pytree of float arrays.
+      k: as in `top`.
+
+    Raises:
+      UserError: as `top`.
+    """
+    return top(jax.tree.map(jnp.abs, values), k)
+
+
+def random(key: Array, like: Any, k: int) -> Any:
+    """The mask of k entries drawn at random: the control of Sung et al. 2021, arXiv:2111.09839.
+
+    Args:
+      key: a PRNG key.
+      like: a pytree of arrays, or of their shapes.
+      k: as in `top`.
+
+    Raises:
+      UserError: if k is out of range.
+    """
+    leaves, treedef = jax.tree.flatten(like)
+    sizes = [math.prod(x.shape) for x in leaves]
+    _check_budget(k, sizes)
+    # How many entries a leaf gets decides shapes, so this happens outside of tracing.
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    drawn = np.sort(rng.choice(sum(sizes), k, replace=False, shuffle=False)) if k else np.zeros(0, np.int64)
+    if not leaves:
+        return like
+    ends = np.cumsum(sizes)
+    parts = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
+    return treedef.unflatten([(p - e + n).astype(np.int32) for p, e, n in zip(parts, ends, sizes, strict=True)])
+
+
+def pack(mask: Any, values: Any) -> list[Array]:
+    """The selected entries, one array a leaf: [k], the leaf itself where the mask is True, [0] where it is False."""
+    return [_pack(m, x) for m, x in zip(jax.tree.leaves(mask), jax.tree.leaves(values), strict=True)]
+
+
+def packed(inner: optax.GradientTransformation, mask: Any) -> optax.GradientTransformationExtraArgs:
+    """Runs an optimiser on the selected entries alone.
+
+    Gradients and parameters are packed into one vector a leaf, `inner` updates these, and its updates are scattered. So
+    its state has their size, and weight decay, clipping by the global norm and schedules see nothing else. What is not
+    selected stays bit-identical: its update is -0.0, the one number that leaves every other unchanged, 0.0 included.
+    Leaves that the mask selects whole keep their shape and cost nothing extra; those that it leaves out cost nothing.
+
+    Args:
+      inner: any optax optimiser. Where it looks at shapes, as Adafactor does, it sees vectors.
+      mask: a mask as described above, fixed: it may not be traced.
+
+    Returns:
+      An optimiser for the whole pytree.
+
+    Raises:
+      UserError: if a leaf of the mask is none of the three; when it is used, if it does not fit the parameters.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "b": jnp.array([1.0])}
+    >>> optimizer = packed(optax.sgd(0.5), {"w": jnp.array([1, 2]), "b": False})
+    >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+    >>> optax.apply_updates(params, updates)["w"].tolist()
+    [[1.0, 1.0], [1.5, 4.0]]
+    """
+    mask = jax.tree_util.tree_map_with_path(_selection, mask)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> optax.OptState:
+        _check_fits(mask, params)
+        return inner.init(pack(mask, params))
+
+    def update(updates: Any, state: optax.OptState, params: Any = None, **extra: Any) -> tuple[Any, optax.OptState]:
+        own = None if params is None else pack(mask, params)
+        small: Any
+        small, state = inner.update(pack(mask, updates), state, own, **extra)
+        leaves, treedef = jax.tree.flatten(updates)
+        found = [_unpack(m, s, x) for m, s, x in zip(jax.tree.leaves(mask), small, leaves, strict=True)]
+        return treedef.unflatten(found), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def write_mask(path: Path, mask: Any, model: str) -> None:
+    """Writes a mask of a nested dict: indices alone, 4 bytes an entry.
+
+    Args:
+      path: of the safetensors file; the parent is made, and an older file replaced at once.
+      mask: a mask as described above; leaves that it leaves out are not written.
+      model: what it is for, such as the `jpeft.models.pretrained.fingerprint` of its parameters.
+
+    Raises:
+      UserError: if a leaf of the mask is none of the three.
+    """
+    from jpeft.store.modules import write_leaves
+
+    mask = jax.tree_util.tree_map_with_path(_selection, mask)
+    kept = {name: np.asarray(m) for name, m in tree.flatten(mask).items() if m is not False and np.size(m)}
+    write_leaves(path, tree.unflatten(kept), {MODEL: model})
+
+
+def read_mask(path: Path, params: Any, model: str) -> Any:
+    """Reads a mask.
+
+    Args:
+      path: of the file.
+      params: the nested dict that it selects from.
+      model: what it must be for.
+
+    Returns:
+      A mask like `params`.
+
+    Raises:
+      UserError: if it is for another model, or no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.numpy import load_file
+
+    if not path.is_file():
+        raise UserError(f"there is no mask {path}")
+    try:
+        with safe_open(path, "np") as file:
+            there = (file.metadata() or {}).get(MODEL)
+    except SafetensorError as error:
+        raise UserError(f"{path} is no mask: {error}") from None
+    if there != model:
+        raise UserError(f"mask {path} was made for another model: {there}, not {model}")
+    found = load_file(path)
+    mask = jax.tree_util.tree_map_with_path(
+        lambda at, _: _selection(at, found.pop(jax.tree_util.keystr(at, simple=True, separator=":"), False)), params
+    )
+    if found:
+        raise UserError(f"mask {path} selects from {next(iter(found))}, which the model does not have")
+    _check_fits(mask, params)
+    return mask
+
+
+def _check_budget(k: int, sizes: list[int]) -> None:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 0 <= k <= sum(sizes):
+        raise UserError(f"k must be a whole number from 0 to {sum(sizes):,}, the number of entries, got {k!r}")
+    if max(sizes, default=0) >= 2**31:
+        raise UserError(f"a leaf has {max(sizes):,} entries, and masks count up to {2**31 - 1:,}")
+
+
+def _selection(path: Any, m: Any) -> bool | np.ndarray:
+    """A leaf of a mask as True, False or int32 indices."""
+    m = np.asarray(m)
+    if m.shape == () and m.dtype == bool:
+        return bool(m)
+    if m.size == 0:
+        return np.zeros(0, np.int32)
+    if m.ndim != 1 or m.dtype.kind not in "iu" or int(m[0]) < 0 or (m[1:] <= m[:-1]).any() or int(m[-1]) >= 2**31:
+        raise UserError(
+            f"the mask of {jax.tree_util.keystr(path) or 'the leaf'} must be True, False or ascending indices without "
+            f"repeats, got {m.dtype} {list(m.shape)}"
+        )
+    return m.astype(np.int32)
+
+
+def _order(x: ArrayLike) -> Array:
+    """Integers in the order of floating point numbers: the bits, of negative numbers all but the sign turned around.
+
+    Both zeros are 0, and so is what is too small to be normal, as most of XLA's arithmetic has it.
+    """
+    x = jnp.asarray(x)
+    x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    wide = x.dtype == jnp.float64
+    bits = jax.lax.bitcast_convert_type(x, jnp.int64 if wide else jnp.int32)
+    exponent = np.array(np.inf, x.dtype).view(bits.dtype)
+    return jnp.where(bits & exponent == 0, 0, jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits))
+
+
+def _kth(leaves: list[Any], k: int) -> int:
+    """The k-th largest number over all leaves, as `_order` has it."""
+
+    @jax.jit
+    def at_least(leaves: list[Any], limit: Array) -> list[Array]:
+        return [(_order(x) >= limit).sum() for x in leaves]
+
+    kind = jax.eval_shape(_order, leaves[0]).dtype
+    low, high = int(jnp.iinfo(kind).min), int(jnp.iinfo(kind).max)
+    while low < high:  # the largest limit that at least k numbers reach
+        middle = (low + high + 1) // 2
+        if sum(map(int, at_least(leaves, np.array(middle, kind)))) >= k:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _pack(m: Any, x: Any) -> Array:
+    if isinstance(m, bool):
+        return jnp.asarray(x) if m else jnp.zeros(0, x.dtype)
+    return jnp.asarray(x).reshape(-1).at[m].get(indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
+
+
+def _unpack(m: Any, small: Array, x: Any) -> Array:
+    if m is True:
+        return small
+    none = jnp.full(x.shape, -0.0, small.dtype)
+    if m is False:
+        return none
+    flat = none.reshape(-1).at[m].set(small, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
+    return flat.reshape(x.shape)
+
+
+def _check_fits(mask: Any, params: Any) -> None:
+    have, given = jax.tree.structure(params), jax.tree.structure(mask)
+    if have != given:
+        raise UserError(f"the mask does not fit the parameters: it is for {given}, they are {have}")
+    for (path, m), x in zip(jax.tree_util.tree_leaves_with_path(mask), jax.tree.leaves(params), strict=True):
+        if not isinstance(m, bool) and m.size and m[-1] >= x.size:
+            where = jax.tree_util.keystr(path)
+            raise UserError(f"the mask of {where} goes up to {m[-1]:,}, but it has {x.size:,} entries")

@@ -1,0 +1,1 @@
+"""Which module each layer gets, as data, and how it is chosen."""

@@ -1,0 +1,178 @@
+"""Plans: which modules each layer gets, as data.
+
+    {0: [Entry("prefix", {})], 1: [Entry("pfeiffer", {"bottleneck": 48})], 2: [Entry("lora", {"rank": 8})]}
+
+A plan is what FishPAL returns, what can be written by hand, and what `build` turns into a transform. Modules that a
+layer does not list are not in the graph.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jpeft.core.errors import UserError, nearest
+from jpeft.core.transform import Chain, Transform, chain
+from jpeft.transforms.registry import METHODS, MODULES, RENAMED
+
+__all__ = ["PLANS", "Entry", "Plan", "Spec", "build", "check", "dumps", "loads", "make", "read", "spec", "uniform"]
+
+
+class Entry(NamedTuple):
+    """One module: its name in `jpeft.METHODS` and its options, except `layers`."""
+
+    method: str
+    options: Mapping[str, Any] = {}
+
+
+Plan = dict[int, list[Entry]]
+Spec = list[dict[str, Any]]  # [{"method": ..., "options": {..., "layers": [...]}}], what a saved model is rebuilt from
+
+
+def make(method: str, **options: Any) -> Transform | Chain:
+    """The transform of a method by its name.
+
+    Raises:
+      UserError: if the method or an option is unknown, or an option's value is out of range.
+    """
+    method = _current(method)
+    factory = METHODS[method].make if method in METHODS else None
+    if factory is None:
+        wrong = "is not a module" if method in METHODS else "is unknown"
+        raise UserError(f"method {method!r} {wrong}: {nearest(method, MODULES)}")
+    known = inspect.signature(factory).parameters
+    for name in options:
+        if name not in known:
+            raise UserError(f"{method} has no option {name!r}: {nearest(name, known)}")
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise UserError(f"an option of {method} has the wrong type: {error}") from None
+
+
+def _current(name: str) -> str:
+    """The name of a method today, for one that an earlier version wrote."""
+    return RENAMED.get(name, name)
+
+
+def uniform(entry: Entry, num_layers: int) -> Plan:
+    """The same module in every layer."""
+    return {layer: [entry] for layer in range(num_layers)}
+
+
+def spec(plan: Plan) -> Spec:
+    """Groups the layers that hold the same module, so that what its sites share is shared among them.
+
+    The order within a layer is kept: layers [a, b] and [b, a] give three groups, a, b, a.
+    """
+    groups: list[tuple[Entry, list[int]]] = []
+    for layer in sorted(plan):
+        at = 0
+        for entry in plan[layer]:
+            same = (i for i in range(at, len(groups)) if groups[i][0] == entry)
+            i = next(same, None)
+            if i is None:
+                i = at
+                groups.insert(i, (entry, []))
+            groups[i][1].append(layer)
+            at = i + 1
+    return [{"method": e.method, "options": {**e.options, "layers": layers}} for e, layers in groups]
+
+
+def build(modules: Plan | Spec) -> Chain:
+    """The transform of a plan, or of what `spec` made of one."""
+    groups = spec(modules) if isinstance(modules, dict) else modules
+    return chain(*(make(group["method"], **group["options"]) for group in groups))
+
+
+def check(plan: Plan, num_layers: int) -> Plan:
+    """Returns the plan if the model has all its layers.
+
+    Raises:
+      UserError: if it does not, naming the layer.
+    """
+    for layer in plan:
+        if not 0 <= layer < num_layers:
+            raise UserError(f"the plan names layer {layer}, but the model has layers 0 to {num_layers - 1}")
+    return plan
+
+
+def dumps(plan: Plan) -> str:
+    """A plan as JSON: {"0": [{"method": "lora", "options": {...}}], ...}, one layer a line."""
+    rows = (f'  "{layer}": {json.dumps([_as_dict(entry) for entry in plan[layer]])}' for layer in sorted(plan))
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
+def _as_dict(entry: Entry) -> dict[str, Any]:
+    return {"method": entry.method, "options": dict(entry.options)}
+
+
+def loads(text: str, source: str = "plan") -> Plan:
+    """The inverse of `dumps`.
+
+    Args:
+      text: JSON.
+      source: what error messages call it, such as a file name.
+
+    Raises:
+      UserError: if it is no JSON, or no plan, or a method or option does not exist.
+    """
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source} is not JSON: {error}") from None
+    if not isinstance(raw, dict) or not all(
+        re.fullmatch("0|[1-9][0-9]*", layer) and isinstance(raw[layer], list) for layer in raw
+    ):
+        shape = '{"<layer>": [{"method": ..., "options": {...}}, ...], ...}'
+        raise UserError(f"{source} is no plan: expected {shape}")
+    plan = {}
+    for layer, entries in raw.items():
+        for entry in entries:
+            if not _is_entry(entry):
+                raise UserError(f"{source}, layer {layer}: expected a method and its options, got {json.dumps(entry)}")
+            if "layers" in entry.get("options", {}):
+                raise UserError(f"{source}, layer {layer}: the plan itself says the layers, drop the option 'layers'")
+            try:
+                make(entry["method"], **entry.get("options", {}))
+            except UserError as error:
+                raise UserError(f"{source}, layer {layer}: {error}") from None
+        plan[int(layer)] = [Entry(_current(entry["method"]), entry.get("options", {})) for entry in entries]
+    return plan
+
+
+def _is_entry(raw: Any) -> bool:
+    if not isinstance(raw, dict) or not {"method"} <= set(raw) <= {"method", "options"}:
+        return False
+    return isinstance(raw["method"], str) and isinstance(raw.get("options", {}), dict)
+
+
+def read(name_or_path: str) -> Plan:
+    """A named plan (see `PLANS`) or a JSON file.
+
+    Raises:
+      UserError: if it is neither.
+    """
+    if name_or_path in PLANS:
+        return {layer: list(entries) for layer, entries in PLANS[name_or_path].items()}
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise UserError(f"plan {name_or_path!r} is neither a file nor a named plan: {nearest(name_or_path, PLANS)}")
+    return loads(path.read_text(encoding="utf-8"), str(path))
+
+
+def _layers(prefix: Sequence[int] = (), adapter: Sequence[int] = (), lora: Sequence[int] = ()) -> Plan:
+    by_method = {"prefix": prefix, "pfeiffer": adapter, "lora": lora}
+    plan = {layer: [Entry(method)] for method, layers in by_method.items() for layer in layers}
+    return dict(sorted(plan.items()))
+
+
+# The plans that the FishPAL thesis code (lucalila/fishpal) prints for its twelve-layer encoders, with its module sizes,
+# which are the defaults here: prefix 10 x 512, adapter reduction factor 16, LoRA rank 8 and alpha 16.
+PLANS: dict[str, Plan] = {
+    "thesis_mnli": _layers(prefix=[0], adapter=[1, *range(4, 10)], lora=[2, 3, 10, 11]),
+    "thesis_mrpc": _layers(prefix=[0], adapter=[1, *range(4, 10)], lora=[2, 3, 10, 11]),
+    "thesis_sst2": _layers(prefix=range(5), adapter=range(5, 10), lora=[10, 11]),
+}

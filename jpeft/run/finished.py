@@ -1,0 +1,120 @@
+"""What is left in the workdir of a finished run for people and programs: report.json, report.md and the picture."""
+
+import platform
+import resource
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax
+import jax
+
+from jpeft.core import files, tree
+from jpeft.core.summary import Summary
+from jpeft.data import tasks
+from jpeft.plans import fishpal
+from jpeft.plans import plan as plans
+from jpeft.report import plots, tables
+from jpeft.run import config as configs
+from jpeft.run.config import Config
+from jpeft.run.console import Console
+from jpeft.version import __version__
+
+__all__ = ["Result", "count", "peak_memory", "write"]
+
+PICTURE = "fisher.png"
+
+
+class Result(NamedTuple):
+    """What one seed gives, JSON throughout; kept in `seed_<n>/result.json`.
+
+    Attributes:
+      history: one row an epoch.
+      summary: the table of what trains and what stays, in Markdown.
+      parameters: as in `report.json`.
+      seconds: by kind of work, over all starts of the run.
+      train_examples: examples trained on, epochs counted.
+      dev_examples: likewise for evaluation.
+      peak_memory_bytes: of the accelerator, or of the process on CPU.
+    """
+
+    history: list[dict[str, Any]]
+    summary: str
+    parameters: dict[str, Any]
+    seconds: dict[str, float]
+    train_examples: int
+    dev_examples: int
+    peak_memory_bytes: int
+
+
+def write(
+    config: Config,
+    task: tasks.Task,
+    results: dict[int, Result],
+    seconds: dict[str, float],
+    workdir: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Writes `report.json`, `report.md` and the picture, prints the table, and returns what `report.json` holds."""
+    per_seed = []
+    for seed, result in results.items():
+        last = {name: result.history[-1][name] for name in task.metrics}
+        best = max(result.history, key=lambda row: row[task.primary])
+        row = {"seed": seed, "last": last, "best": {name: best[name] for name in ("epoch", *task.metrics)}}
+        per_seed.append(row | ({"plan": f"seed_{seed}/plan.json"} if config.method == "fishpal" else {}))
+    spent = {name: sum(r.seconds[name] for r in results.values()) for name in next(iter(results.values())).seconds}
+    report = {
+        "task": config.task,
+        "method": config.method,
+        "model": config.model,
+        "split": task.eval_split,
+        "primary_metric": task.primary,
+        "metrics": {**tables.spread([row["last"] for row in per_seed]), "per_seed": per_seed},
+        "parameters": tables.average([result.parameters for result in results.values()]),
+        "seconds": {**seconds, **spent},
+        "examples_per_second": sum(r.train_examples for r in results.values()) / spent["train"],
+        "inference_examples_per_second": sum(r.dev_examples for r in results.values()) / spent["evaluate"],
+        "peak_memory_bytes": max(result.peak_memory_bytes for result in results.values()),
+        "learning_rate": configs.learning_rate(config),
+        "device": jax.local_devices()[0].device_kind,
+        "versions": {"jpeft": __version__, "jax": jax.__version__, "flax": flax.__version__},
+    }
+    files.write_json(workdir / "report.json", report)
+    folders = {seed: workdir / f"seed_{seed}" for seed in results}
+    chosen = {seed: plans.read(str(f / "plan.json")) for seed, f in folders.items() if (f / "plan.json").is_file()}
+    measured = {seed: _scores(f / "fisher.json") for seed, f in folders.items() if (f / "fisher.json").is_file()}
+    if measured:
+        title = f"Fisher scores and the kept module of each layer\n{config.task}, {config.model}"
+        plots.fisher_scores(workdir / PICTURE, measured, title)
+    summaries = {seed: result.summary for seed, result in results.items()}
+    maps = [f"{f.name}/{path.name}" for f in folders.values() for path in sorted(f.glob("fisher*.png"))]
+    page = tables.markdown(report, chosen, summaries, PICTURE if measured else None, maps)
+    files.write_text(workdir / "report.md", page)
+    console.say()
+    console.say(tables.compare([report]))
+    console.say(f"\nreport: {workdir / 'report.md'}; modules: {workdir}/seed_{config.seeds[0]}/model")
+    return report
+
+
+def count(made: Summary, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameter counts of `report.json`; percentages are of the plain model, base and head."""
+    trains, added = sum(row.trainable for row in made.rows), sum(row.added for row in made.rows)
+    head = tree.count(params["classifier"])
+    return {
+        "base": made.base - head,
+        "head": head,
+        "trainable": trains,
+        "trainable_percent": 100 * trains / made.base,
+        "added_at_inference": added,
+        "added_percent": 100 * added / made.base,
+    }
+
+
+def peak_memory() -> int:
+    """Bytes: of the accelerator, or of the process on CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return stats.get("peak_bytes_in_use", peak if platform.system() == "Darwin" else 1024 * peak)
+
+
+def _scores(path: Path) -> fishpal.Scores:
+    return {int(layer): row for layer, row in files.read_json(path)["scores"].items()}

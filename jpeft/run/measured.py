@@ -1,0 +1,116 @@
+"""Fisher information within a run: with a bar, kept beside what it was measured from, gone on with after a stop.
+
+fisher_0.safetensors            the result, with `about` as JSON in its metadata
+fisher_0.safetensors.partial    a sum that was not complete when the run stopped; gone when it is
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpeft.core.errors import UserError
+from jpeft.importance.fisher import Running, accumulate, mean
+from jpeft.run.console import Console
+from jpeft.store import modules as saved
+
+__all__ = ["measure", "read"]
+
+SAVE_SECONDS = 60.0  # between partial sums on disk
+
+
+def measure(
+    path: Path,
+    about: Mapping[str, Any],
+    console: Console,
+    fn: Any,
+    tree: Any,
+    examples: Any,
+    *rest: Any,
+    **options: Any,
+) -> Any:
+    """`jpeft.fisher`, or what an earlier start of the same measurement found.
+
+    Args:
+      path: of the safetensors file that keeps the result.
+      about: what it is measured from, JSON: model, data, examples, variant. A file with another `about` is replaced.
+      console: shows the bar.
+      fn: as for `jpeft.fisher`, and so are all others.
+      tree: as for `jpeft.fisher`.
+      examples: as for `jpeft.fisher`, a list.
+      *rest: as for `jpeft.fisher`.
+      **options: as for `jpeft.fisher`.
+
+    Returns:
+      A pytree like `tree`.
+
+    Raises:
+      UserError: as `jpeft.fisher`.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    names = [jax.tree_util.keystr(p, simple=True, separator=":") for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    found = _read(path, about)
+    if found is not None:
+        return jax.tree.structure(tree).unflatten([found[0][name] for name in names])
+    n = sum(len(jax.tree.leaves(group)[0]) for group in examples)
+    begun, start = _read(partial, about), None
+    if begun is not None:
+        start = Running(begun[1], jax.tree.structure(tree).unflatten([begun[0][name] for name in names]))
+    last, written = start, time.monotonic()
+    done = 0 if start is None else start.done
+    went_on = f", going on at {done}" if done else ""
+    with console.counting(f"  Fisher information over {n} examples{went_on}", n, done) as show:
+        for running in accumulate(fn, tree, examples, *rest, start=start, **options):
+            last = running
+            show(running.done)
+            due = time.monotonic() - written > SAVE_SECONDS and running.done < n
+            # A sum that is not finite is an error that the next step tells of, and nothing to go on from.
+            if due and all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(running.parts)):
+                _write(partial, names, running.total, about, running.done)
+                written = time.monotonic()
+    assert last is not None
+    information = mean(last)
+    _write(path, names, information, about, n)
+    partial.unlink(missing_ok=True)
+    return information
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads a result: {leaf's path joined by ":": array}, and what it was measured from.
+
+    Raises:
+      UserError: if it is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.numpy import load_file
+
+    if not path.is_file():
+        raise UserError(f"there is no Fisher information {path}")
+    try:
+        with safe_open(path, "np") as file:
+            about = json.loads((file.metadata() or {}).get("about", "null"))
+        arrays = load_file(path)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} holds no Fisher information: {error}") from None
+    if not isinstance(about, dict) or "done" not in about:
+        raise UserError(f"{path} does not say what it was measured from")
+    return arrays, about
+
+
+def _write(path: Path, names: list[str], information: Any, about: Mapping[str, Any], done: int) -> None:
+    flat = dict(zip(names, jax.tree.leaves(information), strict=True))
+    saved.write_leaves(path, flat, {"about": json.dumps({**about, "done": done})})
+
+
+def _read(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], int] | None:
+    """The arrays of a file, and how many examples are in them; None if it is not there or of something else."""
+    if not path.is_file():
+        return None
+    arrays, there = read(path)
+    done = there.pop("done")
+    return (arrays, done) if there == json.loads(json.dumps(about)) else None

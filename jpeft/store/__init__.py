@@ -1,0 +1,1 @@
+"""Trained modules on disk."""

@@ -1,0 +1,33 @@
+"""Optimisers for small trainable sets: AdamW as the references run it."""
+
+import math
+
+import optax
+
+from jpeft.core.partition import Partition, is_matrix, map_leaves
+
+__all__ = ["adamw", "warmup_linear"]
+
+
+def warmup_linear(learning_rate: float, num_steps: int, warmup_ratio: float) -> optax.Schedule:
+    """From 0 up to `learning_rate` in the first ceil(warmup_ratio * num_steps) steps, then linearly down to 0."""
+    warmup = math.ceil(warmup_ratio * num_steps)
+    up = optax.linear_schedule(0.0, learning_rate, warmup)
+    down = optax.linear_schedule(learning_rate, 0.0, max(1, num_steps - warmup))
+    return optax.join_schedules([up, down], [warmup])
+
+
+def adamw(
+    schedule: optax.Schedule, weight_decay: float, parts: Partition | None = None, clip_norm: float = 1.0
+) -> optax.GradientTransformation:
+    """Clips by the global norm of what trains, then AdamW with the learning rates and the decay that the methods want.
+
+    Args:
+      schedule: the learning rate by step.
+      weight_decay: decoupled decay, multiplied by the learning rate as in PyTorch.
+      parts: what trains, from `jpeft.partition`. None: all leaves at one rate, and matrices decay.
+      clip_norm: the largest global gradient norm.
+    """
+    mask = parts.decays if parts is not None else lambda tree: map_leaves(is_matrix, tree)
+    steps = [optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay, mask=mask)]
+    return optax.chain(*steps, *([] if parts is None else [parts.scale]))

@@ -1,0 +1,25 @@
+"""BitFit: trains every bias (Ben Zaken et al. 2021, arXiv:2106.10199)."""
+
+from collections.abc import Sequence
+
+from jpeft.core.site import find
+from jpeft.core.transform import Transform
+from jpeft.transforms.parts.existing import BODY, retrain
+
+__all__ = ["bitfit"]
+
+
+def bitfit(layers: Sequence[int] | None = None, targets: str = BODY) -> Transform:
+    """Trains every bias, those of LayerNorms and pooler included (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199).
+
+    Args:
+      layers: only in these layers; None means everywhere.
+      targets: pattern of the sites whose biases train, see `jpeft.find`.
+
+    Returns:
+      A transform with leaves {path: {"bias": [n]}}.
+
+    Raises:
+      UserError: in `init`, if a target is missing, there is no bias, or no parameters are given.
+    """
+    return retrain("bitfit", lambda sites: find(sites, targets, layers), lambda name: name == "bias")

@@ -1,0 +1,25 @@
+"""Trains the LayerNorms alone (Houlsby et al. 2019, arXiv:1902.00751)."""
+
+from collections.abc import Sequence
+
+from jpeft.core.site import find
+from jpeft.core.transform import Transform
+from jpeft.transforms.parts.existing import retrain
+
+__all__ = ["layer_norm"]
+
+
+def layer_norm(layers: Sequence[int] | None = None, targets: str = "LayerNorm") -> Transform:
+    """Trains the LayerNorms, as Houlsby et al. 2019 (arXiv:1902.00751) do beside their adapters.
+
+    Args:
+      layers: only in these layers; None means everywhere, the embeddings' LayerNorm included.
+      targets: pattern of the LayerNorms, see `jpeft.find`.
+
+    Returns:
+      A transform with leaves {path: {"scale": [d], "bias": [d]}}.
+
+    Raises:
+      UserError: in `init`, if a target is missing or no parameters are given.
+    """
+    return retrain("layer_norm", lambda sites: find(sites, targets, layers), lambda name: True)

@@ -1,0 +1,31 @@
+"""Trains the largest entries: the second control of FISH mask, which looks at no data."""
+
+from jpeft.core.transform import Transform
+from jpeft.importance import masks
+from jpeft.transforms.parts.entries import budget_of, masked
+from jpeft.transforms.parts.existing import BODY
+
+__all__ = ["magnitude_mask"]
+
+
+def magnitude_mask(
+    ratio: float = 0.005, count: int | None = None, head_counts: bool = True, targets: str = BODY
+) -> Transform:
+    """Trains the entries that are largest in absolute value, as many as FISH mask does: a control that needs no data.
+
+    The criterion is that of pruning by magnitude (Han et al. 2015, arXiv:1506.02626).
+
+    Args:
+      ratio: as for `fish`, and so are the others.
+      count: as for `fish`.
+      head_counts: as for `fish`.
+      targets: as for `fish`.
+
+    Returns:
+      A transform with leaves as above.
+
+    Raises:
+      UserError: as `fish`.
+    """
+    budget = budget_of(ratio, count, head_counts)
+    return masked("magnitude_mask", budget, targets, lambda key, values, k: masks.magnitude(values, k))

@@ -1,0 +1,36 @@
+"""Mix-and-match: a prefix and parallel adapters (He et al. 2021, arXiv:2110.04366)."""
+
+from collections.abc import Sequence
+
+from jpeft.core.transform import Chain, chain
+from jpeft.transforms.parallel import parallel
+from jpeft.transforms.prefix import prefix
+
+__all__ = ["mam"]
+
+
+def mam(
+    num_virtual_tokens: int = 30,
+    mlp_hidden: int | None = 800,
+    bottleneck: int = 512,
+    scale: float = 4.0,
+    layers: Sequence[int] | None = None,
+) -> Chain:
+    """Mix-and-match: a prefix, and a parallel adapter beside each feed-forward (He et al. 2021, arXiv:2110.04366).
+
+    At inference it costs what its parts cost; nothing merges, and the prefix's MLP folds away.
+
+    Args:
+      num_virtual_tokens: of the prefix.
+      mlp_hidden: of the prefix's reparametrisation; None for none.
+      bottleneck: of the adapters.
+      scale: of the adapters.
+      layers: only in these layers; None means all.
+
+    Returns:
+      The chain of prefix and parallel adapter, with their leaves.
+
+    Raises:
+      UserError: if a size is out of range.
+    """
+    return chain(prefix(num_virtual_tokens, mlp_hidden, layers), parallel(bottleneck, scale=scale, layers=layers))

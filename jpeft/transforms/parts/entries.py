@@ -1,0 +1,91 @@
+"""Training single entries of the base: what FISH mask and its controls share.
+
+The leaves are the chosen entries themselves, {site path: {parameter: {"values": [k], "fixed": {"index": int32 [k]}}}},
+where `index` counts through the flattened parameter. Inside the forward pass they are written over a copy of the
+parameter; so the optimiser's state, weight decay, clipping and the saved file see k entries and nothing else, and what
+was not chosen stays bit-identical. Nothing is added at inference: `merge` writes them for good.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jpeft.core.errors import UserError
+from jpeft.core.site import Sites, find
+from jpeft.core.transform import FIXED, Leaves, Params, Transform
+from jpeft.core.tree import at, replace
+from jpeft.core.tree import count as num_entries
+from jpeft.transforms.parts.existing import own_parameters
+
+__all__ = ["Budget", "Chosen", "budget_of", "candidates_of", "masked", "take"]
+
+Chosen = Mapping[tuple[str, str], Any]  # by (site path, parameter name)
+Budget = Callable[[Params, Chosen], int]
+
+
+def take(values: Chosen, indices: Mapping[tuple[str, str], np.ndarray]) -> Leaves:
+    """The leaves that hold the entries of `values` at flat `indices`; nothing for parameters without any."""
+    leaves: Leaves = {}
+    for (path, name), index in indices.items():
+        if index.size:
+            entries = jnp.asarray(values[path, name]).reshape(-1)[index]
+            leaves.setdefault(path, {})[name] = {"values": entries, FIXED: {"index": jnp.asarray(index)}}
+    return leaves
+
+
+def masked(name: str, budget: Budget, targets: str, draw: Callable[[Array, Any, int], Any]) -> Transform:
+    """The transform that trains the entries which `draw(key, candidates, number of entries)` selects."""
+
+    def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
+        if params is None:
+            raise UserError(f"{name} starts from the model's parameters: give `params` to init")
+        candidates = candidates_of(params, sites, targets)
+        return take(candidates, draw(key, candidates, budget(params, candidates)))
+
+    def merge(leaves: Leaves, params: Params) -> Params:
+        for path, own in leaves.items():
+            for parameter, leaf in own.items():
+                params = replace(params, f"{path}/{parameter}", lambda w, leaf=leaf: _write(w, leaf))
+        return params
+
+    def decay(path: tuple[str, ...], leaf: Any) -> bool:
+        del leaf  # one axis long, whatever the parameter is: entries decay as the whole parameter would
+        return path[1] not in ("bias", "scale")
+
+    return Transform(name, init, None, merge, decay=decay)
+
+
+def _write(w: Array, leaf: Mapping[str, Any]) -> Array:
+    flat = w.reshape(-1).at[leaf[FIXED]["index"]].set(leaf["values"], indices_are_sorted=True, unique_indices=True)
+    return flat.reshape(w.shape)
+
+
+def candidates_of(params: Params, sites: Sites, targets: str) -> dict[tuple[str, str], Any]:
+    """The parameters whose entries can be chosen, by site path and name."""
+    where = find(sites, targets)
+    return {(site.path, name): at(params, site.path)[name] for site in where for name in own_parameters(site)}
+
+
+def budget_of(ratio: float, count: int | None, head_counts: bool) -> Budget:
+    """The function from all parameters and the candidates to how many of the candidates train."""
+    if count is not None:
+        if count < 0:
+            raise UserError(f"count must be at least 0, got {count}")
+    elif not 0 < ratio <= 1:
+        raise UserError(f"ratio must be above 0 and at most 1, got {ratio}")
+
+    def budget(params: Params, candidates: Chosen) -> int:
+        total, there = num_entries(params), sum(int(np.prod(x.shape)) for x in candidates.values())
+        head = num_entries(params.get("classifier", {})) if head_counts else 0
+        wanted = int(ratio * total) if count is None else count
+        said = f"count {count:,}" if count is not None else f"ratio {ratio} of {total:,} parameters is {wanted:,}"
+        if wanted < head:
+            raise UserError(f"{said}: less than the head's {head:,}, which always trains: raise it")
+        if count is not None and wanted - head > there:
+            raise UserError(f"{said}: more than the {there + head:,} that can train: lower it")
+        return min(wanted - head, there)
+
+    return budget

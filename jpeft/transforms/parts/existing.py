@@ -1,0 +1,52 @@
+"""Training parameters that the model already has: what BitFit, the top layers and the LayerNorms share.
+
+Each is a transform whose leaves are copies of the chosen parameters, put in the place of the originals inside the
+forward pass. The base stays as it was loaded, the optimiser sees the copies alone, and XLA drops the gradients of all
+else. Nothing is added at inference: `merge` puts the copies into the base for good.
+
+Reached as {site path: {"kernel": ..., "bias": ...}}, with the names and shapes that the site's parameters have.
+"""
+
+from collections.abc import Callable, Sequence
+
+from jax import Array
+
+from jpeft.core.errors import UserError
+from jpeft.core.site import Site, Sites
+from jpeft.core.transform import Leaves, Params, Transform
+from jpeft.core.tree import at, replace
+
+__all__ = ["BODY", "own_parameters", "retrain"]
+
+# The head trains anyway, under its own name.
+BODY = "(embeddings|encoder|pooler)(/.*)?"
+
+
+def retrain(name: str, where: Callable[[Sites], Sequence[Site]], trains: Callable[[str], bool]) -> Transform:
+    """The transform that trains copies of the parameters for which `trains(parameter name)`, at the sites `where`."""
+
+    def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
+        del key
+        if params is None:
+            raise UserError(f"{name} starts from the model's parameters: give `params` to init")
+        leaves: Leaves = {}
+        for site in where(sites):
+            own = [leaf for leaf in own_parameters(site) if trains(leaf)]
+            if own:
+                values = at(params, site.path)
+                leaves[site.path] = {leaf: values[leaf] for leaf in own}
+        if not leaves:
+            raise UserError(f"{name} finds no parameters at the sites that it was given")
+        return leaves
+
+    def merge(leaves: Leaves, params: Params) -> Params:
+        for path, own in leaves.items():
+            params = replace(params, path, lambda there, own=own: {**there, **own})
+        return params
+
+    return Transform(name, init, None, merge)
+
+
+def own_parameters(site: Site) -> tuple[str, ...]:
+    """The names of the arrays that belong to a site itself, not to a module inside it."""
+    return tuple(name for name, x in site.params.items() if hasattr(x, "shape"))

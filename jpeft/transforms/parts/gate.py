@@ -1,0 +1,51 @@
+"""The gate of UniPELT (Mao et al. 2021, arXiv:2110.07577): how far a module is opened for an example.
+
+    gate = mean over the real tokens of sigmoid(x w + b)           x [b, t, d], w [d, 1], b [1]
+
+One number per example. The peers (morningmoni/UniPELT, AdapterHub's `adapters`) average over the padding too, which
+makes a row's logits depend on the batch that it is in; here they do not.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.core.transform import Leaves
+
+__all__ = ["gate_leaves", "gate_value"]
+
+
+def gate_leaves(d: int, key: Array) -> Leaves:
+    """A gate near one half: w from N(0, 0.02^2) and b = 0, as `adapters` has it in its bottlenecks.
+
+    (Its LoRA draws b, and its prefix w too, from U(-1/sqrt(d), 1/sqrt(d)); here all modules start alike.)
+
+    Args:
+      d: width of what the gate reads.
+      key: a PRNG key.
+
+    Returns:
+      {"kernel": [d, 1], "bias": [1]}, float32.
+    """
+    return {"kernel": 0.02 * jax.random.normal(key, (d, 1)), "bias": jnp.zeros(1)}
+
+
+def gate_value(x: Array, leaves: Leaves, mask: Array | None) -> Array:
+    """How far the gate is open.
+
+    Args:
+      x: [b, t, d].
+      leaves: as from `gate_leaves`.
+      mask: [b, t], above 0 where a token is real; None means that all are. If x is longer than the mask, prompts were
+        put in front: the surplus leading tokens count as real.
+
+    Returns:
+      [b, 1, 1] in the dtype of x; 0 for a row without a real token.
+    """
+    kernel, bias = leaves["kernel"].astype(x.dtype), leaves["bias"].astype(x.dtype)
+    opened = jax.nn.sigmoid(x @ kernel + bias.reshape(1, 1, 1)).astype(jnp.float32)
+    if mask is None:
+        return opened.mean(1, keepdims=True).astype(x.dtype)
+    real = jnp.pad(mask > 0, ((0, 0), (x.shape[1] - mask.shape[1], 0)), constant_values=True)[..., None]
+    count = jnp.maximum(real.sum(1, keepdims=True), 1)
+    return (jnp.where(real, opened, 0.0).sum(1, keepdims=True) / count).astype(x.dtype)

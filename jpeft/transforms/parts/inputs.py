@@ -1,0 +1,90 @@
+"""Lengthening a model's input: vectors that stand before the text, with positions and mask to match."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.core.site import Site, Sites
+from jpeft.core.transform import Params
+from jpeft.core.tree import at
+
+__all__ = ["around_words", "before_states", "before_words", "width", "word_embeddings"]
+
+
+def before_words(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The arguments of the site "embeddings/inputs" with vectors before the text, as Hugging Face peft puts them.
+
+    They take the first positions and token type 0, the text moves behind them, and all tokens of the row see them. On
+    RoBERTa positions count through, as with PyTorch's `inputs_embeds`.
+
+    Args:
+      vectors: [P, d].
+      args: word vectors [b, t, d], token types, positions, mask [b, t], one segment a row.
+
+    Returns:
+      The same four with P + t tokens.
+    """
+    return around_words(vectors, vectors[:0], args)
+
+
+def around_words(before: Array, after: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Like `before_words`, with vectors behind the text too: by their positions they follow its last real token.
+
+    Attention knows order by positions alone, so none is put behind the padding: they come before the text, or right
+    after its first token if nothing else does, so that [CLS] stays first. Rows stay padded on the right, and what
+    takes the surplus of tokens over the mask to be prompts in front, as gates do, counts right.
+
+    Args:
+      before: [A, d].
+      after: [B, d].
+      args: as for `before_words`.
+
+    Returns:
+      The same four with A + B + t tokens.
+    """
+    words, token_types, positions, mask = args
+    b, a, n = len(words), len(before), len(before) + len(after)
+    start, behind = positions[:, :1], a + (mask > 0).sum(1, keepdims=True).astype(positions.dtype)
+    steps = [start + jnp.arange(a, dtype=positions.dtype)[None]]
+    steps.append(start + behind + jnp.arange(len(after), dtype=positions.dtype)[None])
+    vectors = jnp.concatenate([before, after]).astype(words.dtype)[None]
+    cut = 0 if a else 1
+
+    def insert(x: Array, new: Array) -> Array:
+        return jnp.concatenate([x[:, :cut], new, x[:, cut:]], 1)
+
+    return (
+        insert(words, jnp.broadcast_to(vectors, (b, *vectors.shape[1:]))),
+        insert(token_types, jnp.zeros((b, n), token_types.dtype)),
+        insert(positions + a, jnp.concatenate(steps, 1)),
+        insert(mask, jnp.broadcast_to(mask[:, :1], (b, n))),
+    )
+
+
+def before_states(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The arguments (hidden [b, t, d], mask [b, t]) of an encoder with vectors before the states.
+
+    That is behind the embeddings' LayerNorm, without positions or token types, as AdapterHub puts them.
+    """
+    hidden, mask = args
+    return _join(vectors, hidden), _longer(mask, len(vectors))
+
+
+def _join(vectors: Array, rows: Array) -> Array:
+    own = jnp.broadcast_to(vectors.astype(rows.dtype)[None], (len(rows), *vectors.shape))
+    return jnp.concatenate([own, rows], 1)
+
+
+def _longer(mask: Array, p: int) -> Array:
+    """The mask with p tokens of the row's own segment in front."""
+    return jnp.concatenate([jnp.broadcast_to(mask[:, :1], (len(mask), p)), mask], 1)
+
+
+def width(site: Site) -> int:
+    """d, from the site's first argument [b, t, d]."""
+    return site.args[0].shape[-1]
+
+
+def word_embeddings(sites: Sites, params: Params) -> Array:
+    """The table [vocabulary, d] of the model's word embeddings."""
+    (path,) = (path for path in sites if path.split("/")[-1] == "word_embeddings")
+    return at(params, path)["embedding"]

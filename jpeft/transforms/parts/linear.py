@@ -1,0 +1,87 @@
+"""Small pieces that several transforms share: layers as functions of leaves, initialisations, checks of options."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.core.errors import UserError
+
+__all__ = [
+    "dropout",
+    "kaiming_uniform",
+    "layer_norm",
+    "linear",
+    "linear_leaves",
+    "positive",
+    "rate",
+    "sizes",
+    "uniform_linear",
+]
+
+
+def linear(x: Array, leaves: dict[str, Array]) -> Array:
+    """x @ kernel + bias in the dtype of x: [..., in] to [..., out]; the leaves stay float32 whatever x is."""
+    y = x @ leaves["kernel"].astype(x.dtype)
+    bias = leaves["bias"].astype(x.dtype)
+    return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def linear_leaves(kernel: Array) -> dict[str, Array]:
+    """{"kernel": [in, out], "bias": zeros [out]}."""
+    return {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1], kernel.dtype)}
+
+
+def kaiming_uniform(key: Array, shape: tuple[int, int]) -> Array:
+    """PyTorch's kaiming_uniform with a = sqrt(5) for an [in, out] kernel: U(-1/sqrt(in), 1/sqrt(in))."""
+    bound = shape[0] ** -0.5
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def uniform_linear(key: Array, n_in: int, n_out: int, fan: int | None = None) -> dict[str, Array]:
+    """A linear layer as PyTorch starts it: kernel and bias from U(-1/sqrt(fan), 1/sqrt(fan)), fan being `n_in`."""
+    kernel, bias = jax.random.split(key)
+    bound = (fan or n_in) ** -0.5
+    return {
+        "kernel": jax.random.uniform(kernel, (n_in, n_out), minval=-bound, maxval=bound),
+        "bias": jax.random.uniform(bias, (n_out,), minval=-bound, maxval=bound),
+    }
+
+
+def layer_norm(x: Array, leaves: dict[str, Array], epsilon: float) -> Array:
+    """LayerNorm over the last axis with {"scale": [d], "bias": [d]}; statistics are float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(-1, keepdims=True)
+    normed = (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)).astype(x.dtype)
+    scale, bias = (leaves[name].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) for name in ("scale", "bias"))
+    return normed * scale + bias
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate); no key means no dropout."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def positive(**values: float) -> None:
+    """Raises UserError for the first value that is not above zero, by its name."""
+    for name, value in values.items():
+        if not value > 0:
+            raise UserError(f"{name} must be positive, got {value}")
+
+
+def sizes(**values: int | None) -> None:
+    """Raises UserError for the first value that is no positive whole number, by its name; None passes."""
+    for name, value in values.items():
+        if value is not None:
+            if not isinstance(value, int):
+                raise UserError(f"{name} must be a whole number, got {value!r}")
+            positive(**{name: value})
+
+
+def rate(**values: float) -> None:
+    """Raises UserError for the first value that is no dropout rate, by its name."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{name} must be at least 0 and below 1, got {value}")

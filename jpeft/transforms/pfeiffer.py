@@ -1,0 +1,58 @@
+"""Pfeiffer adapters: one bottleneck a layer, after the feed-forward (arXiv:2005.00247)."""
+
+from collections.abc import Sequence
+
+from jax import Array
+
+from jpeft.core.site import Site
+from jpeft.core.transform import Call, Context, Leaves, Transform
+from jpeft.transforms.parts.bottleneck import Bottleneck, added, checked, init_of, normal
+
+__all__ = ["pfeiffer"]
+
+
+def pfeiffer(
+    bottleneck: int | None = None,
+    reduction_factor: float = 16,
+    activation: str = "relu",
+    layers: Sequence[int] | None = None,
+    targets: str = "ffn_add_norm",
+    scale: float = 1.0,
+    learned_scale: bool = False,
+    gate: bool = False,
+    ln_before: bool = False,
+    ln_after: bool = False,
+) -> Transform:
+    """One adapter a layer, after the feed-forward.
+
+    h' = LayerNorm(h + up(f(down(x))) + residual) with x = LayerNorm(h + residual): it reads the normalised output, its
+    own residual is the raw one, and the layer's LayerNorm is used twice. Pfeiffer et al. 2020, arXiv:2005.00247.
+    Defaults are those of AdapterHub's "seq_bn": relu, reduction factor 16, kernels N(0, 0.02), biases 0.
+
+    Args:
+      bottleneck: b; None means d / `reduction_factor`.
+      reduction_factor: d / b, read when `bottleneck` is None.
+      activation: f, a name in `jpeft.models.bert.ACTIVATIONS`.
+      layers: only in these layers; None means all.
+      targets: pattern of sites with arguments (hidden, residual), see `jpeft.find`.
+      scale: as in `houlsby`, and so are the rest.
+      learned_scale: whether the factor is trained.
+      gate: whether a gate opens the adapter for each example; it reads x, too.
+      ln_before: whether the adapter has a LayerNorm of its own before `down`.
+      ln_after: whether it has one on what it adds.
+
+    Returns:
+      A transform with leaves as those of `houlsby`, at one site a layer.
+
+    Raises:
+      UserError: if a size is out of range or the activation unknown; in `init`, if a target is missing.
+    """
+    spec = checked(
+        Bottleneck(bottleneck, reduction_factor, activation, scale, learned_scale, gate, ln_before, ln_after)
+    )
+
+    def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
+        hidden, residual = args
+        return call(hidden + added(spec, leaves, call(hidden, residual), ctx), residual)
+
+    return Transform("pfeiffer", init_of(spec, normal, targets, layers), wrap)

@@ -1,0 +1,28 @@
+"""Trains entries drawn at random: the first control of FISH mask (arXiv:2111.09839)."""
+
+from jpeft.core.transform import Transform
+from jpeft.importance import masks
+from jpeft.transforms.parts.entries import budget_of, masked
+from jpeft.transforms.parts.existing import BODY
+
+__all__ = ["random_mask"]
+
+
+def random_mask(
+    ratio: float = 0.005, count: int | None = None, head_counts: bool = True, targets: str = BODY
+) -> Transform:
+    """Trains entries drawn at random, as many as FISH mask does: the control of Sung et al. 2021, arXiv:2111.09839.
+
+    Args:
+      ratio: as for `fish`, and so are the others.
+      count: as for `fish`.
+      head_counts: as for `fish`.
+      targets: as for `fish`.
+
+    Returns:
+      A transform with leaves as above.
+
+    Raises:
+      UserError: as `fish`.
+    """
+    return masked("random_mask", budget_of(ratio, count, head_counts), targets, masks.random)

@@ -1,0 +1,33 @@
+"""Trains the last layers and the pooler (Houlsby et al. 2019, arXiv:1902.00751)."""
+
+from jpeft.core.errors import UserError
+from jpeft.core.site import Site, Sites, layers
+from jpeft.core.transform import Transform
+from jpeft.transforms.parts.existing import retrain
+from jpeft.transforms.parts.linear import sizes
+
+__all__ = ["top_k_layers"]
+
+
+def top_k_layers(num_layers: int = 2) -> Transform:
+    """Trains the last layers whole and the pooler above them, as Houlsby et al. 2019 (arXiv:1902.00751) compare with.
+
+    Args:
+      num_layers: k, how many layers from the top.
+
+    Returns:
+      A transform with leaves {path: the parameters of that site}.
+
+    Raises:
+      UserError: if `num_layers` is no size; in `init`, if the model has fewer layers or no parameters are given.
+    """
+    sizes(num_layers=num_layers)
+
+    def where(sites: Sites) -> tuple[Site, ...]:
+        have = layers(sites)
+        if len(have) < num_layers:
+            raise UserError(f"num_layers must be at most {len(have)}, the layers of the model, got {num_layers}")
+        top = set(have[-num_layers:])
+        return tuple(site for path, site in sites.items() if site.layer in top or path.split("/")[0] == "pooler")
+
+    return retrain("top_k_layers", where, lambda name: True)

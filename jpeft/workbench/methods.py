@@ -1,0 +1,203 @@
+"""Compares all methods on the five axes of the field: storage, memory, computation, accuracy, inference overhead.
+
+    python -m jpeft.workbench.methods --workdir runs/methods
+
+For each method: what trains and what stays at inference on the shapes of bert-base; the time of a training and of an
+inference step over those of full fine-tuning, measured in turn, and the memory that XLA plans for the training step, on
+the shapes of the model; and the dev score of the task after a small budget, at four times the method's own learning
+rate, as in the demo. Writes methods.md, methods.json and methods.png. Run again, it goes on where it stopped.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpeft.core import files, site, transform, tree
+from jpeft.core.errors import UserError, nearest
+from jpeft.core.partition import partition
+from jpeft.core.summary import summary
+from jpeft.data.batching import Batch
+from jpeft.models import Bert, BertConfig, pretrained
+from jpeft.plans.plan import PLANS, build
+from jpeft.report import plots
+from jpeft.run import config as configs
+from jpeft.run import experiment
+from jpeft.run.console import Console
+from jpeft.training import optim
+from jpeft.training import step as stepping
+from jpeft.transforms.registry import MODULES
+
+BASE = BertConfig()  # the shapes of bert-base
+BATCH, LENGTH, PAIRS = 16, 64, 5
+NAMES = ["full", "head", *MODULES, "fishpal"]
+
+
+def sizes(name: str, params: dict[str, Any], sites: site.Sites) -> dict[str, Any]:
+    """Parameters that train without the head, and that stay at inference, in percent of the base; whether it merges."""
+    method = _method(name, BASE.num_hidden_layers)
+    leaves = transform.init(method, jax.random.key(0), sites, params)
+    rows = summary(method, leaves, params).rows
+    total = tree.count(params)
+    trains = tree.count(params) if name == "full" else sum(row.trainable for row in rows)
+    merges = all(member.merge is not None for member in transform.members(method))
+    return {
+        "trainable_percent": 100 * trains / total,
+        "added_percent": 100 * sum(row.added for row in rows) / total,
+        "merges": merges,
+    }
+
+
+def cost(name: str, model: Bert, params: dict[str, Any], full: "Timed | None") -> tuple[dict[str, Any], "Timed"]:
+    """Step times over those of full fine-tuning, medians of pairs in turn, and the memory of a training step."""
+    here = Timed(name, model, params)
+    against = full or here
+    ratios: dict[str, list[float]] = {"train": [], "infer": []}
+    for kind, values in ratios.items():
+        for _ in range(PAIRS):
+            reference = against.seconds(kind)
+            values.append(here.seconds(kind) / reference)
+    found = {f"{kind}_time_ratio": statistics.median(values) for kind, values in ratios.items()}
+    return {**found, "train_memory_bytes": here.memory}, here
+
+
+class Timed:
+    """The compiled training and inference steps of a method, ready to be timed."""
+
+    def __init__(self, name: str, model: Bert, params: dict[str, Any]):
+        method = _method(name, model.config.num_hidden_layers)
+        rng = np.random.default_rng(0)
+        shape = (BATCH, LENGTH)
+        ids = rng.integers(1, model.config.vocab_size, shape, np.int32)
+        ones = np.ones(shape, np.int32)
+        batch = Batch(ids, ones, 0 * ones, rng.integers(0, 2, BATCH, np.int32), np.ones(BATCH, np.float32))
+        leaves = transform.init(method, jax.random.key(0), site.sites(model, ids), params)
+        parts = partition(method, params, leaves, trains=params if name == "full" else model.HEAD)
+        trainable, frozen = parts.trainable, parts.frozen
+        optimizer = optim.adamw(optim.warmup_linear(1e-5, 100, 0.0), 0.01, parts)
+        state = stepping.init_state(trainable, optimizer)
+        key = jax.random.key(0)
+        train = jax.jit(stepping.train_step(model, method, optimizer)).lower(state, frozen, batch, key).compile()
+        # As it would be served: merged and folded.
+        merged = transform.merge(method, transform.fold(method, leaves), params)
+        served = {"params": merged.params, "peft": merged.leaves}
+        infer = jax.jit(stepping.eval_step(model, merged.transform)).lower(served, {}, batch).compile()
+        stats = train.memory_analysis()
+        assert stats is not None
+        self.memory = stats.argument_size_in_bytes + stats.temp_size_in_bytes  # outputs take over the state's buffers
+        self._run: dict[str, Callable[[], Any]] = {
+            "train": lambda: train(state, frozen, batch, key),
+            "infer": lambda: infer(served, {}, batch),
+        }
+
+    def seconds(self, kind: str) -> float:
+        """The time of one step."""
+        start = time.perf_counter()
+        jax.block_until_ready(self._run[kind]())
+        return time.perf_counter() - start
+
+
+def score(name: str, args: argparse.Namespace, workdir: Path, console: Console) -> dict[str, Any]:
+    """The dev scores after the small budget, and how fast it trained."""
+    config = configs.demo(configs.default(args.task, name))
+    config.task, config.model = args.task, args.model
+    config.train.update(num_epochs=args.num_epochs, max_length=128)
+    report = experiment.run(config, workdir, console)
+    return {
+        "learning_rate": config.train.learning_rate,
+        "primary_metric": report["primary_metric"],
+        "metrics": report["metrics"]["mean"],
+        "module_bytes": report["parameters"]["module_bytes"],
+    }
+
+
+def _method(name: str, num_layers: int) -> transform.Chain:
+    if name == "fishpal":  # the plan that the thesis prints, as far as the model has layers
+        return build({layer: entries for layer, entries in PLANS["thesis_mrpc"].items() if layer < num_layers})
+    return build([] if name not in MODULES else [{"method": name, "options": {}}])
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The Markdown table, one row a method."""
+    metrics = list(dict.fromkeys(m for row in rows.values() for m in row.get("metrics", {})))
+    head = ["method", "trains %", "adds %", "merges", "train time", "inference time", "memory MB", "file kB", *metrics]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for name, row in rows.items():
+        cells = [
+            name,
+            f"{row['trainable_percent']:.3f}",
+            f"{row['added_percent']:.3f}",
+            "yes" if row["merges"] else "no",
+            f"{row['train_time_ratio']:.2f}",
+            f"{row['infer_time_ratio']:.2f}",
+            f"{row['train_memory_bytes'] / 1e6:.0f}",
+            f"{row['module_bytes'] / 1e3:.0f}" if "module_bytes" in row else "-",
+            *(f"{100 * row['metrics'][m]:.1f}" if "metrics" in row else "-" for m in metrics),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m jpeft.workbench.methods", description="Compares all methods.")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/methods"), help="results; kept between starts")
+    parser.add_argument("--model", default="minilm", help="whose shapes are timed and which is trained")
+    parser.add_argument("--task", default="mrpc", help="the task that is trained on; 'none' leaves accuracy out")
+    parser.add_argument("--num_epochs", type=int, default=2, help="the budget")
+    parser.add_argument("--methods", default=",".join(NAMES), help="comma-separated; all by default")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Measures every method that is not measured yet, and writes the table; exit code 2 after a user's error."""
+    args, console = _parse(argv), Console()
+    try:
+        names = args.methods.split(",")
+        for name in names:
+            if name not in NAMES:
+                raise UserError(f"method {name!r} is unknown: {nearest(name, NAMES)}")
+        _measure(names, args, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _measure(names: list[str], args: argparse.Namespace, console: Console) -> None:
+    path = args.workdir / "methods.json"
+    rows: dict[str, dict[str, Any]] = files.read_json(path) if path.is_file() else {}
+    todo = [name for name in names if "merges" not in rows.get(name, {})]
+    if todo:
+        shape = jax.ShapeDtypeStruct((1, LENGTH), "int32")
+        base = Bert(BASE)
+        base_params = dict(base.init(jax.random.key(0), jnp.ones((1, 4), "int32"))["params"])
+        base_sites = site.sites(base, shape)
+        loaded = pretrained.load(args.model, num_labels=2, key=jax.random.key(0))
+        model = Bert(loaded.config)
+        full = cost("full", model, loaded.params, None)[1]
+        for name in todo:
+            console.title(f"{name}: sizes and times")
+            measured, _ = cost(name, model, loaded.params, full)
+            rows[name] = {**rows.get(name, {}), **sizes(name, base_params, base_sites), **measured}
+            files.write_json(path, rows)
+    if args.task != "none":
+        for name in names:
+            if "metrics" not in rows[name]:
+                rows[name] |= score(name, args, args.workdir / name, console)
+                files.write_json(path, rows)
+    rows = {name: rows[name] for name in NAMES if name in rows}
+    files.write_text(args.workdir / "methods.md", table(rows))
+    if any("metrics" in row for row in rows.values()):
+        plots.methods(args.workdir / "methods.png", rows)
+    console.say("\n" + table(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from jpeft.core import files
+
+
+def test_text_is_written_whole_into_a_new_folder(tmp_path):
+    path = tmp_path / "a" / "b" / "text"
+    files.write_text(path, "one ± two\n")
+    assert path.read_bytes() == "one ± two\n".encode()
+    files.write_text(path, "other")
+    assert path.read_text() == "other"
+    assert [file.name for file in path.parent.iterdir()] == ["text"]
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "text"
+    files.write_text(path, "before")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(path, "half \ud800")
+    assert path.read_text() == "before"
+
+
+def test_json_round_trip(tmp_path):
+    value = {"a": [1, 2.5, None], "b": {"c": "±"}}
+    files.write_json(tmp_path / "x.json", value)
+    assert files.read_json(tmp_path / "x.json") == value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_json_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.write_json(tmp_path / "x.json", {"a": value})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.append_json(tmp_path / "x.jsonl", {"a": value})
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_appended_rows_are_lines(tmp_path):
+    path = tmp_path / "x.jsonl"
+    rows = [{"a": 1}, {"a": "line\nbreak"}]
+    for row in rows:
+        files.append_json(path, row)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+
+
+def test_keep_lines_drops_the_unwanted_and_the_line_cut_short(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n{"a": 1, "b')
+    files.keep_lines(path, lambda row: row["a"] != 2)
+    assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
+    files.append_json(path, {"a": 4})
+    assert path.read_text().endswith('{"a": 3}\n{"a": 4}\n')
+
+
+def test_keep_lines_makes_no_file(tmp_path):
+    files.keep_lines(tmp_path / "none", lambda row: True)
+    assert not (tmp_path / "none").exists()

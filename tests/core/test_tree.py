@@ -1,0 +1,31 @@
+import jax
+import jax.numpy as jnp
+
+from jpeft.core import tree
+
+TREE = {"a": {"x/y": jnp.ones((2, 3)), "b": jnp.ones(4)}, "c": jnp.zeros(())}
+
+
+def test_flatten_keeps_keys_that_are_paths():
+    assert set(tree.flatten(TREE)) == {("a", "x/y"), ("a", "b"), ("c",)}
+    assert jax.tree.structure(tree.unflatten(tree.flatten(TREE))) == jax.tree.structure(TREE)
+
+
+def test_union_is_the_inverse_of_split():
+    inside, outside = tree.split(TREE, lambda path: path[-1] == "b")
+    assert set(tree.flatten(inside)) == {("a", "b")}
+    assert set(tree.flatten(outside)) == {("a", "x/y"), ("c",)}
+    assert jax.tree.structure(tree.union(outside, inside)) == jax.tree.structure(TREE)
+    assert tree.union({"c": 1}, {"c": 2}) == {"c": 2}
+
+
+def test_replace_copies_the_way_and_shares_the_rest():
+    new = tree.replace(TREE, "a/b", lambda x: x + 1)
+    assert new["a"]["b"][0] == 2
+    assert TREE["a"]["b"][0] == 1
+    assert new["a"]["x/y"] is TREE["a"]["x/y"]
+
+
+def test_sizes():
+    assert tree.count(TREE) == 11
+    assert tree.num_bytes({"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2)}) == 14

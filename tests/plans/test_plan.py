@@ -1,0 +1,115 @@
+import random
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import randomised
+
+import jpeft
+from jpeft import Entry, UserError
+from jpeft.core import tree
+from jpeft.models import Bert, BertConfig
+from jpeft.plans import plan
+
+LORA, ADAPTER = Entry("lora", {"rank": 2}), Entry("pfeiffer", {"bottleneck": 3})
+
+
+def test_the_order_of_every_layer_is_kept():
+    spec = plan.spec({0: [LORA, ADAPTER], 1: [ADAPTER, LORA], 2: [ADAPTER], 3: [LORA, LORA]})
+    groups = [(group["method"], group["options"]["layers"]) for group in spec]
+    assert groups == [("lora", [0, 3]), ("pfeiffer", [0, 1, 2]), ("lora", [1, 3])]
+
+
+def test_random_plans_keep_order_and_membership():
+    rng = random.Random(0)
+    entries = [LORA, ADAPTER, Entry("prefix"), Entry("houlsby")]
+    for _ in range(200):
+        made = {layer: rng.choices(entries, k=rng.randint(0, 4)) for layer in range(5)}
+        spec = plan.spec(made)
+        for layer, wanted in made.items():
+            got = [group["method"] for group in spec if layer in group["options"]["layers"]]
+            assert got == [entry.method for entry in wanted]
+
+
+def test_layers_with_the_same_prefix_share_its_mlp(toy, key):
+    built = jpeft.build({0: [Entry("prefix", {"mlp_hidden": 4})], 1: [Entry("prefix", {"mlp_hidden": 4})]})
+    leaves = jpeft.init(built, key, toy.sites)
+    assert list(leaves) == ["prefix_0"]
+    assert len(leaves["prefix_0"]) == 3
+
+
+def test_a_plan_equals_the_chain_written_by_hand(toy, key):
+    built = jpeft.build({0: [ADAPTER], 1: [LORA]})
+    by_hand = jpeft.chain(jpeft.pfeiffer(3, layers=[0]), jpeft.lora(2, layers=[1]))
+    leaves = randomised(jpeft.init(built, key, toy.sites))
+    chex.assert_trees_all_equal_shapes(leaves, jpeft.init(by_hand, key, toy.sites))
+    chex.assert_trees_all_equal(toy.logits(built, leaves), toy.logits(by_hand, leaves))
+    assert "encoder/layer_0/attention/query" not in leaves["lora_0"]
+
+
+def test_json_in_and_out():
+    made = {0: [LORA, ADAPTER], 11: [Entry("prefix")]}
+    assert plan.loads(plan.dumps(made)) == made
+    assert plan.dumps(made).count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "is no plan"),
+        ('{"a": []}', "is no plan"),
+        ('{"00": []}', "is no plan"),
+        ('{"0": [{"method": "lora", "options": {"rank": 2.5}}]}', "rank must be a whole number, got 2.5"),
+        ('{"0": {}}', "is no plan"),
+        ('{"0": ["lora"]}', "layer 0: expected a method and its options"),
+        ('{"0": [{"method": "lroa"}]}', "layer 0: method 'lroa' is unknown: did you mean 'lora'"),
+        ('{"0": [{"method": "lora", "options": {"rnk": 3}}]}', "no option 'rnk': did you mean 'rank'"),
+        ('{"3": [{"method": "lora", "options": {"rank": 0}}]}', "layer 3: rank must be positive"),
+        ('{"0": [{"method": "lora", "options": {"layers": [0]}}]}', "drop the option 'layers'"),
+        ('{"0": [{"method": "lora", "options": {"alpha": "x"}}]}', "wrong type"),
+        ('{"0": [{"method": ["lora"]}]}', "layer 0: expected a method and its options"),
+        ('{"0": [{"method": 3}]}', "layer 0: expected a method and its options"),
+        ('{"0": [{"method": "lora", "options": 3}]}', "layer 0: expected a method and its options"),
+        ('{"0": [{"method": "lora", "options": null}]}', "layer 0: expected a method and its options"),
+    ],
+)
+def test_what_is_no_plan(text, message):
+    with pytest.raises(UserError, match=message):
+        plan.loads(text, "a plan")
+
+
+def test_named_plans_and_files(tmp_path):
+    assert plan.read("thesis_sst2")[4] == [Entry("prefix")]
+    file = tmp_path / "plan.json"
+    file.write_text(plan.dumps({0: [LORA]}))
+    assert plan.read(str(file)) == {0: [LORA]}
+    with pytest.raises(UserError, match="did you mean 'thesis_mnli'"):
+        plan.read("thesis_mnl")
+
+
+def test_a_layer_that_does_not_exist():
+    assert plan.check({0: [LORA]}, 1) == {0: [LORA]}
+    with pytest.raises(UserError, match="layer 12, but the model has layers 0 to 11"):
+        plan.check({12: [LORA]}, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "trains", "with_head", "adds"),
+    [("thesis_mnli", 1.45, 1.93, 0.43), ("thesis_mrpc", 1.45, 1.93, 0.43), ("thesis_sst2", 3.82, 4.30, 0.36)],
+)
+def test_the_plans_of_the_thesis_have_its_sizes_on_roberta_base(name, trains, with_head, adds):
+    config = BertConfig(
+        model_type="roberta", vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1
+    )
+    model, ids = Bert(config), jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((1, 8), jnp.int32)))["params"]
+    sites, method = jpeft.sites(model, ids), jpeft.build(plan.read(name))
+    leaves = jax.eval_shape(lambda: jpeft.init(method, jax.random.key(0), sites))
+    left = jax.eval_shape(lambda leaves, params: jpeft.merge(method, jpeft.fold(method, leaves), params).leaves, leaves, params)  # fmt: skip  # noqa: E501
+    total, head, modules = tree.count(params), tree.count(params["classifier"]), tree.count(leaves)
+    assert total == 124_647_170
+    assert round(100 * modules / total, 2) == trains
+    assert round(100 * (modules + head) / total, 2) == with_head
+    assert round(100 * tree.count(left) / total, 2) == adds

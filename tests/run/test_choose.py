@@ -1,0 +1,38 @@
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+
+from jpeft.data.batching import Examples
+from jpeft.run import choose as choice
+from jpeft.run.console import Console
+
+
+def case(folder, tokens):
+    """Five rows of different lengths, whose tokens are told by `tokens`."""
+    ids = tuple(np.full(n, t, np.int32) for n, t in zip((3, 7, 2, 6, 1), tokens, strict=True))
+    train = Examples(ids, tuple(0 * x for x in ids), np.arange(5, dtype=np.int32), 0)
+    return SimpleNamespace(
+        config=SimpleNamespace(model="m", task="mrpc"), base=SimpleNamespace(params={"w": np.ones(2)}), seed=3,
+        train=train, buckets=(4, 8), folder=folder, key=jax.random.key(0), console=Console(quiet=True),
+    )  # fmt: skip
+
+
+def test_examples_keep_their_numbers_and_other_data_are_known_as_such(tmp_path, monkeypatch):
+    """Rows are sorted by length, and a message about one of them names its place in the training set."""
+    seen = []
+
+    def measure(path, about, console, fn, tree, groups, *rest, ids, **options):
+        labels = np.concatenate([group.labels for group in groups])
+        assert ids == labels.tolist()  # the label of a row is its number here
+        assert [group.input_ids.shape for group in groups] == [(3, 4), (2, 8)]
+        seen.append(about)
+        return tree
+
+    monkeypatch.setattr(choice, "measure", measure)
+    monkeypatch.setattr(choice, "read", lambda path: ({}, {}))
+    monkeypatch.setattr(choice.plots, "fisher_map", lambda *args: None)
+    for tokens in ((1, 2, 3, 4, 5), (1, 2, 3, 4, 5), (1, 2, 9, 4, 5)):
+        choice._fisher(case(tmp_path, tokens), "fisher.safetensors", None, {"w": np.ones(2)}, 5)
+    assert seen[0] == seen[1] != seen[2]
+    assert {**seen[0], "rows": ""} == {**seen[2], "rows": ""}

@@ -1,0 +1,136 @@
+import inspect
+import json
+
+import pytest
+
+from jpeft.core.errors import UserError
+from jpeft.run import config as configs
+from jpeft.transforms.registry import METHODS, MODULES
+
+
+def make(**changes):
+    """The default FishPAL run on MNLI with fields set by dotted name, "__" for "."."""
+    config = configs.default("mnli", "fishpal")
+    with config.unlocked():
+        for name, value in changes.items():
+            *sections, field = name.split("__")
+            section = config
+            for part in sections:
+                section = section[part]
+            section[field] = value
+    return config
+
+
+@pytest.mark.parametrize("method", MODULES)
+def test_sections_have_the_defaults_of_the_signatures(method):
+    parameters = inspect.signature(METHODS[method].make).parameters
+    assert configs.default("mnli", method).peft[method].to_dict() == {n: p.default for n, p in parameters.items()}
+
+
+def test_fields_without_a_default_take_their_type():
+    config = configs.default("mnli", "lora")
+    config.peft.lora.layers = (0, 1)
+    config.peft.pfeiffer.bottleneck = 48
+    config.data.path = "folder"
+    config.train.learning_rate = 1e-3
+    with pytest.raises(TypeError):
+        config.peft.pfeiffer.bottleneck = "wide"
+    with pytest.raises(TypeError):
+        config.train.learning_rate = "fast"
+
+
+@pytest.mark.parametrize("method", configs.method_names())
+def test_every_default_passes_the_check_and_is_json(method):
+    config = configs.default("mnli", method)
+    configs.check(config)
+    assert json.loads(config.to_json())["method"] == method
+
+
+def test_method_names_are_fishpal_selections_and_methods():
+    assert set(configs.method_names()) == {"fishpal", "full", "head", *MODULES}
+
+
+def test_learning_rate_is_the_method_s_unless_given():
+    for method in METHODS:
+        assert configs.learning_rate(configs.default("mnli", method)) == METHODS[method].learning_rate
+    assert configs.learning_rate(make()) == 5e-4
+    assert configs.learning_rate(make(train__learning_rate=0.25)) == 0.25
+
+
+def test_options_are_those_that_differ():
+    config = make(peft__lora__rank=4, peft__lora__layers=(0, 2), peft__pfeiffer__bottleneck=None)
+    assert configs.options(config, "lora") == {"rank": 4, "layers": (0, 2)}
+    assert configs.options(config, "pfeiffer") == {}
+    config.peft.lora.rank = 8
+    assert configs.options(config, "lora") == {"layers": (0, 2)}
+
+
+def test_variants():
+    assert configs.variant(make(), "").model == "bert-base-uncased"
+    demo = configs.variant(make(), "demo")
+    assert (demo.model, demo.task, demo.method, demo.seeds) == ("minilm", "synthetic", "fishpal", (11,))
+    configs.check(demo)
+    with pytest.raises(UserError, match="config variant 'dmo' is unknown: did you mean 'demo'"):
+        configs.variant(make(), "dmo")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "mnil"}, "config.task 'mnil' is unknown: did you mean 'mnli'?"),
+        ({"method": "lroa"}, "config.method 'lroa' is unknown: did you mean 'lora'"),
+        ({"peft__lora__rank": 0}, "config.peft.lora: rank must be positive, got 0"),
+        ({"peft__lora__dropout": 1.0}, "config.peft.lora: dropout must be at least 0 and below 1, got 1.0"),
+        ({"peft__pfeiffer__activation": "rleu"}, "config.peft.pfeiffer: activation 'rleu' is unknown"),
+        ({"fishpal__candidates": ("lora", "adaptor")}, "config.fishpal.candidates: 'adaptor' is unknown"),
+        ({"fishpal__candidates": ("lora", "lora")}, "config.fishpal.candidates must name at least one"),
+        ({"fishpal__candidates": ()}, "config.fishpal.candidates must name at least one"),
+        ({"fishpal__plan": "thesis_mnil"}, "'thesis_mnil' is neither a file nor a named plan"),
+        ({"fishpal__num_examples": 0}, "config.fishpal.num_examples must be at least 1, got 0"),
+        ({"fishpal__factors__lora": 0.0}, "config.fishpal.factors.lora must be above 0, got 0.0"),
+        ({"fishpal__factors__lora": float("nan")}, "config.fishpal.factors.lora must be above 0, got nan"),
+        ({"train__num_epochs": 0}, "config.train.num_epochs must be at least 1, got 0"),
+        ({"train__batch_size": -1}, "config.train.batch_size must be at least 1, got -1"),
+        ({"train__max_train_examples": 0}, "config.train.max_train_examples must be at least 1, got 0"),
+        ({"train__max_length": 7}, "config.train.max_length must be at least 8, got 7"),
+        ({"train__weight_decay": -0.1}, "config.train.weight_decay must be at least 0, got -0.1"),
+        ({"train__weight_decay": float("nan")}, "config.train.weight_decay must be at least 0, got nan"),
+        ({"train__learning_rate": 0.0}, "config.train.learning_rate must be above 0, got 0.0"),
+        ({"train__learning_rate": float("inf")}, "config.train.learning_rate must be above 0, got inf"),
+        ({"train__warmup_ratio": 1.0}, "config.train.warmup_ratio must be at least 0 and below 1, got 1.0"),
+        ({"train__warmup_ratio": -0.1}, "config.train.warmup_ratio must be at least 0 and below 1, got -0.1"),
+        ({"train__dtype": "float16"}, "config.train.dtype must be 'float32' or 'bfloat16', got 'float16'"),
+        ({"seeds": ()}, "config.seeds must be distinct integers from 0 up"),
+        ({"seeds": (1, 1)}, "config.seeds must be distinct integers from 0 up"),
+        ({"seeds": (1, -1)}, "config.seeds must be distinct integers from 0 up"),
+        ({"seeds": (1.5,)}, "config.seeds must be distinct integers from 0 up"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_what_cannot_be_is_named(changes, message):
+    with pytest.raises(UserError) as caught:
+        configs.check(make(**changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_methods_joined_by_plus_are_a_chain_with_the_first_one_s_learning_rate():
+    config = make(method="ia3+layer_norm", peft__ia3__placement="before")
+    configs.check(config)
+    assert configs.modules(config) == [
+        {"method": "ia3", "options": {"placement": "before"}},
+        {"method": "layer_norm", "options": {}},
+    ]
+    assert configs.learning_rate(config) == METHODS["ia3"].learning_rate
+    with pytest.raises(UserError, match=r"config.method 'layernorm' is unknown.*'layer_norm'"):
+        configs.check(make(method="ia3+layernorm"))
+    with pytest.raises(UserError, match=r"config.method 'full' is unknown"):
+        configs.check(make(method="lora+full"))
+    assert configs.modules(make(method="head")) == []
+
+
+def test_patterns_of_a_method_are_set_as_a_dict():
+    config = make(method="lora")
+    config.peft.lora.rank_pattern = {"query": 4}
+    configs.check(config)
+    assert configs.options(config, "lora") == {"rank_pattern": {"query": 4}}

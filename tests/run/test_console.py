@@ -1,0 +1,54 @@
+import pytest
+
+from jpeft.run.console import Console
+
+ROW = {"epoch": 1, "step": 1200, "train_loss": 0.5, "accuracy": 0.75, "f1": 0.8}
+
+
+def test_lines_are_printed_as_they_are(capsys):
+    console = Console()
+    console.say("[bold]x[/bold] " + "long " * 60 + "end")
+    console.title("[red]title")
+    console.warn("[0] is odd")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == ["[bold]x[/bold] " + "long " * 60 + "end", "[red]title", "warning: [0] is odd"]
+
+
+def test_quiet_prints_nothing(capsys):
+    console = Console(quiet=True)
+    console.say("a")
+    console.title("b")
+    console.warn("c")
+    with console.waiting("d"), console.training(2, 0) as bar:
+        bar.advance(loss=1.0, epoch=1, examples=4)
+        bar.epoch(ROW, "accuracy")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_gets_one_line_an_epoch_and_no_bar(capsys):
+    console = Console()
+    with console.training(4, 2) as bar:
+        for _ in range(2):
+            bar.advance(loss=1.0, epoch=1, examples=4)
+        bar.epoch(ROW, "accuracy")
+    out = capsys.readouterr().out
+    assert out.strip() == "epoch  1  step  1,200  loss 0.5000  accuracy 0.7500  f1 0.8000"
+    assert "\x1b" not in out
+
+
+def test_the_bar_shows_progress_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with Console().training(4, 2) as bar:
+        bar.advance(loss=0.125, epoch=2, examples=4)
+    out = capsys.readouterr().out
+    assert "3/4" in out
+    assert "loss 0.125" in out
+
+
+def test_an_error_ends_the_bar_and_goes_on(capsys):
+    with pytest.raises(KeyError), Console().training(4, 0):
+        raise KeyError("x")
+    Console().say("after")
+    assert capsys.readouterr().out.splitlines()[-1] == "after"

@@ -1,0 +1,224 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import jpeft
+from jpeft.core.errors import UserError
+from jpeft.plans import fishpal
+from jpeft.run import experiment, measured
+from jpeft.run.console import Console
+from jpeft.transforms.registry import MODULES
+
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
+REPORT = {
+    "task", "method", "model", "split", "primary_metric", "metrics", "parameters", "seconds", "examples_per_second",
+    "inference_examples_per_second", "peak_memory_bytes", "learning_rate", "device", "versions",
+}  # fmt: skip
+PARAMETERS = {
+    "base", "head", "trainable", "trainable_percent", "added_at_inference", "added_percent", "module_bytes",
+}  # fmt: skip
+
+
+class Heard(Console):
+    """Keeps what a run says."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines, self.warnings = [], []
+
+    def say(self, text=""):
+        self.lines.append(text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+def run(config, workdir):
+    return experiment.run(config, workdir, Heard())
+
+
+def check_report(config, workdir, report):
+    assert json.loads((workdir / "report.json").read_text()) == report
+    assert set(report) == REPORT
+    assert set(report["parameters"]) == PARAMETERS
+    assert set(report["metrics"]) == {"mean", "std", "per_seed"}
+    assert set(report["seconds"]) == {"load", "fisher", "compile", "train", "evaluate"}
+    assert set(report["versions"]) == {"jpeft", "jax", "flax"}
+    assert (report["task"], report["method"], report["model"]) == (config.task, config.method, config.model)
+    assert min(report[name] for name in REPORT if name.endswith(("second", "bytes"))) > 0
+    assert report["primary_metric"] in report["metrics"]["mean"]
+    assert [row["seed"] for row in report["metrics"]["per_seed"]] == list(config.seeds)
+    for row in report["metrics"]["per_seed"]:
+        assert set(row["best"]) == {"epoch", *report["metrics"]["mean"]}
+        assert set(row["last"]) == set(report["metrics"]["mean"])
+        assert row["best"][report["primary_metric"]] >= row["last"][report["primary_metric"]]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert max(Counter((row["seed"], row["step"], "train_loss" in row) for row in rows).values()) == 1
+    epochs = Counter(row["seed"] for row in rows if "train_loss" in row)
+    assert epochs == dict.fromkeys(config.seeds, config.train.num_epochs)
+    for seed in config.seeds:
+        folder = workdir / f"seed_{seed}" / "model"
+        saved = jpeft.load(folder)
+        assert saved.task == config.task
+        assert np.isfinite(jpeft.predict(saved, [("the dog", "a cat")])).all()
+    file = workdir / f"seed_{config.seeds[0]}" / "model" / "modules.safetensors"
+    assert abs(file.stat().st_size - report["parameters"]["module_bytes"]) < 500
+
+
+@pytest.fixture
+def fishpal_run(tiny_config, tmp_path):
+    config = tiny_config("fishpal")
+    config.seeds = (1, 2)
+    console = Heard()
+    return config, tmp_path, experiment.run(config, tmp_path, console), console
+
+
+def test_fishpal(fishpal_run):
+    config, workdir, report, console = fishpal_run
+    check_report(config, workdir, report)
+    assert set(report["metrics"]["std"]) == {"accuracy", "f1"}
+    assert None not in report["metrics"]["std"].values()
+    assert report["seconds"]["fisher"] > 0
+    page = (workdir / "report.md").read_text()
+    assert "](fisher.png)" in page
+    assert (workdir / "fisher.png").read_bytes().startswith(b"\x89PNG")
+    uniform = 0
+    candidates = dict.fromkeys(config.fishpal.candidates)
+    for row in report["metrics"]["per_seed"]:
+        plan = json.loads((workdir / row["plan"]).read_text())
+        assert list(plan) == ["0", "1"]
+        measured = json.loads((workdir / f"seed_{row['seed']}" / "fisher.json").read_text())
+        assert len(measured["train_rows"]) == measured["num_examples"] == 8
+        scores = {int(layer): scores for layer, scores in measured["scores"].items()}
+        chosen = fishpal.choose(scores, {name: jpeft.Entry(name) for name in candidates})
+        assert [plan[str(layer)][0]["method"] for layer in (0, 1)] == [chosen[layer][0].method for layer in (0, 1)]
+        uniform += len({entries[0]["method"] for entries in plan.values()}) == 1
+    assert sum("throughout" in warning for warning in console.warnings) == uniform
+
+    # Again in the same workdir: nothing is trained, and nothing changes.
+    log = (workdir / "metrics.jsonl").read_bytes()
+    again = Heard()
+    repeated = experiment.run(config, workdir, again)
+    assert {**repeated, "seconds": 0} == {**report, "seconds": 0}
+    assert sum("finished earlier" in line for line in again.lines) == 2
+    assert (workdir / "metrics.jsonl").read_bytes() == log
+
+    # Another config in the same workdir: refused, naming the fields.
+    config.train.num_epochs, config.peft.lora.rank = 3, 1
+    with pytest.raises(UserError, match="belongs to another config") as caught:
+        run(config, workdir)
+    assert "config.train.num_epochs is 2 there, 3 here" in str(caught.value)
+    assert "config.peft.lora.rank is 2 there, 1 here" in str(caught.value)
+
+
+@pytest.mark.parametrize(("method", "task"), [("lora", "mrpc"), ("full", "mrpc"), ("head", "mrpc"), ("lora", "stsb")])
+def test_methods(tiny_config, tmp_path, method, task):
+    config = tiny_config(method, task)
+    report = run(config, tmp_path)
+    check_report(config, tmp_path, report)
+    counts = report["parameters"]
+    width = 1 if task == "stsb" else 2
+    assert counts["head"] == 17 * width
+    adds = 2 * 2 * (16 * 2 + 2 * 16)  # two sites in two layers, rank 2
+    assert counts["trainable"] == counts["head"] + {"lora": adds, "full": counts["base"], "head": 0}[method]
+    assert counts["added_at_inference"] == 0  # LoRA merges
+    assert report["metrics"]["std"] == dict.fromkeys(report["metrics"]["mean"])
+    assert report["primary_metric"] == ("pearson" if task == "stsb" else "accuracy")
+    assert "plan" not in report["metrics"]["per_seed"][0]
+    assert not (tmp_path / "seed_11" / "plan.json").exists()
+    assert "](fisher.png)" not in (tmp_path / "report.md").read_text()
+
+
+def test_a_plan_of_one_method_is_warned_of(tiny_config, tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"0": [{"method": "lora"}], "1": [{"method": "lora"}]}')
+    config = tiny_config("fishpal", num_epochs=1)
+    config.fishpal.plan = str(plan)
+    console = Heard()
+    report = experiment.run(config, tmp_path / "work", console)
+    assert [w for w in console.warnings if "the plan is lora throughout" in w]
+    assert report["seconds"]["fisher"] < 1
+    assert not (tmp_path / "work" / "fisher.png").exists()
+
+
+def test_max_train_examples(tiny_config, tmp_path):
+    console = Heard()
+    experiment.run(tiny_config("head", num_epochs=1, max_train_examples=20), tmp_path, console)
+    assert any("20 examples to train on, 18 of validation" in line for line in console.lines)
+
+
+def test_a_named_plan_for_more_layers_than_there_are(tiny_config, tmp_path):
+    config = tiny_config("fishpal")
+    config.fishpal.plan = "thesis_sst2"
+    with pytest.raises(UserError, match="the plan names layer 2, but the model has layers 0 to 1"):
+        run(config, tmp_path)
+
+
+def test_inputs_longer_than_the_model_takes(tiny_config, tmp_path):
+    with pytest.raises(UserError, match=r"config.train.max_length 64: .* takes at most 32"):
+        run(tiny_config("lora", max_length=64), tmp_path)
+
+
+def test_a_workdir_that_is_a_file(tiny_config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        run(tiny_config("lora"), tmp_path / "file")
+
+
+OTHERS = [name for name in MODULES if name not in ("pfeiffer", "lora")]
+
+
+@pytest.mark.parametrize("method", [*OTHERS, "ia3+layer_norm"])
+def test_every_method_runs_from_its_name_and_is_restored(tiny_config, tmp_path, method):
+    config = tiny_config(method, num_epochs=1, max_length=8)  # one length, so one compilation
+    for name in ("fish", "random_mask", "magnitude_mask"):
+        config.peft[name].ratio = 0.1
+    config.peft.fish.num_examples = config.peft.far.num_examples = 8
+    config.peft.sparse_adapter.score = "snip"
+    config.peft.p_tuning.update(num_virtual_tokens=2, hidden=4)
+    config.peft.prompt.num_virtual_tokens = 2
+    config.peft.mam.update(num_virtual_tokens=2, mlp_hidden=4, bottleneck=4)
+    config.peft.unipelt.update(num_virtual_tokens=2, mlp_hidden=4, reduction_factor=4)
+    report = run(config, tmp_path)
+    assert report["parameters"]["trainable"] > report["parameters"]["head"]
+    assert np.isfinite(list(report["metrics"]["mean"].values())).all()
+    saved = jpeft.load(tmp_path / "seed_11" / "model")
+    assert jpeft.predict(saved, [("the dog runs", "a cat sleeps")]).shape == (1, 2)
+    trained = jpeft.merge(saved.transform, saved.variables["peft"], saved.variables["params"])
+    assert (trained.leaves == {}) == (report["parameters"]["added_at_inference"] == 0)
+
+
+def test_what_data_decided_is_asked_once(tiny_config, tmp_path, monkeypatch):
+    """A run that goes on reads the mask that its first start measured."""
+    config = tiny_config("fish", num_epochs=1, max_length=8)
+    config.peft.fish.update(ratio=0.1, num_examples=8)
+    first = run(config, tmp_path)
+    assert "](seed_11/fisher_0.png)" in (tmp_path / "report.md").read_text()
+    arrays, about = measured.read(tmp_path / "seed_11" / "fisher_0.safetensors")
+    assert (about["num_examples"], about["task"], about["labels"]) == (8, "mrpc", "empirical")
+    assert sum(x.size for x in arrays.values()) == first["parameters"]["base"]
+    (tmp_path / "seed_11" / "result.json").unlink()
+    monkeypatch.setattr(jpeft.core.transform, "prepare", lambda *_: pytest.fail("it looked at the data again"))
+    again = run(config, tmp_path)
+    assert again["metrics"] == first["metrics"]
+
+
+def test_lora_plus_trains_b_faster(tiny_config):
+    """The updates of the optimiser that a run makes, with equal gradients: the ratio for B, one for all else."""
+    config = tiny_config("lora")
+    config.peft.lora.learning_rate_ratio = 16.0
+    method = jpeft.lora(2, learning_rate_ratio=16.0)
+    one = np.ones((2, 2), np.float32)
+    own = {"encoder/layer_0/attention/query": {"a": one, "b": one}}
+    tree = {"peft": {"lora_0": own}, "params": {"classifier": {"kernel": one}}}
+    optimizer = experiment._optimizer(config, jpeft.chain(method), num_steps=10)
+    state = optimizer.init(tree)
+    for _ in range(2):  # the first step of the warm-up has rate 0
+        updates, state = optimizer.update(tree, state, tree)
+    own = updates["peft"]["lora_0"]["encoder/layer_0/attention/query"]
+    np.testing.assert_allclose(own["b"], 16 * own["a"], rtol=1e-6)
+    np.testing.assert_allclose(own["a"], updates["params"]["classifier"]["kernel"], rtol=1e-6)
+    assert (own["a"] < 0).all()

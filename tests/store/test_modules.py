@@ -1,0 +1,157 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jpeft
+from jpeft.core import tree
+from jpeft.core.errors import UserError
+from jpeft.models import Bert, pretrained
+from jpeft.plans import plan as plans
+from jpeft.store import modules as saved
+
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
+SPECS = {
+    "lora": [{"method": "lora", "options": {"rank": 2}}],
+    "prefix": [{"method": "prefix", "options": {"num_virtual_tokens": 3, "mlp_hidden": 8}}],
+    "plan": plans.spec(
+        {
+            0: [plans.Entry("prefix", {"mlp_hidden": 8})],
+            1: [plans.Entry("pfeiffer", {"bottleneck": 4}), plans.Entry("lora")],
+        }
+    ),
+    "head": [],
+    "full": [],
+}
+IDS = np.array([[2, 4, 5, 3, 0], [2, 6, 7, 8, 3]], np.int32)
+MASK = (IDS > 0).astype(np.int32)
+
+
+def logits(model, transform, variables, ids=IDS, mask=MASK):
+    return np.asarray(jpeft.apply(model, transform, variables, ids, mask, np.zeros_like(ids), mask=mask)[0])
+
+
+def make(folder, base, kind, labels=("no", "yes")):
+    """Saves modules with random values; the logits they gave before."""
+    loaded = pretrained.load(base, num_labels=len(labels) or 1, key=jax.random.key(7))
+    model, transform = Bert(loaded.config), plans.build(SPECS[kind])
+    trained, frozen = tree.split(loaded.params, lambda path: kind == "full" or path[0] == "classifier")
+    sites = jpeft.sites(model, jax.ShapeDtypeStruct((1, 5), "int32"))
+    leaves = jpeft.init(transform, jax.random.key(1), sites, loaded.params)
+    rng = np.random.default_rng(0)
+    trainable = {"params": trained, "peft": leaves}
+    moved = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), trainable)
+    size = saved.save(
+        folder, moved, SPECS[kind], base=loaded.source, fingerprint=pretrained.fingerprint(frozen), task="mrpc",
+        labels=labels, max_length=16,
+    )  # fmt: skip
+    assert size == (folder / "modules.safetensors").stat().st_size
+    variables = {"params": tree.union(loaded.params, moved["params"]), "peft": moved["peft"]}
+    plain = logits(model, jpeft.chain(), {"params": loaded.params, "peft": {}})
+    return logits(model, transform, variables), plain
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_loaded_modules_give_the_same_logits(tmp_path, tiny_model, kind):
+    expected, plain = make(tmp_path, tiny_model, kind)
+    assert np.abs(expected - plain).max() > 1e-3
+    back = jpeft.load(tmp_path)
+    np.testing.assert_allclose(logits(back.model, back.transform, back.variables), expected, rtol=0, atol=1e-6)
+    assert (back.labels, back.task, back.max_length) == (("no", "yes"), "mrpc", 16)
+    assert back.tokenizer == tiny_model
+
+
+def test_prefixes_are_saved_folded(tmp_path, tiny_model):
+    make(tmp_path, tiny_model, "prefix")
+    leaves = jpeft.load(tmp_path).variables["peft"]["prefix_0"]
+    assert set(leaves) == {f"encoder/layer_{i}/attention/core" for i in (0, 1)}
+    assert {x.shape for x in jax.tree.leaves(leaves)} == {(3, 16)}
+
+
+def test_only_what_trained_is_saved(tmp_path, tiny_model):
+    make(tmp_path, tiny_model, "lora")
+    from safetensors.numpy import load_file
+
+    names = set(load_file(tmp_path / "modules.safetensors"))
+    sites = [f"peft:lora_0:encoder/layer_{i}/attention/{name}" for i in (0, 1) for name in ("query", "value")]
+    head = {"params:classifier:kernel", "params:classifier:bias"}
+    assert names == {f"{site}:{leaf}" for site in sites for leaf in ("a", "b")} | head
+
+
+def test_regression_has_one_output(tmp_path, tiny_model):
+    expected, _ = make(tmp_path, tiny_model, "lora", labels=())
+    back = jpeft.load(tmp_path)
+    assert back.labels == ()
+    assert back.model.config.num_labels == 1
+    np.testing.assert_allclose(logits(back.model, back.transform, back.variables), expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def other_base(tmp_path, tiny_model):
+    """A model of the same shape with another embedding."""
+    loaded = pretrained.load(tiny_model, num_labels=2, key=jax.random.key(0))
+    changed = tree.replace(loaded.params, "embeddings/word_embeddings/embedding", lambda x: x.at[5, 0].add(1e-3))
+    pretrained.save(tmp_path / "other", loaded.config, changed, tokenizer_from=tiny_model)
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize("kind", ["lora", "plan", "head"])
+def test_another_base_is_refused(tmp_path, tiny_model, other_base, kind):
+    make(tmp_path / "model", tiny_model, kind)
+    with pytest.raises(UserError, match=r"was trained on other base weights than those of .*other"):
+        jpeft.load(tmp_path / "model", base=str(other_base))
+
+
+def test_a_base_that_moved_is_named(tmp_path, tiny_model):
+    expected, _ = make(tmp_path / "model", tiny_model, "plan")
+    description = json.loads((tmp_path / "model" / "jpeft.json").read_text())
+    description["base"]["name"] = str(tmp_path / "gone")
+    (tmp_path / "model" / "jpeft.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="gone"):
+        jpeft.load(tmp_path / "model")
+    back = jpeft.load(tmp_path / "model", base=str(tiny_model))
+    np.testing.assert_allclose(logits(back.model, back.transform, back.variables), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("missing", ["jpeft.json", "modules.safetensors"])
+def test_a_folder_without_both_files_is_refused(tmp_path, tiny_model, missing):
+    make(tmp_path, tiny_model, "lora")
+    (tmp_path / missing).unlink()
+    with pytest.raises(UserError, match=r"holds no trained modules: expected jpeft\.json and modules\.safetensors"):
+        jpeft.load(tmp_path)
+
+
+def test_saving_again_replaces(tmp_path, tiny_model):
+    make(tmp_path, tiny_model, "prefix")
+    expected, _ = make(tmp_path, tiny_model, "lora")
+    back = jpeft.load(tmp_path)
+    np.testing.assert_allclose(logits(back.model, back.transform, back.variables), expected, rtol=0, atol=1e-6)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["jpeft.json", "modules.safetensors"]
+
+
+def test_predict(tmp_path, tiny_model):
+    make(tmp_path, tiny_model, "plan")
+    back = jpeft.load(tmp_path)
+    pairs = [("the dog runs", "the cat sleeps"), ("a tree", "a house"), ("the dog runs", "the cat sees a big tree")]
+    together = jpeft.predict(back, pairs)
+    assert together.shape == (3, 2)
+    assert together.dtype == np.float32
+    alone = np.concatenate([jpeft.predict(back, [pair]) for pair in pairs])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert np.abs(together[0] - together[2]).max() > 1e-3
+    # [CLS] the dog runs [SEP] the cat sleeps [SEP], by hand
+    ids = np.array([[2, 4, 6, 10, 3, 4, 7, 11, 3]], np.int32)
+    types = np.array([[0, 0, 0, 0, 0, 1, 1, 1, 1]], np.int32)
+    mask = np.ones_like(ids)
+    by_hand = jpeft.apply(back.model, back.transform, back.variables, ids, mask, types, mask=mask)[0]
+    np.testing.assert_allclose(together[:1], by_hand, atol=1e-5)
+
+
+def test_predict_takes_sentences_and_cuts_them(tmp_path, tiny_model):
+    make(tmp_path, tiny_model, "lora")
+    back = jpeft.load(tmp_path)
+    long = "the dog " * 40
+    assert jpeft.predict(back, ["the dog", long]).shape == (2, 2)
+    np.testing.assert_allclose(jpeft.predict(back, [long]), jpeft.predict(back, ["the dog " * 7]), atol=1e-5)

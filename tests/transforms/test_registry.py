@@ -1,0 +1,244 @@
+"""What every method must do, whatever it is: run as a library under all of JAX, be saved, merge or fold, and learn."""
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import Toy, randomised, setting
+
+import jpeft
+from jpeft.core import tree
+from jpeft.core.partition import split
+from jpeft.core.transform import FIXED, members
+from jpeft.models import Bert, BertConfig
+from jpeft.store import modules as saved
+from jpeft.transforms.registry import METHODS, MODULES
+
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
+CONFIG = BertConfig(
+    vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+    max_position_embeddings=64, initializer_range=0.15, num_labels=3,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+
+
+def rows(seed: int, n: int = 32) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Ids, mask and labels: after a first token that is always the same, every token tells the label of its row."""
+    labels = jax.random.randint(jax.random.key(seed), (n,), 0, 3)
+    ids = 3 * jax.random.randint(jax.random.key(seed + 1), (n, 9), 1, 20) + labels[:, None]
+    mask = jnp.arange(9)[None] < jax.random.randint(jax.random.key(seed + 2), (n, 1), 4, 10)
+    return ids.at[:, 0].set(1), mask.astype(jnp.int32), labels
+
+
+MODEL = Bert(CONFIG)
+IDS, MASK, LABELS = rows(1)
+
+
+def pretrained() -> dict[str, Any]:
+    """A model that has begun to attend to what matters, so that modules have something to work with."""
+    ids, mask, labels = rows(10, 64)
+    params = randomised(MODEL.init(jax.random.key(0), ids)["params"], seed=5, scale=0.15)
+    optimizer = optax.adam(3e-3)
+
+    @jax.jit
+    def step(params, state):
+        def loss(params):
+            logits = MODEL.apply({"params": params}, ids, mask)[0]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, value
+
+    state, value = optimizer.init(params), 9.0
+    while value > 0.4:
+        params, state, value = step(params, state)
+    return params
+
+
+PARAMS = tree.replace(pretrained(), "classifier/kernel", lambda x: 4 * x)  # a head that hears what modules say
+TOY = Toy(MODEL, PARAMS, IDS, MASK, LABELS, jpeft.sites(MODEL, IDS, MASK))
+# Sizes for a model of two narrow layers; all else is each method's default.
+SOME = "query|value|intermediate|ffn/output"  # few arrays compile sooner than all
+SMALL = {
+    "adapterdrop": {"bottleneck": 8},
+    "far": {"num_examples": 8, "batch_size": 4},
+    "ladder_side": {"reduction_factor": 4},
+    "fish": {"ratio": 0.05, "num_examples": 4, "targets": SOME},
+    "houlsby": {"bottleneck": 8},
+    "pfeiffer": {"bottleneck": 8},
+    "mam": {"mlp_hidden": 16, "bottleneck": 16},
+    "prefix": {"mlp_hidden": 16},
+    "p_tuning": {"num_virtual_tokens": 8, "hidden": 32},
+    "magnitude_mask": {"ratio": 0.05, "targets": SOME},
+    "random_mask": {"ratio": 0.05, "targets": SOME},
+    "sparse_adapter": {"bottleneck": 16},
+    "top_k_layers": {"num_layers": 1},
+    "unipelt": {"mlp_hidden": 16, "reduction_factor": 4},
+}
+NAMES = MODULES
+
+
+class Made(NamedTuple):
+    """A method with its randomised leaves that train, its fixed leaves as data would have prepared them, its logits."""
+
+    method: jpeft.Transform | jpeft.Chain
+    trained: dict[str, Any]
+    fixed: dict[str, Any]
+    logits: jax.Array
+
+
+@functools.cache
+def make(name: str) -> Made:
+    method = METHODS[name].make(**SMALL.get(name, {}))
+    trained, fixed = prepared(name)
+    trained = jax.tree.map(lambda x, r: x + r, trained, randomised(trained, scale=0.1))
+    return Made(method, trained, fixed, jax.jit(lambda t: logits(method, t, fixed))(trained))
+
+
+@functools.cache
+def prepared(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    method = METHODS[name].make(**SMALL.get(name, {}))
+    return split(jpeft.prepare(method, setting(TOY, method, jax.random.key(4))))
+
+
+def logits(method, trained, fixed, ids=IDS, mask=MASK, model=MODEL, params=PARAMS, **kwargs):
+    variables = {"params": params, "peft": tree.union(fixed, trained)}
+    return jpeft.apply(model, method, variables, ids, mask, mask=mask, **kwargs)[0]
+
+
+def loss(method, trained, fixed, ids, mask, labels, **kwargs):
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits(method, trained, fixed, ids, mask, **kwargs), labels
+    ).mean()
+
+
+def close(got, wanted, tolerance=1e-4):
+    """By leaf, in norm."""
+    largest = max(float(jnp.linalg.norm(x)) for x in jax.tree.leaves(wanted))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert jnp.linalg.norm(a - b) <= tolerance * jnp.linalg.norm(b) + 1e-6 * largest
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_under_jit_and_remat_and_traces_once(name):
+    method, trained, fixed, now = make(name)
+    chex.clear_trace_counter()
+
+    def value_and_grad(trained, model=MODEL):
+        return jax.value_and_grad(lambda t: loss(method, t, fixed, IDS, MASK, LABELS, model=model))(trained)
+
+    jitted = jax.jit(chex.assert_max_traces(value_and_grad, n=1))
+    value, grads = jitted(trained)
+    jitted(jax.tree.map(lambda x: x + 0.01, trained))
+    expected = optax.softmax_cross_entropy_with_integer_labels(now, LABELS).mean()
+    assert value == pytest.approx(float(expected), rel=1e-5)
+    assert any(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, trained)
+    remat = Bert(BertConfig(**{**vars(CONFIG), "remat": True}))
+    close(jax.jit(lambda t: value_and_grad(t, remat))(trained)[1], grads)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_over_examples_and_over_leaves_equals_loops(name):
+    method, trained, fixed, now = make(name)
+    one = lambda t, ids, mask, label: loss(method, t, fixed, ids[None], mask[None], label[None])
+    batched = jax.jit(jax.vmap(jax.grad(one), (None, 0, 0, 0)))(trained, IDS[:3], MASK[:3], LABELS[:3])
+    single = jax.jit(jax.grad(one))
+    for i in range(3):
+        close(jax.tree.map(lambda g, i=i: g[i], batched), single(trained, IDS[i], MASK[i], LABELS[i]))
+    stacked = jax.tree.map(lambda x: jnp.stack([2 * x, x]), trained)
+    both = jax.jit(jax.vmap(lambda t: logits(method, t, fixed)))(stacked)
+    np.testing.assert_allclose(both[1], now, atol=5e-5)
+    assert jnp.abs(both[0] - now).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_computes_in_bfloat16_with_float32_leaves(name):
+    method, trained, fixed, now = make(name)
+    low = Bert(BertConfig(**{**vars(CONFIG), "dtype": "bfloat16"}))
+
+    def value(trained):
+        rough = logits(method, trained, fixed, model=low)
+        return optax.softmax_cross_entropy_with_integer_labels(rough, LABELS).mean(), rough
+
+    (_, rough), grads = jax.jit(jax.value_and_grad(value, has_aux=True))(trained)
+    assert rough.dtype == jnp.float32
+    assert 0 < jnp.abs(rough - now).mean() < 0.05 * (1 + jnp.abs(now).mean())
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, trained)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merged_folded_and_saved_it_gives_the_same_logits(name, tmp_path):
+    method, trained, fixed, now = make(name)
+    leaves, before = tree.union(fixed, trained), jax.tree.map(np.array, PARAMS)
+
+    @jax.jit
+    def run(leaves, params):
+        merged = jpeft.merge(method, leaves, params)
+        return logits(merged.transform, merged.leaves, {}, params=merged.params)
+
+    np.testing.assert_allclose(run(leaves, PARAMS), now, atol=1e-5 * (1 + jnp.abs(now).max()))
+    chex.assert_trees_all_equal(PARAMS, before)
+    folded = jpeft.fold(method, leaves)
+    saved.write_leaves(tmp_path / "x.safetensors", folded)
+    again = saved.read_leaves(tmp_path / "x.safetensors")
+    chex.assert_trees_all_equal(again, folded)
+    rebuilt = jpeft.build([{"method": name, "options": SMALL.get(name, {})}])
+    np.testing.assert_allclose(jax.jit(lambda x: logits(rebuilt, x, {}))(again), now, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_the_head_frozen_it_cuts_the_loss_by_half(name):
+    method = METHODS[name].make(**SMALL.get(name, {}))
+    trained, fixed = prepared(name)
+    optimizer = optax.adam(max(5e-3, 10 * METHODS[name].learning_rate))
+
+    @jax.jit
+    def step(trained, state):
+        value, grads = jax.value_and_grad(lambda t: loss(method, t, fixed, IDS, MASK, LABELS))(trained)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(trained, updates), state, value
+
+    state, values = optimizer.init(trained), []
+    for _ in range(300):
+        trained, state, value = step(trained, state)
+        values.append(float(value))
+        if values[-1] < 0.5 * values[0]:
+            break
+    assert values[-1] < 0.5 * values[0], f"{values[0]:.3f} to {values[-1]:.3f}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_and_routing_are_reproducible_by_seed(name):
+    method, trained, fixed, _ = make(name)
+    run = jax.jit(lambda key: logits(method, trained, fixed, train=True, rngs={"dropout": key}))
+    one, same = run(jax.random.key(1)), run(jax.random.key(1))
+    np.testing.assert_array_equal(one, same)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_documented_and_its_options_are_json(name):
+    factory = METHODS[name].make
+    assert "arXiv" in inspect.getdoc(factory) + inspect.getdoc(inspect.getmodule(factory))
+    for parameter in inspect.signature(factory).parameters.values():
+        assert parameter.default is not parameter.empty
+        assert isinstance(parameter.default, int | float | str | bool | tuple | None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_summary_counts_all_that_trains(name):
+    method, trained, fixed, _ = make(name)
+    rows = jpeft.summary(method, tree.union(fixed, trained), PARAMS).rows
+    assert sum(row.trainable for row in rows) == tree.count(trained)
+    can_merge = all(member.merge is not None for member in members(method))
+    assert (sum(row.added for row in rows) == 0) == can_merge
+    assert all(FIXED in path for path in tree.flatten(fixed))
