@@ -248,7 +248,9 @@ def find(
     suitable = [site for site in sites.values() if fits is None or fits(site)]
     if not hits:
         names = dict.fromkeys(site.path.rsplit("/", 1)[-1] for site in suitable)
-        close = nearest(pattern.rsplit("/", 1)[-1], names) if fits is None else _listed(suitable, wanted)
+        close = nearest(pattern.rsplit("/", 1)[-1], names)
+        if fits is not None and not close.startswith("did you mean"):
+            close = _listed(suitable, wanted)
         raise UserError(f"pattern {pattern!r} matches no site of the model: {close}")
     for site in hits:
         if fits is not None and not fits(site):

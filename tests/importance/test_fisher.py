@@ -313,7 +313,7 @@ def test_nan_names_the_example_and_the_leaf():
 DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
 from jpeft import fisher
-from jpeft.fisher import Running, accumulate, mean
+from jpeft.importance.fisher import Running, accumulate, mean
 assert jax.device_count() == 3
 w, x = jax.random.normal(jax.random.key(0), (6, 40)), jax.random.normal(jax.random.key(1), (11, 5, 6))
 logits = lambda w, x: jnp.tanh(x @ w).sum(0)[:4]

@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 
+import jpeft
 from jpeft.training import optim
 
 
@@ -47,8 +48,17 @@ def test_adamw_clips_and_decays_matrices_only(scale):
         assert np.allclose(now[k], wanted[k], atol=2e-5), k
 
 
-def test_scale_by_path_multiplies_the_last_update():
-    optimizer = optax.chain(optax.sgd(0.5), optim.scale_by_path(lambda path: 3.0 if path == ("a", "b") else 1.0))
-    grads = {"a": {"b": jnp.array([2.0]), "c": jnp.array([2.0])}, "b": jnp.array([4.0])}
-    updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
-    assert (updates["a"]["b"].item(), updates["a"]["c"].item(), updates["b"].item()) == (-3.0, -1.0, -2.0)
+def test_the_rates_of_a_partition_scale_the_last_update():
+    params = {"dense": {"kernel": jnp.ones((2, 2))}, "classifier": {"bias": jnp.ones(2)}}
+    lora = jpeft.lora(1, targets="dense", learning_rate_ratio=3.0)
+    leaves = {"lora_0": {"dense": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 2))}}}
+    parts = jpeft.partition(lora, params, leaves, trains="classifier")
+    optimizer = optax.chain(optax.sgd(0.5), parts.scale)
+    updates, _ = optimizer.update(parts.trainable, optimizer.init(parts.trainable), parts.trainable)
+    assert set(updates["params"]) == {"classifier"}
+    own = updates["peft"]["lora_0"]["dense"]
+    assert [float(x.ravel()[0]) for x in (own["a"], own["b"], updates["params"]["classifier"]["bias"])] == [
+        -0.5,
+        -1.5,
+        -0.5,
+    ]

@@ -130,7 +130,8 @@ def _features(site: Site) -> tuple[int, int] | None:
     kernel, x, out = site.params.get("kernel"), site.args[0] if site.args else None, site.out
     if not all(isinstance(array, jax.ShapeDtypeStruct) for array in (kernel, x, out)) or " over axes" in site.kind:
         return None
-    assert kernel is not None and x is not None  # for the type checker
+    assert kernel is not None  # for the type checker
+    assert x is not None
     # x has n axes that the kernel reads, and the result has the kernel's others in their place.
     n, odd = divmod(len(x.shape) - len(out.shape) + len(kernel.shape), 2)
     lead = len(x.shape) - n
