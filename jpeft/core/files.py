@@ -79,9 +79,9 @@ def read_leaves(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
     from safetensors.numpy import load_file
 
-    leaves: dict[tuple[str, ...], Any] = {
-        tuple(key.split(":")): jax.numpy.asarray(x) for key, x in load_file(path).items()
-    }
+    leaves: dict[tuple[str, ...], Any] = {}
+    for key, x in load_file(path).items():
+        leaves[tuple(key.split(":"))] = jax.numpy.asarray(x)
     with safe_open(path, "np") as file:
         empty = json.loads((file.metadata() or {}).get(EMPTY, "[]"))
     for key in empty:

@@ -12,6 +12,7 @@ from flax import nnx
 from jpeft.core.errors import UserError, nearest
 
 __all__ = [
+    "ALL",
     "Site",
     "Sites",
     "check_linen",
@@ -27,6 +28,7 @@ __all__ = [
     "stack_of",
 ]
 
+ALL = ".*"  # the pattern for every site that fits
 _LAYER = re.compile(r"(?:^|/)(?:layers?|blocks?|h)_(\d+)(?:/|$)")
 
 
@@ -233,6 +235,7 @@ def find(
     Args:
       sites: the sites of the model.
       pattern: matched against whole path parts from the end: "query", "query|value", "layer_[0-3]/attention/query".
+        ".*" means every site outside of the head that fits.
       layers: only in these layers; each of them must have a match. None means everywhere.
       fits: which sites would do; None means any.
       wanted: what error messages call those.
@@ -246,15 +249,17 @@ def find(
     """
     hits = [site for path, site in sites.items() if matches(pattern, path)]
     suitable = [site for site in sites.values() if fits is None or fits(site)]
+    if pattern == ALL:
+        hits = [site for site in suitable if not site.head]
     if not hits:
         names = dict.fromkeys(site.path.rsplit("/", 1)[-1] for site in suitable)
         close = nearest(pattern.rsplit("/", 1)[-1], names)
         if fits is not None and not close.startswith("did you mean"):
-            close = _listed(suitable, wanted)
+            close = _described(suitable, wanted)
         raise UserError(f"pattern {pattern!r} matches no site of the model: {close}")
     for site in hits:
         if fits is not None and not fits(site):
-            raise UserError(f"{describe(site)} is not one of the {wanted}: {_listed(suitable, wanted)}")
+            raise UserError(f"{describe(site)} is not one of the {wanted}: {_described(suitable, wanted)}")
     if layers is None:
         return tuple(hits)
     wanted_layers = set(layers)
@@ -275,7 +280,7 @@ def describe(site: Site) -> str:
     return f"{site.path!r} ({site.kind}, {shapes[0]} to {shapes[1]})"
 
 
-def _listed(suitable: Sequence[Site], wanted: str) -> str:
+def _described(suitable: Sequence[Site], wanted: str) -> str:
     if not suitable:
         return f"this model has no {wanted}"
     listed = ", ".join(describe(site) for site in suitable[:5])

@@ -7,7 +7,7 @@ import jax
 
 from jpeft.core import tree
 from jpeft.core.partition import split
-from jpeft.core.site import layer_of
+from jpeft.core.site import layer_of, stack_of
 from jpeft.core.transform import SHARED, Chain, Leaves, Params, Transform, fold, instances, merge, stays
 
 __all__ = ["Row", "Summary", "summary"]
@@ -17,8 +17,8 @@ class Row(NamedTuple):
     """One instance of a method in one layer, or what trains outside of the layers.
 
     Attributes:
-      layers: "3", "0-11" for neighbours that are alike, "shared" for what all sites of an instance read, "" for what is
-        in no layer.
+      layers: "3", "0-11" for neighbours that are alike, "encoder/layer 3" where a model has two stacks of layers,
+        "shared" for what all sites of an instance read, "" for what is in no layer.
       method: the instance, such as "lora_0", or the name of a part of the base that trains, such as "classifier".
       trainable: number of parameters that train.
       added: number of entries that are there at inference and were not in the base: after `fold` and `merge`.
@@ -87,7 +87,7 @@ def summary(transform: Transform | Chain, leaves: Leaves, params: Params, traine
         rows += _joined(
             [
                 (place, Row("", name, tree.count(trains.get(place, {})), tree.count(there), tree.num_bytes(there)))
-                for place in sorted({**trains, **stays}, key=lambda x: (isinstance(x, str), x))
+                for place in sorted({**trains, **stays}, key=lambda place: (place.layer < 0, place))
                 for there in [stays.get(place, {})]
             ]
         )
@@ -101,29 +101,39 @@ def _deployed(transform: Transform | Chain, leaves: Leaves, params: Params) -> L
     return dict(zip(stays(transform, folded), merge(transform, folded, params).leaves.values(), strict=True))
 
 
-def _by_layer(leaves: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """Leaves by layer number, "shared", or "" where there is no layer."""
-    placed: dict[int | str, dict[str, Any]] = {}
+class Place(NamedTuple):
+    """Where leaves are: in a numbered layer of a stack, such as 3 of "encoder/layer", or elsewhere (-1)."""
+
+    stack: str
+    layer: int
+
+
+def _by_layer(leaves: Mapping[str, Any]) -> dict[Place, dict[str, Any]]:
+    """Leaves by layer; those that sites share, and those in no layer, under places of their own."""
+    placed: dict[Place, dict[str, Any]] = {}
     for path, own in leaves.items():
         layer = layer_of(path)
-        place = SHARED if path == SHARED else "" if layer is None else layer
+        place = Place(SHARED, -1) if path == SHARED else Place(stack_of(path) or "", -1 if layer is None else layer)
         placed.setdefault(place, {})[path] = own
     return placed
 
 
-def _joined(rows: Sequence[tuple[int | str, Row]]) -> list[Row]:
+def _joined(rows: Sequence[tuple[Place, Row]]) -> list[Row]:
     """Neighbouring layers with the same numbers in one row, whose numbers are their sum."""
-    runs: list[tuple[list[int | str], Row]] = []
+    runs: list[tuple[list[Place], Row]] = []
+    stacks = {place.stack for place, _ in rows if place.layer >= 0}
     for place, row in rows:
         last = runs[-1] if runs else None
-        if last and isinstance(place, int) and last[0][-1] == place - 1 and last[1] == row:
+        if last and place.layer > 0 and last[0][-1] == place._replace(layer=place.layer - 1) and last[1] == row:
             last[0].append(place)
         else:
             runs.append(([place], row))
-    return [_run(places, row) for places, row in runs]
+    return [_run(places, row, len(stacks) > 1) for places, row in runs]
 
 
-def _run(places: Sequence[int | str], row: Row) -> Row:
-    n = len(places)
-    text = str(places[0]) if n == 1 else f"{places[0]}-{places[-1]}"
+def _run(places: Sequence[Place], row: Row, several_stacks: bool) -> Row:
+    n, first, last = len(places), places[0], places[-1]
+    text = first.stack if first.layer < 0 else str(first.layer) if n == 1 else f"{first.layer}-{last.layer}"
+    if several_stacks and first.layer >= 0:
+        text = f"{first.stack} {text}"
     return Row(text, row.method, n * row.trainable, n * row.added, n * row.added_bytes)

@@ -14,8 +14,8 @@ import numpy as np
 from jpeft.data.tasks import Task
 
 __all__ = [
-    "Batch", "Examples", "by_length", "eval_batches", "length_buckets", "num_batches", "sample", "take", "tokenize",
-    "train_batches",
+    "Batch", "Examples", "by_length", "eval_batches", "length_buckets", "num_batches", "sample", "take", "together",
+    "tokenize", "train_batches",
 ]  # fmt: skip
 
 MEGABATCH = 50  # in batches: rows are sorted by length inside so many, enough to lose almost all padding
@@ -190,6 +190,19 @@ def by_length(examples: Examples, buckets: Sequence[int]) -> tuple[list[Batch], 
     of = np.searchsorted(buckets, examples.lengths)
     groups = [np.flatnonzero(of == i) for i in np.unique(of)]
     return [_collate(examples, rows, len(rows), buckets) for rows in groups], np.concatenate(groups)
+
+
+def together(examples: Examples, buckets: Sequence[int]) -> Batch:
+    """All rows in one batch, in their order.
+
+    Args:
+      examples: the rows, at least one.
+      buckets: as in `train_batches`.
+
+    Raises:
+      ValueError: if a row is longer than every bucket.
+    """
+    return _collate(examples, np.arange(examples.size), examples.size, buckets)
 
 
 def take(examples: Examples, indices: np.ndarray | Sequence[int]) -> Examples:

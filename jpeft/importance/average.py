@@ -1,11 +1,13 @@
 """One model from several of the same shape: the average of their parameters, weighted by Fisher information.
 
-Matena and Raffel 2022, arXiv:2111.09832. With the posterior of each model taken for a normal distribution around its
-parameters, with the diagonal Fisher information as its precision, the product of the posteriors is largest at
+Matena and Raffel 2022, arXiv:2111.09832. Take the posterior of each model for a normal distribution around its
+parameters, with the diagonal Fisher information as its precision. The product of the posteriors is then largest at
 
     theta = sum_k weight_k F_k theta_k / sum_k weight_k F_k
 
-entry by entry. An entry that no model has information about gets the plain weighted average.
+entry by entry. As in the reference (mmatena/model_merging), F_k is divided by its norm over all entries, so that no
+model counts more because its gradients are larger, and the first model, the target, has a least information: an entry
+that no model has information about keeps the target's value.
 """
 
 import math
@@ -14,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpeft.core.errors import UserError
 
@@ -21,37 +24,58 @@ __all__ = ["fisher_average"]
 
 
 def fisher_average(
-    models: Sequence[Any], fishers: Sequence[Any], weights: Sequence[float] | None = None, floor: float = 1e-6
+    models: Sequence[Any],
+    fishers: Sequence[Any],
+    weights: Sequence[float] | None = None,
+    floor: float = 1e-10,
+    normalize: bool = True,
 ) -> Any:
     """Merges models, or modules, that were trained apart from the same start.
 
     Args:
       models: pytrees of one structure: parameters, or the leaves of one transform. Leave out what the tasks do not
-        share, such as the head.
+        share, such as the head. The first one is the target.
       fishers: the Fisher information of each, as `jpeft.fisher` gives it at the trained parameters.
-      weights: what each counts, 0 or more; None means 1 each.
-      floor: the least information of an entry, as in the reference, where none is left at 0.
+      weights: what each counts, 0 or more, and the target more than 0; None means 1 each.
+      floor: the least information of an entry of the target, as a fraction of the norm of its information.
+      normalize: whether the information of each model is divided by its norm first.
 
     Returns:
       A pytree like one of the models, with the dtypes of the first.
 
     Raises:
-      UserError: if there are no models, their shapes differ, or numbers of models, Fishers and weights do.
+      UserError: if there are no models, their shapes differ, the numbers of models, Fishers and weights differ, or the
+        information of a model is zero throughout or not finite.
     """
     models, fishers = list(models), list(fishers)
     weights = [1.0] * len(models) if weights is None else list(weights)
     if not models or not len(models) == len(fishers) == len(weights):
-        raise UserError(f"{len(models)} models, {len(fishers)} Fishers and {len(weights)} weights: one each is needed")
-    if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0 or not floor > 0:
-        raise UserError(f"weights must be 0 or more and not all 0, and floor above 0, got {weights} and {floor}")
+        raise UserError(f"expected one Fisher and one weight a model, got {len(models)} models, {len(fishers)} Fishers "
+                        f"and {len(weights)} weights")  # fmt: skip
+    if not all(0 <= weight < math.inf for weight in weights) or not weights[0] > 0 or not floor > 0:
+        raise UserError(
+            f"weights must be 0 or more, the first weight and floor above 0, got weights {weights} and floor {floor}"
+        )
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (*models, *fishers)]
     if any(shape != shapes[0] for shape in shapes):
         raise UserError("the models and their Fisher information must have one structure and one set of shapes")
+    norms = [_norm(information) for information in fishers]
+    for i, norm in enumerate(norms):
+        if not 0 < norm < math.inf:
+            raise UserError(f"the Fisher information of model {i} has norm {norm}: expected a positive finite number")
+    scales = [weight / norm if normalize else weight for weight, norm in zip(weights, norms, strict=True)]
 
     def merged(*leaves: Any) -> Any:
-        own, information = leaves[: len(models)], leaves[len(models) :]
-        scales = [weight * jnp.maximum(f, floor) for weight, f in zip(weights, information, strict=True)]
-        total = sum(scale * x for scale, x in zip(scales, own, strict=True)) / sum(scales)
+        own, information = leaves[: len(models)], list(leaves[len(models) :])
+        information[0] = jnp.maximum(information[0], floor * norms[0])
+        shares = [scale * f for scale, f in zip(scales, information, strict=True)]
+        total = sum(share * x for share, x in zip(shares, own, strict=True)) / sum(shares)
         return jnp.asarray(total, own[0].dtype)
 
     return jax.tree.map(merged, *models, *fishers)
+
+
+def _norm(information: Any) -> float:
+    """Over all entries, in float64: the square of a small entry is 0 in float32."""
+    flat = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(information)]
+    return float(np.linalg.norm(np.concatenate(flat))) if flat else 0.0

@@ -4,6 +4,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -56,6 +57,7 @@ def fisher(
     microbatch: int | None = None,
     memory_limit_bytes: int | None = None,
     mesh: Mesh | None = None,
+    grouped: bool = False,
 ) -> Tree:
     """The mean over examples of the squared gradient of each example's own log-likelihood.
 
@@ -74,9 +76,8 @@ def fisher(
     Args:
       fn: (tree, example, *rest) -> scalar loss, or logits [c]; without randomness. `example` is `examples` without its
         leading axis.
-      tree: the pytree of float arrays to differentiate by.
-      examples: a pytree of arrays with a common leading axis n; or a list of such pytrees, whose other axes may differ
-        from one to the next, such as batches of different lengths.
+      tree: the pytree of float arrays to differentiate with respect to.
+      examples: a pytree of arrays with a common leading axis n. If `grouped`, a sequence of such pytrees.
       *rest: further arguments of `fn`, such as frozen parameters; handed to the compiled function as arguments, so that
         they are not baked into it as constants.
       labels: "empirical", "expected" or "sampled".
@@ -88,6 +89,11 @@ def fisher(
       memory_limit_bytes: for what single examples need, beside `tree`, `rest` and the result. None means a quarter of
         the device's memory. One example is always taken.
       mesh: devices to share the examples among, along all axes of the mesh. None means one device.
+      grouped: whether `examples` is a sequence of pytrees whose other axes may differ from one to the next, such as
+        batches of different lengths.
+
+    Float32 matrix products, those of `fn` and of the sums, are computed in full float32 precision on every device,
+    unless `fn` or JAX's configuration (`jax_default_matmul_precision`) asks for another one.
 
     Returns:
       A pytree like `tree`, float32 (float64 where `tree` is).
@@ -102,7 +108,7 @@ def fisher(
     """
     sums = accumulate(
         fn, tree, examples, *rest, labels=labels, values=values, key=key, ids=ids, microbatch=microbatch,
-        memory_limit_bytes=memory_limit_bytes, mesh=mesh,
+        memory_limit_bytes=memory_limit_bytes, mesh=mesh, grouped=grouped,
     )  # fmt: skip
     (last,) = deque(sums, maxlen=1)
     return mean(last)
@@ -133,6 +139,7 @@ def accumulate(
     microbatch: int | None = None,
     memory_limit_bytes: int | None = None,
     mesh: Mesh | None = None,
+    grouped: bool = False,
     start: Running[Tree] | None = None,
 ) -> Iterator[Running[Tree]]:
     """The running sums that `fisher` is made of, one after each microbatch; for a bar, or to save and go on later.
@@ -149,6 +156,7 @@ def accumulate(
       microbatch: likewise.
       memory_limit_bytes: likewise.
       mesh: likewise.
+      grouped: likewise.
       start: an earlier sum over the first `start.done` of the same examples, not sharded, to go on from.
 
     Yields:
@@ -157,7 +165,7 @@ def accumulate(
     Raises:
       UserError: as `fisher`.
     """
-    groups = examples if isinstance(examples, list) else [examples]
+    groups = list(examples) if grouped else [examples]
     counts = [_count(group) for group in groups]
     n, devices = sum(counts), 1 if mesh is None else mesh.size
     mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)  # axes whose sharding XLA works out
@@ -235,7 +243,10 @@ def _check(
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         kind = getattr(leaf, "dtype", None)
         if kind is None or not jnp.issubdtype(kind, jnp.floating):
-            raise UserError(f"gradients are taken by float arrays, and {_name(path)} is {kind or type(leaf).__name__}")
+            raise UserError(
+                f"cannot differentiate with respect to {_name(path)}: expected a float array, got "
+                f"{kind or type(leaf).__name__}"
+            )
 
 
 def _check_output(out: Any, labels: str) -> None:
@@ -286,7 +297,8 @@ def _compiled(
         logits = jax.eval_shape(fn, tree, shapes, *rest)
         _check_output(logits, labels)
         directions = logits.size
-    cut = per_example.cut(one, tree, numbered, rest, directions)
+    with _full_precision():
+        cut = per_example.cut(one, tree, numbered, rest, directions)
     cpu = jax.default_backend() == "cpu"
     most = microbatch
     if most is None:
@@ -294,7 +306,8 @@ def _compiled(
         most = max(1, min(fits, MOST.get(jax.default_backend(), MOST_ELSEWHERE)))
 
     def step(total: Any, tree: Any, chunk: Any, weights: Array, rest: tuple, constants: Any) -> tuple[Any, Array]:
-        return per_example.add(cut, measure, total, tree, chunk, weights, rest, constants, one_by_one=cpu)
+        with _full_precision():
+            return per_example.add(cut, measure, total, tree, chunk, weights, rest, constants, one_by_one=cpu)
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0), most, cut.constants[1]
@@ -307,6 +320,12 @@ def _compiled(
     specs = (over, all_of, over, over, all_of, all_of)
     sharded = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=(over, over), check_vma=False)
     return jax.jit(sharded, donate_argnums=0), most, cut.constants[1]
+
+
+def _full_precision() -> AbstractContextManager[None]:
+    """Float32 products in float32, where accelerators would take TF32 or bfloat16, unless the user chose."""
+    chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return nullcontext() if chosen is not None else jax.default_matmul_precision("highest")
 
 
 def _memory() -> int:

@@ -151,6 +151,5 @@ def _rows(case: Case, n: int) -> tuple[batching.Examples, np.ndarray]:
 
 
 def _sample(case: Case, n: int) -> batching.Batch:
-    """Likewise, as one batch."""
-    examples, _ = _rows(case, n)
-    return next(iter(batching.eval_batches(examples, examples.size, case.buckets)))[0]
+    """Likewise, as one batch in the order of the shuffle."""
+    return batching.together(_rows(case, n)[0], case.buckets)

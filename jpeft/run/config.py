@@ -97,7 +97,8 @@ def demo(config: Config) -> Config:
     config.model = "minilm"
     config.train.learning_rate = None
     config.train.update(num_epochs=4, max_length=64, learning_rate=4 * learning_rate(config))
-    config.fishpal.factors.update(prefix=10.0, pfeiffer=1.0)
+    if METHODS[config.method.split("+")[0]].measured:
+        config.fishpal.factors.update(prefix=10.0, pfeiffer=1.0)
     config.seeds = (11,)
     return config
 
@@ -174,9 +175,42 @@ def check(config: Config) -> None:
         raise UserError(f"config.train.warmup_ratio must be at least 0 and below 1, got {train.warmup_ratio}")
     if train.dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.train.dtype must be 'float32' or 'bfloat16', got {train.dtype!r}")
-    seeds = config.seeds
-    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-        raise UserError(f"config.seeds must be distinct integers from 0 up, at least one, got {seeds}")
+    _check_seeds(config.seeds)
+    _check_read(config)
+
+
+def _check_seeds(seeds: Any) -> None:
+    sequence = isinstance(seeds, tuple | list)
+    if not sequence or not seeds or not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds):
+        raise UserError(f"config.seeds must be a tuple of integers from 0 to 2**32 - 1, at least one, got {seeds!r}")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"config.seeds must be distinct, got {seeds!r}")
+
+
+def _check_read(config: Config) -> None:
+    """Raises a UserError for an option that is set, and that nothing in this run reads."""
+    parts = config.method.split("+")
+    measures = METHODS[parts[0]].measured and config.fishpal.plan is None
+    read = config.fishpal.candidates if measures else parts
+    for method in MODULES:
+        for name in options(config, method):
+            if method not in read:
+                raise UserError(f"config.peft.{method}.{name} is set, but {_reader(config)}: drop it")
+            if measures and name == "layers":
+                raise UserError(f"config.peft.{method}.layers is set, but fishpal itself chooses the layers: drop it")
+    if not METHODS[parts[0]].measured:
+        standard = default(config.task, config.method).fishpal
+        for name in standard:
+            if config.fishpal[name] != standard[name]:
+                raise UserError(f"config.fishpal.{name} is set, but config.method is {config.method!r}: drop it")
+
+
+def _reader(config: Config) -> str:
+    if not METHODS[config.method.split("+")[0]].measured:
+        return f"config.method is {config.method!r}"
+    if config.fishpal.plan is not None:
+        return "config.fishpal.plan brings its own options"
+    return f"config.fishpal.candidates are {', '.join(config.fishpal.candidates)}"
 
 
 def _at_least(least: int, **fields: float | None) -> None:

@@ -11,6 +11,7 @@ import jax
 from jpeft.core import files, tree
 from jpeft.core.summary import Summary
 from jpeft.data import tasks
+from jpeft.models import Bert
 from jpeft.plans import fishpal
 from jpeft.plans import plan as plans
 from jpeft.report import plots, tables
@@ -98,7 +99,7 @@ def write(
 def count(made: Summary, params: dict[str, Any]) -> dict[str, Any]:
     """The parameter counts of `report.json`; percentages are of the plain model, base and head."""
     trains, added = sum(row.trainable for row in made.rows), sum(row.added for row in made.rows)
-    head = tree.count(params["classifier"])
+    head = sum(tree.count(params[name]) for name in Bert.HEAD)
     return {
         "base": made.base - head,
         "head": head,

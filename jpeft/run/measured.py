@@ -42,7 +42,7 @@ def measure(
       console: shows the bar.
       fn: as for `jpeft.fisher`, and so are all others.
       tree: as for `jpeft.fisher`.
-      examples: as for `jpeft.fisher`, a list.
+      examples: as for `jpeft.fisher`, grouped.
       *rest: as for `jpeft.fisher`.
       **options: as for `jpeft.fisher`.
 
@@ -65,7 +65,7 @@ def measure(
     done = 0 if start is None else start.done
     went_on = f", going on at {done}" if done else ""
     with console.counting(f"  Fisher information over {n} examples{went_on}", n, done) as show:
-        for running in accumulate(fn, tree, examples, *rest, start=start, **options):
+        for running in accumulate(fn, tree, examples, *rest, start=start, grouped=True, **options):
             last = running
             show(running.done)
             due = time.monotonic() - written > SAVE_SECONDS and running.done < n

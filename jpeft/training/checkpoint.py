@@ -1,4 +1,4 @@
-"""Orbax checkpoints of everything but the frozen base: the latest to resume from, and the best."""
+"""Orbax checkpoints of everything but the frozen base; a run resumes from the latest."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -172,11 +172,8 @@ def fit(
             clock.stop("evaluate")
             row = {"epoch": epoch, "step": int(state.step), "train_loss": loss_sum / per_epoch, **scores}
             log(row)
-            improved = all(scores[task.primary] > earlier[task.primary] for earlier in history)
             history, loss_sum = [*history, row], 0.0
             bar.epoch(row, task.primary)
-            if improved:
-                save("best")
             save("latest")
     return Fitted(state, history, seconds)
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.core.leaves import fold_sites, init_sites
-from jpeft.core.site import Site, Sites, find
+from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Call, Context, Leaves, Params, Transform, site_key
 from jpeft.transforms.parts.bottleneck import Bottleneck, added, checked, fresh, normal
 from jpeft.transforms.parts.linear import sizes
+from jpeft.transforms.parts.places import find_residual
 
 __all__ = ["adamix", "consistency"]
 
@@ -57,7 +58,7 @@ def adamix(
             one = fresh(spec, key, site, normal)
             return {**one, "down": jax.tree.map(lambda x: jnp.repeat(x[None], experts, axis=0), one["down"])}
 
-        return init_sites(key, find(sites, targets, layers), make)
+        return init_sites(key, find_residual(sites, targets, layers), make)
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         hidden, residual = args

@@ -8,10 +8,11 @@ from jax import Array
 
 from jpeft.core.errors import UserError
 from jpeft.core.leaves import init_sites
-from jpeft.core.site import Site, Sites, find, layer_of
+from jpeft.core.site import Site, Sites, layer_of
 from jpeft.core.site import layers as layers_of
 from jpeft.core.transform import FIXED, SHARED, Call, Context, Leaves, Params, Transform
 from jpeft.transforms.parts.bottleneck import Bottleneck, added, checked, fresh, normal
+from jpeft.transforms.parts.places import find_residual
 
 __all__ = ["adapterdrop", "drop_layers"]
 
@@ -63,7 +64,7 @@ def adapterdrop(
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         del params
-        where = find(sites, targets, layers)
+        where = find_residual(sites, targets, layers)
         for site in where:
             if site.layer is None:
                 raise UserError(f"site {site.path!r} is in no layer: adapterdrop counts layers")

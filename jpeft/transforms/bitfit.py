@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from jpeft.core.site import find
+from jpeft.core.site import ALL
 from jpeft.core.transform import Transform
-from jpeft.transforms.parts.existing import BODY, retrain
+from jpeft.transforms.parts.existing import retrain
+from jpeft.transforms.parts.places import find_with_params
 
 __all__ = ["bitfit"]
 
 
-def bitfit(layers: Sequence[int] | None = None, targets: str = BODY) -> Transform:
+def bitfit(layers: Sequence[int] | None = None, targets: str = ALL) -> Transform:
     """Trains every bias, those of LayerNorms and pooler included (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199).
 
     Args:
@@ -22,4 +23,4 @@ def bitfit(layers: Sequence[int] | None = None, targets: str = BODY) -> Transfor
     Raises:
       UserError: in `init`, if a target is missing, there is no bias, or no parameters are given.
     """
-    return retrain("bitfit", lambda sites: find(sites, targets, layers), lambda name: name == "bias")
+    return retrain("bitfit", lambda sites: find_with_params(sites, targets, layers), lambda name: name == "bias")

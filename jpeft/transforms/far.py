@@ -67,7 +67,8 @@ def far(
     positive(learning_rate=learning_rate)
 
     def where(sites: Sites) -> list[str]:
-        return [site.path for site in find(sites, targets, layers)]
+        found = find(sites, targets, layers, lambda site: _is_network(sites, site), "modules with two Dense layers")
+        return [site.path for site in found]
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         del key, params
@@ -134,6 +135,12 @@ def _prime(setting: Setting, nets: Leaves, num_examples: int, batch_size: int, r
         batch = jax.tree.map(lambda x, start=start: jnp.asarray(x)[start : start + size], examples)
         now, state = step(now, state, batch, bare)
     return {path: distances(net, now[path]) for path, net in nets.items()}
+
+
+def _is_network(sites: Sites, site: Site) -> bool:
+    """Whether a module holds two Dense layers of the names that FAR reads, which no scan stacks."""
+    both = [sites.get(f"{site.path}/{name}") for name in (FIRST, SECOND)]
+    return all(site is not None and {"kernel", "bias"} <= set(site.params) and site.stack == () for site in both)
 
 
 def _num_nodes(sites: Sites, path: str) -> int:

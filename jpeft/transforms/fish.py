@@ -5,12 +5,12 @@ from typing import Any
 from jax import Array
 
 from jpeft.core.errors import UserError, nearest
+from jpeft.core.site import ALL
 from jpeft.core.transform import Leaves, Params, Setting, Transform
 from jpeft.core.tree import flatten, unflatten, union
 from jpeft.importance import masks
 from jpeft.importance.fisher import LABELS, VALUES
 from jpeft.transforms.parts.entries import budget_of, candidates_of, masked, take
-from jpeft.transforms.parts.existing import BODY
 from jpeft.transforms.parts.linear import sizes
 
 __all__ = ["fish"]
@@ -23,7 +23,7 @@ def fish(
     labels: str = "empirical",
     values: str = "square",
     head_counts: bool = True,
-    targets: str = BODY,
+    targets: str = ALL,
 ) -> Transform:
     """FISH mask: trains the entries with the largest Fisher information (Sung et al. 2021, arXiv:2111.09839).
 
@@ -67,6 +67,6 @@ def fish(
 
         scores = flatten(setting.fisher(value, part, num_examples, rest, labels=labels, values=values))
         by_site = {(path, name): scores[(*path.split("/"), name)] for path, name in candidates}
-        return take(candidates, masks.top(by_site, budget(params, candidates)))
+        return take(candidates, masks.top(by_site, budget(params, setting.sites, candidates)))
 
     return masked("fish", budget, targets, masks.random)._replace(prepare=prepare)

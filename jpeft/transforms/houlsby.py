@@ -7,6 +7,7 @@ from jax import Array
 from jpeft.core.site import Site
 from jpeft.core.transform import Call, Context, Leaves, Transform
 from jpeft.transforms.parts.bottleneck import Bottleneck, added, checked, init_of, normal
+from jpeft.transforms.parts.places import find_residual
 
 __all__ = ["houlsby"]
 
@@ -57,4 +58,4 @@ def houlsby(
         hidden, residual = args
         return call(hidden + added(spec, leaves, hidden, ctx), residual)
 
-    return Transform("houlsby", init_of(spec, normal, targets, layers), wrap)
+    return Transform("houlsby", init_of(spec, normal, find_residual, targets, layers), wrap)

@@ -20,11 +20,12 @@ from jax import Array
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.leaves import init_sites
-from jpeft.core.site import Site, Sites, find
+from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Call, Context, Leaves, Params, Setting, Transform
 from jpeft.core.tree import at, union
 from jpeft.models.bert import ACTIVATIONS, attends
 from jpeft.transforms.parts.linear import kaiming_uniform, layer_norm, linear, linear_leaves, sizes
+from jpeft.transforms.parts.places import find_encoders
 
 __all__ = ["ladder_side"]
 
@@ -71,7 +72,7 @@ def ladder_side(
             importance = None if init_from == "random" else jax.tree.map(jnp.abs, layers)
             return _start(key, site, heads, reduction_factor, layers, importance)
 
-        return init_sites(key, find(sites, targets), make)
+        return init_sites(key, find_encoders(sites, targets), make)
 
     def prepare(setting: Setting) -> Leaves:
         params, own = setting.variables["params"], setting.variables["peft"][setting.instance]

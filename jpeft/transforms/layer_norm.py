@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 
-from jpeft.core.site import find
+from jpeft.core.site import ALL
 from jpeft.core.transform import Transform
 from jpeft.transforms.parts.existing import retrain
+from jpeft.transforms.parts.places import find_norms
 
 __all__ = ["layer_norm"]
 
 
-def layer_norm(layers: Sequence[int] | None = None, targets: str = "LayerNorm") -> Transform:
+def layer_norm(layers: Sequence[int] | None = None, targets: str = ALL) -> Transform:
     """Trains the LayerNorms, as Houlsby et al. 2019 (arXiv:1902.00751) do beside their adapters.
 
     Args:
       layers: only in these layers; None means everywhere, the embeddings' LayerNorm included.
-      targets: pattern of the LayerNorms, see `jpeft.find`.
+      targets: pattern of the normalisation layers, see `jpeft.find`.
 
     Returns:
       A transform with leaves {path: {"scale": [d], "bias": [d]}}.
@@ -22,4 +23,4 @@ def layer_norm(layers: Sequence[int] | None = None, targets: str = "LayerNorm") 
     Raises:
       UserError: in `init`, if a target is missing or no parameters are given.
     """
-    return retrain("layer_norm", lambda sites: find(sites, targets, layers), lambda name: True)
+    return retrain("layer_norm", lambda sites: find_norms(sites, targets, layers), lambda name: True)

@@ -1,15 +1,15 @@
 """Trains the largest entries: the second control of FISH mask, which looks at no data."""
 
+from jpeft.core.site import ALL
 from jpeft.core.transform import Transform
 from jpeft.importance import masks
 from jpeft.transforms.parts.entries import budget_of, masked
-from jpeft.transforms.parts.existing import BODY
 
 __all__ = ["magnitude_mask"]
 
 
 def magnitude_mask(
-    ratio: float = 0.005, count: int | None = None, head_counts: bool = True, targets: str = BODY
+    ratio: float = 0.005, count: int | None = None, head_counts: bool = True, targets: str = ALL
 ) -> Transform:
     """Trains the entries that are largest in absolute value, as many as FISH mask does: a control that needs no data.
 

@@ -11,11 +11,12 @@ from jax import Array
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.leaves import fold_sites, init_sites
-from jpeft.core.site import Site, Sites, find
+from jpeft.core.site import Site, Sites
 from jpeft.core.transform import FIXED, Call, Context, Leaves, Params, Transform, site_key
 from jpeft.transforms.parts.inputs import around_words, width, word_embeddings
 from jpeft.transforms.parts.linear import dropout as drop
 from jpeft.transforms.parts.linear import linear, rate, sizes, uniform_linear
+from jpeft.transforms.parts.places import find_inputs
 from jpeft.transforms.prompt import check_ids
 
 __all__ = ["p_tuning"]
@@ -102,7 +103,7 @@ def p_tuning(
                 leaves[FIXED] = {"anchors": table[jnp.asarray(anchors)]}
             return leaves
 
-        return init_sites(key, find(sites, TARGET), make)
+        return init_sites(key, find_inputs(sites, TARGET), make)
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> tuple[Array, ...]:
         key = site_key(ctx.key, site.path) if ctx.key is not None else None

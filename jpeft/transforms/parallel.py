@@ -7,6 +7,7 @@ from jax import Array
 from jpeft.core.site import Site
 from jpeft.core.transform import Call, Context, Leaves, Transform
 from jpeft.transforms.parts.bottleneck import Bottleneck, added, checked, init_of, like_lora
+from jpeft.transforms.parts.places import find_feed_forward
 
 __all__ = ["parallel"]
 
@@ -54,4 +55,4 @@ def parallel(
         (x,) = args
         return call(x) + added(spec, leaves, x, ctx)
 
-    return Transform("parallel", init_of(spec, like_lora, targets, layers), wrap)
+    return Transform("parallel", init_of(spec, like_lora, find_feed_forward, targets, layers), wrap)

@@ -7,6 +7,7 @@ from jax import Array
 from jpeft.core.site import Site
 from jpeft.core.transform import Call, Context, Leaves, Transform
 from jpeft.transforms.parts.bottleneck import Bottleneck, added, checked, init_of, normal
+from jpeft.transforms.parts.places import find_residual
 
 __all__ = ["pfeiffer"]
 
@@ -55,4 +56,4 @@ def pfeiffer(
         hidden, residual = args
         return call(hidden + added(spec, leaves, call(hidden, residual), ctx), residual)
 
-    return Transform("pfeiffer", init_of(spec, normal, targets, layers), wrap)
+    return Transform("pfeiffer", init_of(spec, normal, find_residual, targets, layers), wrap)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.core.leaves import fold_sites, init_sites
-from jpeft.core.site import Site, Sites, find
+from jpeft.core.site import Site, Sites
 from jpeft.core.transform import SHARED, Call, Context, Leaves, Params, Transform, site_key
 from jpeft.transforms.parts.gate import gate_leaves, gate_value
 from jpeft.transforms.parts.linear import linear, sizes, uniform_linear
+from jpeft.transforms.parts.places import find_cores
 
 __all__ = ["prefix"]
 
@@ -52,7 +53,7 @@ def prefix(
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         del params
-        where = find(sites, targets, layers)
+        where = find_cores(sites, targets, layers)
 
         def flat(key: Array, site: Site) -> Leaves:
             k, v = jax.random.split(key)

@@ -8,14 +8,18 @@ from jax import Array
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.leaves import init_sites
-from jpeft.core.site import Site, Sites, find
+from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Call, Context, Leaves, Params, Transform
 from jpeft.transforms.parts.inputs import before_states, before_words, width, word_embeddings
 from jpeft.transforms.parts.linear import sizes
+from jpeft.transforms.parts.places import find_encoders, find_inputs
 
 __all__ = ["prompt"]
 
-PLACES = {"words": ("embeddings/inputs", before_words), "states": ("encoder", before_states)}
+PLACES = {
+    "words": ("embeddings/inputs", find_inputs, before_words),
+    "states": ("encoder", find_encoders, before_states),
+}
 
 
 def prompt(
@@ -52,7 +56,7 @@ def prompt(
             raise UserError(f"{name} {value!r} is unknown: {nearest(value, known)}")
     if token_ids is not None and (start_from != "vocabulary" or len(token_ids) != num_virtual_tokens):
         raise UserError(f"token_ids must be {num_virtual_tokens} ids, and start_from 'vocabulary': got {token_ids}")
-    target, lengthen = PLACES[placement]
+    target, find, lengthen = PLACES[placement]
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         if params is None and start_from == "vocabulary":

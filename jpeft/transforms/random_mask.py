@@ -1,15 +1,15 @@
 """Trains entries drawn at random: the first control of FISH mask (arXiv:2111.09839)."""
 
+from jpeft.core.site import ALL
 from jpeft.core.transform import Transform
 from jpeft.importance import masks
 from jpeft.transforms.parts.entries import budget_of, masked
-from jpeft.transforms.parts.existing import BODY
 
 __all__ = ["random_mask"]
 
 
 def random_mask(
-    ratio: float = 0.005, count: int | None = None, head_counts: bool = True, targets: str = BODY
+    ratio: float = 0.005, count: int | None = None, head_counts: bool = True, targets: str = ALL
 ) -> Transform:
     """Trains entries drawn at random, as many as FISH mask does: the control of Sung et al. 2021, arXiv:2111.09839.
 

@@ -17,7 +17,7 @@ from jax.extend.random import threefry_2x32
 
 from jpeft.core import tree
 from jpeft.core.errors import UserError
-from jpeft.core.site import Site, Sites, find, layer_of
+from jpeft.core.site import Site, Sites, find, layer_of, stack_of
 from jpeft.core.transform import FIXED, SHARED, Leaves, Params, Transform, site_key
 from jpeft.transforms.parts.linear import sizes
 
@@ -49,7 +49,7 @@ def said(
       layers: only in these layers; None means all.
 
     Returns:
-      A transform with leaves {"shared": {"d": [intrinsic_dim], "lambda": {"layer_0": [], ..., "outside": []}},
+      A transform with leaves {"shared": {"d": [intrinsic_dim], "lambda": {"encoder/layer_0": [], ..., "outside": []}},
       path: {"fixed": {"seed": uint32 []}}}.
 
     Raises:
@@ -152,7 +152,7 @@ def _seed(key: Array, site: Site) -> Leaves:
 def _group(path: str) -> str:
     """The name of the lambda of a site."""
     layer = layer_of(path)
-    return "outside" if layer is None else f"layer_{layer}"
+    return "outside" if layer is None else f"{stack_of(path)}_{layer}"
 
 
 def _above(path: str) -> list[str]:

@@ -28,6 +28,8 @@ def top_k_layers(num_layers: int = 2) -> Transform:
         if len(have) < num_layers:
             raise UserError(f"num_layers must be at most {len(have)}, the layers of the model, got {num_layers}")
         top = set(have[-num_layers:])
-        return tuple(site for path, site in sites.items() if site.layer in top or path.split("/")[0] == "pooler")
+        last = max(i for i, site in enumerate(sites.values()) if site.layer is not None)
+        after = set(list(sites)[last + 1 :])  # the pooler, in the order of the forward pass
+        return tuple(site for path, site in sites.items() if not site.head and (site.layer in top or path in after))
 
     return retrain("top_k_layers", where, lambda name: True)

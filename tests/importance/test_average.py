@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jpeft
@@ -12,12 +13,28 @@ ONE, TWO = {"w": jnp.array([[1.0, 2.0]]), "b": jnp.array([0.0])}, {"w": jnp.arra
 F_ONE, F_TWO = {"w": jnp.array([[3.0, 0.0]]), "b": jnp.ones(1)}, {"w": jnp.array([[1.0, 0.0]]), "b": jnp.zeros(1)}
 
 
-def test_entries_are_weighted_by_information():
+def test_entries_are_weighted_by_information_over_its_norm():
     got = jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO])
-    np.testing.assert_allclose(got["w"], [[(3 * 1 + 1 * 3) / 4, (2 + 6) / 2]], rtol=1e-5)
+    one, two = 3 / 10**0.5, 1.0  # the norms are sqrt(10) and 1
+    np.testing.assert_allclose(got["w"], [[(one * 1 + two * 3) / (one + two), 2.0]], rtol=1e-5)
     np.testing.assert_allclose(got["b"], [0.0], atol=1e-5)
-    weighted = jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO], [1.0, 9.0])
-    np.testing.assert_allclose(weighted["w"], [[(3 * 1 + 9 * 3) / 12, (2 + 9 * 6) / 10]], rtol=1e-5)
+    weighted = jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO], [1.0, 9.0], normalize=False)
+    np.testing.assert_allclose(weighted["w"], [[(3 * 1 + 9 * 3) / 12, 2.0]], rtol=1e-5)
+
+
+def test_at_the_magnitudes_of_an_encoder_it_is_far_from_the_plain_mean():
+    """Information of a real encoder: most entries below 1e-9, six decades apart, one model's gradients larger."""
+    rng = np.random.default_rng(0)
+    models = [rng.normal(size=(200, 50)) for _ in range(2)]
+    fishers = [scale * np.exp(3 * rng.normal(size=(200, 50))) for scale in (1e-11, 1e-9)]
+    assert np.median(fishers) < 1e-9
+    got = jpeft.fisher_average(*([{"w": jnp.float32(x)} for x in trees] for trees in (models, fishers)))["w"]
+    shares = [f / np.linalg.norm(f) for f in fishers]
+    shares[0] = np.maximum(shares[0], 1e-10)
+    wanted = sum(s * m for s, m in zip(shares, models, strict=True)) / sum(shares)
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    plain = np.mean(models, axis=0)
+    assert np.median(np.abs(got - plain) / np.abs(models[0] - models[1])) > 0.3  # 0.5 is one of the two
 
 
 def test_two_halves_of_a_regression_give_the_whole():
@@ -28,7 +45,7 @@ def test_two_halves_of_a_regression_give_the_whole():
     models = [jnp.asarray(fit(scale[i], y[i]), jnp.float32) for i in range(2)]
     information = [jnp.asarray((scale[i] ** 2).sum(0), jnp.float32) for i in range(2)]
     whole = fit(scale.reshape(-1, 3), y.reshape(-1, 3))
-    np.testing.assert_allclose(jpeft.fisher_average(models, information), whole, rtol=1e-5)
+    np.testing.assert_allclose(jpeft.fisher_average(models, information, normalize=False), whole, rtol=1e-5)
 
 
 def test_modules_of_two_seeds_merge_towards_the_more_informed(toy, key):
@@ -42,15 +59,17 @@ def test_modules_of_two_seeds_merge_towards_the_more_informed(toy, key):
 
     fishers = [jpeft.fisher(loss, own, (toy.ids, toy.mask, toy.labels)) for own in leaves]
     got = jpeft.fisher_average(leaves, fishers)
+    fishers = [jax.tree.map(lambda x, f=f: x / optax.tree.norm(f), f) for f in fishers]
     for x, a, b, f, g in zip(*map(jax.tree.leaves, (got, *leaves, *fishers)), strict=True):
         assert ((x >= jnp.minimum(a, b) - 1e-5) & (x <= jnp.maximum(a, b) + 1e-5)).all()
         nearer = jnp.abs(x - a) < jnp.abs(x - b)
-        sure = jnp.maximum(f, g) > 2 * jnp.maximum(jnp.minimum(f, g), 1e-6)
+        sure = jnp.maximum(f, g) > 2 * jnp.maximum(jnp.minimum(f, g), 1e-9)
+        assert sure.mean() > 0.1
         assert (nearer == (f > g))[sure].all()
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(UserError, match="1 models, 2 Fishers"):
+    with pytest.raises(UserError, match="got 1 models, 2 Fishers"):
         jpeft.fisher_average([ONE], [F_ONE, F_TWO])
     with pytest.raises(UserError, match="one structure"):
         jpeft.fisher_average([ONE, {"w": ONE["w"]}], [F_ONE, F_TWO])
@@ -58,3 +77,5 @@ def test_what_cannot_be_is_refused():
         jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO], [0.0, 0.0])
     with pytest.raises(UserError, match="weights must be"):
         jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO], [1.0, float("nan")])
+    with pytest.raises(UserError, match="information of model 1 has norm 0"):
+        jpeft.fisher_average([ONE, TWO], [F_ONE, jax.tree.map(jnp.zeros_like, F_TWO)])

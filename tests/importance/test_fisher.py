@@ -125,9 +125,9 @@ def test_what_does_not_go_together_is_refused():
         fisher(loss, w, {})
     with pytest.raises(UserError, match="3 ids were given for 2 examples"):
         fisher(loss, w, (jnp.ones((2, 2)),), ids=[1, 2, 3])
-    with pytest.raises(UserError, match=r"by float arrays, and \['n'\] is int32"):
+    with pytest.raises(UserError, match=r"respect to \['n'\]: expected a float array, got int32"):
         fisher(loss, {"n": jnp.ones(2, int)}, (jnp.ones((2, 2)),))
-    with pytest.raises(UserError, match="by float arrays, and the tree is float"):
+    with pytest.raises(UserError, match="respect to the tree: expected a float array, got float"):
         fisher(loss, 1.0, (jnp.ones((2, 2)),))
     (all_five,) = accumulate(loss, w, (jnp.ones((5, 2)),))
     with pytest.raises(UserError, match="has 5 examples, and there are 4"):
@@ -270,7 +270,7 @@ def test_groups_of_other_lengths(net):
     loss, params, (x, mask) = net
     cut = lambda rows, length: (x[rows, :length], mask[rows, :length])
     groups = [cut(slice(0, 1), 7), cut(slice(1, 3), 5), cut(slice(3, 4), 6)]
-    close_by_leaf(fisher(loss, params, groups), fisher(loss, params, (x, mask)))
+    close_by_leaf(fisher(loss, params, groups, grouped=True), fisher(loss, params, (x, mask)))
 
 
 def test_a_sum_goes_on_where_it_stopped(net):

@@ -27,7 +27,7 @@ def run(path, about=ABOUT, fn=loss, **options):
 def test_the_result_is_kept_with_what_it_was_measured_from(tmp_path):
     path = tmp_path / "seed_1" / "fisher.safetensors"
     found = run(path)
-    wanted = jpeft.fisher(loss, TREE, GROUPS)
+    wanted = jpeft.fisher(loss, TREE, GROUPS, grouped=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
     arrays, about = measure.read(path)
     assert set(arrays) == {"a", "b:c"}
@@ -61,7 +61,7 @@ def test_a_stop_half_way_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "accumulate", goes_on)
     found = run(path)
     assert seen == [4]
-    jax.tree.map(np.testing.assert_array_equal, found, jpeft.fisher(loss, TREE, GROUPS, microbatch=2))
+    jax.tree.map(np.testing.assert_array_equal, found, jpeft.fisher(loss, TREE, GROUPS, grouped=True, microbatch=2))
     assert [p.name for p in tmp_path.iterdir()] == ["fisher.safetensors"]
 
 
@@ -92,4 +92,6 @@ def test_a_sum_that_is_not_finite_is_nothing_to_go_on_from(tmp_path, monkeypatch
         with pytest.raises(UserError, match="not finite at example 3"):
             run(path, fn=bad)
     found = run(path)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, jpeft.fisher(loss, TREE, GROUPS))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, jpeft.fisher(loss, TREE, GROUPS, grouped=True)
+    )

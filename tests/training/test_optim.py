@@ -56,9 +56,5 @@ def test_the_rates_of_a_partition_scale_the_last_update():
     optimizer = optax.chain(optax.sgd(0.5), parts.scale)
     updates, _ = optimizer.update(parts.trainable, optimizer.init(parts.trainable), parts.trainable)
     assert set(updates["params"]) == {"classifier"}
-    own = updates["peft"]["lora_0"]["dense"]
-    assert [float(x.ravel()[0]) for x in (own["a"], own["b"], updates["params"]["classifier"]["bias"])] == [
-        -0.5,
-        -1.5,
-        -0.5,
-    ]
+    own, head = updates["peft"]["lora_0"]["dense"], updates["params"]["classifier"]
+    assert [float(x.ravel()[0]) for x in (own["a"], own["b"], head["bias"])] == [-0.5, -1.5, -0.5]

@@ -235,8 +235,11 @@ def test_options(kind, options):
     """What is scaled, gated and normalised, and what the gate reads: the adapter's input, before its own LayerNorm."""
     hidden, residual, _ = draw()
     method = KINDS[kind](4, activation="tanh", **options)
-    width = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
-    at = {f"layer_0/{end}": Site(f"layer_0/{end}", 0, "Toy", {}, (width,)) for end in ("ffn_add_norm", "ffn")}
+    x = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
+    at = {
+        f"layer_0/{end}": Site(f"layer_0/{end}", 0, "Toy", {}, args, x)
+        for end, args in (("ffn", (x,)), ("ffn_add_norm", (x, x)))
+    }
     targets = KINDS[kind](4, targets="ffn" if kind == "parallel" else "ffn_add_norm", activation="tanh", **options)
     leaves = next(iter(targets.init(jax.random.key(0), at, None).values()))
     leaves = randomise(leaves, 3, 0.8)

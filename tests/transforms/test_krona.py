@@ -1,4 +1,3 @@
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +58,9 @@ def test_a_fresh_one_leaves_the_logits_bit_identical(toy, key, jit):
     [((768, 768), (32, 24), (24, 32)), ((768, 3072), (32, 48), (24, 64)), ((7, 10), (7, 2), (1, 5))],
 )
 def test_the_default_shape_has_the_fewest_parameters(key, size, a, b):
-    sites = jpeft.sites(nn.Sequential([nn.Dense(size[1], name="query")]), jax.ShapeDtypeStruct((1, size[0]), "float32"))
+    x, kernel = jax.ShapeDtypeStruct((1, size[0]), "float32"), jax.ShapeDtypeStruct(size, "float32")
+    out = jax.ShapeDtypeStruct((1, size[1]), "float32")
+    sites = {"query": Site("query", None, "Dense", {"kernel": kernel}, (x,), out)}
     own = jpeft.init(krona(), key, sites)["krona_0"]["query"]
     assert own["a"].shape == a
     assert own["b"].shape == b

@@ -140,5 +140,5 @@ def test_what_cannot_be_is_refused(toy, key):
         ladder_side(init_from="fischer")
     with pytest.raises(jpeft.UserError, match="give `params`"):
         jpeft.init(METHOD, key, toy.sites)
-    with pytest.raises(jpeft.UserError, match="is no encoder of BERT layers"):
+    with pytest.raises(jpeft.UserError, match="is not one of the sites with arguments"):
         fresh(toy, key, ladder_side(targets="pooler"))

@@ -173,9 +173,7 @@ def test_options_out_of_range(options, message):
 
 @pytest.mark.parametrize("target", ["LayerNorm", "ffn", "core"])
 def test_a_target_that_is_no_dense_layer(target):
-    with pytest.raises(
-        UserError, match=rf"{target}' \(\w+, .*\) is not one of the Dense layers: the Dense layers .* are 'enc"
-    ):
+    with pytest.raises(UserError, match=rf"{target}' \(\w+, .* is not one of the Dense layers: .* are 'enc"):
         jpeft.init(jpeft.lora(targets=target), jax.random.key(0), SITES)
 
 

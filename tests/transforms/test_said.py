@@ -85,7 +85,7 @@ def test_equals_the_dense_map_and_the_merged_one(toy, key, layer_wise):
     own = leaves["said_0"]
     d = np.asarray(own["shared"]["d"], np.float64)
     flat = tree.flatten(toy.params)
-    sites = {f"encoder/layer_{i}/attention/{end}": f"layer_{i}" for i in (0, 1) for end in ("query", "value")}
+    sites = {f"encoder/layer_{i}/attention/{end}": f"encoder/layer_{i}" for i in (0, 1) for end in ("query", "value")}
     sites["pooler"] = "outside"
     assert set(own) == {"shared", *sites}
     for path, group in sites.items():
@@ -108,7 +108,7 @@ def test_a_whole_layer_is_a_target_and_what_is_below_it_counts_once(toy, key):
     method = said(10, targets=r"layer_\d+|query", layers=[1])
     leaves = trained(method, toy, key)
     assert set(leaves["said_0"]) == {"shared", "encoder/layer_1"}
-    assert set(leaves["said_0"]["shared"]["lambda"]) == {"layer_1"}
+    assert set(leaves["said_0"]["shared"]["lambda"]) == {"encoder/layer_1"}
     merged = tree.flatten(jpeft.merge(method, leaves, toy.params).params)
     for path, x in tree.flatten(toy.params).items():
         same = bool((merged[path] == x).all())
@@ -122,7 +122,7 @@ def test_a_fresh_one_leaves_the_logits_bit_identical(toy, key):
     shared = leaves["said_0"]["shared"]
     assert shared["d"].shape == (10,)
     assert not shared["d"].any()
-    assert shared["lambda"] == {"layer_0": 1.0, "layer_1": 1.0}
+    assert shared["lambda"] == {"encoder/layer_0": 1.0, "encoder/layer_1": 1.0}
     seeds = [own["fixed"]["seed"] for path, own in leaves["said_0"].items() if path != "shared"]
     assert {(x.dtype, x.shape) for x in seeds} == {(jnp.dtype("uint32"), ())}
     assert len({int(x) for x in seeds}) == 4
@@ -136,9 +136,9 @@ def test_gradients_are_those_of_the_weights_through_the_dense_map(toy, key):
     weights = jax.jit(jax.grad(lambda params: (toy.logits(jpeft.chain(), {}, params) ** 2).sum()))(merged)
     shared = learns["said_0"]["shared"]
     d = np.asarray(shared["d"], np.float64)
-    wanted_d, wanted = np.zeros(10), {"layer_0": 0.0, "layer_1": 0.0, "outside": 0.0}
+    wanted_d, wanted = np.zeros(10), {"encoder/layer_0": 0.0, "encoder/layer_1": 0.0, "outside": 0.0}
     for path, own in fixed["said_0"].items():
-        group = "outside" if path == "pooler" else path.split("/")[1]
+        group = "outside" if path == "pooler" else "/".join(path.split("/")[:2])
         for name in ("kernel", "bias"):
             g = np.asarray(tree.flatten(weights)[(*path.split("/"), name)], np.float64).ravel()
             back = dense_map(int(own["fixed"]["seed"]), name, g.size, 10).T @ g

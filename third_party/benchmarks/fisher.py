@@ -67,7 +67,7 @@ class Torch:
 
 def rounds(fn: Any, part: Any, groups: list[Any], rest: Any, **options: Any) -> Iterator[float]:
     """The seconds of one pass over all examples after the other; the first one compiles."""
-    sums = fishing.accumulate(fn, part, groups * 100, rest, **options)
+    sums = fishing.accumulate(fn, part, groups * 100, rest, grouped=True, **options)
     while True:
         start = time.perf_counter()
         running = next(sums)
@@ -139,7 +139,9 @@ def main(argv: list[str]) -> None:
             check = Path(scratch) / "check.npz"
             torch.seconds(f"natural {check}")
             groups, _ = batching.by_length(rows, natural)
-            found = jpeft.fisher(loss, everything, groups, {})["params"]["encoder"]["layer_0"]["ffn"]["output"]
+            found = jpeft.fisher(loss, everything, groups, {}, grouped=True)["params"]["encoder"]["layer_0"]["ffn"][
+                "output"
+            ]
             theirs = np.load(check)["bert.encoder.layer.0.output.dense.weight"].T
             error = np.linalg.norm(theirs - found["kernel"]) / np.linalg.norm(theirs)
             say("difference of one kernel's information from PyTorch's", f"{error:.1e}", "at most 1e-4")
@@ -193,7 +195,7 @@ def exactness(base: Any, rows: batching.Examples, say: Callable) -> None:
             for labels, values in [(name, "square") for name in terms] + [("empirical", "absolute")]:
                 wanted = looped(logits, part, singles, terms[labels], np.square if values == "square" else np.abs)
                 fn = loss if labels == "empirical" else logits
-                got = jpeft.fisher(fn, part, groups, {}, labels=labels, values=values, key=key)
+                got = jpeft.fisher(fn, part, groups, {}, grouped=True, labels=labels, values=values, key=key)
                 pairs = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True)
                 errors = [
                     float(np.linalg.norm(a - b) / np.linalg.norm(b))

@@ -14,7 +14,7 @@ from jax import Array
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.leaves import init_sites
-from jpeft.core.site import Site, Sites, find
+from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Context, Leaves, Params, site_key
 from jpeft.models.bert import ACTIVATIONS
 from jpeft.transforms.parts.gate import gate_leaves, gate_value
@@ -24,6 +24,7 @@ __all__ = ["Bottleneck", "added", "checked", "fresh", "init_of", "like_lora", "n
 
 EPSILON = 1e-5  # of the LayerNorms, PyTorch's
 Kernels = Callable[[Array, int, int], tuple[Array, Array]]
+Find = Callable[[Sites, str, Sequence[int] | None], tuple[Site, ...]]
 
 
 class Bottleneck(NamedTuple):
@@ -95,9 +96,9 @@ def fresh(spec: Bottleneck, key: Array, site: Site, kernels: Kernels) -> Leaves:
 
 
 def init_of(
-    spec: Bottleneck, kernels: Kernels, targets: str, layers: Sequence[int] | None
+    spec: Bottleneck, kernels: Kernels, find: Find, targets: str, layers: Sequence[int] | None
 ) -> Callable[[Array, Sites, Params | None], Leaves]:
-    """The `init` of a transform with one adapter at each target."""
+    """The `init` of a transform with one adapter at each target, which `find` looks for."""
     return lambda key, sites, params: init_sites(
         key, find(sites, targets, layers), lambda key, site: fresh(spec, key, site, kernels)
     )

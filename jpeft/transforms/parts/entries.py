@@ -14,16 +14,16 @@ import numpy as np
 from jax import Array
 
 from jpeft.core.errors import UserError
-from jpeft.core.site import Sites, find
+from jpeft.core.site import Sites
 from jpeft.core.transform import FIXED, Leaves, Params, Transform
 from jpeft.core.tree import at, replace
 from jpeft.core.tree import count as num_entries
-from jpeft.transforms.parts.existing import own_parameters
+from jpeft.transforms.parts.places import find_with_params, own_parameters
 
 __all__ = ["Budget", "Chosen", "budget_of", "candidates_of", "masked", "take"]
 
 Chosen = Mapping[tuple[str, str], Any]  # by (site path, parameter name)
-Budget = Callable[[Params, Chosen], int]
+Budget = Callable[[Params, Sites, Chosen], int]
 
 
 def take(values: Chosen, indices: Mapping[tuple[str, str], np.ndarray]) -> Leaves:
@@ -43,7 +43,7 @@ def masked(name: str, budget: Budget, targets: str, draw: Callable[[Array, Any, 
         if params is None:
             raise UserError(f"{name} starts from the model's parameters: give `params` to init")
         candidates = candidates_of(params, sites, targets)
-        return take(candidates, draw(key, candidates, budget(params, candidates)))
+        return take(candidates, draw(key, candidates, budget(params, sites, candidates)))
 
     def merge(leaves: Leaves, params: Params) -> Params:
         for path, own in leaves.items():
@@ -65,27 +65,28 @@ def _write(w: Array, leaf: Mapping[str, Any]) -> Array:
 
 def candidates_of(params: Params, sites: Sites, targets: str) -> dict[tuple[str, str], Any]:
     """The parameters whose entries can be chosen, by site path and name."""
-    where = find(sites, targets)
+    where = find_with_params(sites, targets)
     return {(site.path, name): at(params, site.path)[name] for site in where for name in own_parameters(site)}
 
 
 def budget_of(ratio: float, count: int | None, head_counts: bool) -> Budget:
-    """The function from all parameters and the candidates to how many of the candidates train."""
+    """The function from all parameters, sites and candidates to how many of the candidates train."""
     if count is not None:
         if count < 0:
             raise UserError(f"count must be at least 0, got {count}")
     elif not 0 < ratio <= 1:
         raise UserError(f"ratio must be above 0 and at most 1, got {ratio}")
 
-    def budget(params: Params, candidates: Chosen) -> int:
-        total, there = num_entries(params), sum(int(np.prod(x.shape)) for x in candidates.values())
-        head = num_entries(params.get("classifier", {})) if head_counts else 0
+    def budget(params: Params, sites: Sites, candidates: Chosen) -> int:
+        total, available = num_entries(params), sum(int(np.prod(x.shape)) for x in candidates.values())
+        names = {path.split("/")[0] for path, site in sites.items() if site.head} if head_counts else ()
+        head = sum(num_entries(params.get(name, {})) for name in names)
         wanted = int(ratio * total) if count is None else count
         said = f"count {count:,}" if count is not None else f"ratio {ratio} of {total:,} parameters is {wanted:,}"
         if wanted < head:
             raise UserError(f"{said}: less than the head's {head:,}, which always trains: raise it")
-        if count is not None and wanted - head > there:
-            raise UserError(f"{said}: more than the {there + head:,} that can train: lower it")
-        return min(wanted - head, there)
+        if count is not None and wanted - head > available:
+            raise UserError(f"{said}: more than the {available + head:,} that can train: lower it")
+        return min(wanted - head, available)
 
     return budget

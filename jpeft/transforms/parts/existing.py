@@ -15,11 +15,9 @@ from jpeft.core.errors import UserError
 from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Leaves, Params, Transform
 from jpeft.core.tree import at, replace
+from jpeft.transforms.parts.places import own_parameters
 
-__all__ = ["BODY", "own_parameters", "retrain"]
-
-# The head trains anyway, under its own name.
-BODY = "(embeddings|encoder|pooler)(/.*)?"
+__all__ = ["retrain"]
 
 
 def retrain(name: str, where: Callable[[Sites], Sequence[Site]], trains: Callable[[str], bool]) -> Transform:
@@ -45,8 +43,3 @@ def retrain(name: str, where: Callable[[Sites], Sequence[Site]], trains: Callabl
         return params
 
     return Transform(name, init, None, merge)
-
-
-def own_parameters(site: Site) -> tuple[str, ...]:
-    """The names of the arrays that belong to a site itself, not to a module inside it."""
-    return tuple(name for name, x in site.params.items() if hasattr(x, "shape"))
