@@ -9,6 +9,7 @@ y = jpeft.apply(model, method, {"params": params, "peft": leaves}, x)
 """
 
 from jpeft.core.errors import UserError
+from jpeft.core.files import read_leaves, write_leaves
 from jpeft.core.hook import apply
 from jpeft.core.partition import Partition, partition, penalty
 from jpeft.core.site import Site, find, layers, sites
@@ -41,6 +42,7 @@ from jpeft.transforms.far import far
 from jpeft.transforms.fish import fish
 from jpeft.transforms.houlsby import houlsby
 from jpeft.transforms.ia3 import ia3
+from jpeft.transforms.iti import Probes, activations, iti, probe
 from jpeft.transforms.krona import krona
 from jpeft.transforms.ladder_side import ladder_side
 from jpeft.transforms.layer_norm import layer_norm
@@ -69,6 +71,7 @@ __all__ = [
     "Merged",
     "Partition",
     "Plan",
+    "Probes",
     "Saved",
     "Setting",
     "Site",
@@ -76,6 +79,7 @@ __all__ = [
     "Transform",
     "UserError",
     "__version__",
+    "activations",
     "adamix",
     "adapterdrop",
     "apply",
@@ -94,6 +98,7 @@ __all__ = [
     "ia3",
     "init",
     "instances",
+    "iti",
     "krona",
     "ladder_side",
     "layer_norm",
@@ -113,8 +118,10 @@ __all__ = [
     "predict",
     "prefix",
     "prepare",
+    "probe",
     "prompt",
     "random_mask",
+    "read_leaves",
     "read_mask",
     "rslora",
     "said",
@@ -125,5 +132,6 @@ __all__ = [
     "top_k_layers",
     "union",
     "unipelt",
+    "write_leaves",
     "write_mask",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jpeft.core.errors import UserError
 from jpeft.core.tree import empty_paths, flatten, unflatten
 
 __all__ = ["append_json", "keep_lines", "read_json", "read_leaves", "write_json", "write_leaves", "write_text"]
@@ -56,7 +57,7 @@ def keep_lines(path: Path, keep: Callable[[Any], bool]) -> None:
     write_text(path, "".join(kept))
 
 
-def write_leaves(path: Path, leaves: Mapping[str, Any], about: Mapping[str, str] | None = None) -> None:
+def write_leaves(path: str | Path, leaves: Mapping[str, Any], about: Mapping[str, str] | None = None) -> None:
     """Writes a nested dict of arrays as one safetensors file, atomically.
 
     Args:
@@ -66,6 +67,7 @@ def write_leaves(path: Path, leaves: Mapping[str, Any], about: Mapping[str, str]
     """
     from safetensors.numpy import save_file
 
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     tensors = {":".join(keys): np.asarray(x) for keys, x in flatten(leaves).items()}
@@ -74,16 +76,25 @@ def write_leaves(path: Path, leaves: Mapping[str, Any], about: Mapping[str, str]
     os.replace(beside, path)
 
 
-def read_leaves(path: Path) -> dict[str, Any]:
-    """The inverse of `write_leaves`, with jax arrays."""
-    from safetensors import safe_open
+def read_leaves(path: str | Path) -> dict[str, Any]:
+    """The inverse of `write_leaves`, with jax arrays.
+
+    Raises:
+      UserError: if there is no such file, or it is not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load_file
 
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
     leaves: dict[tuple[str, ...], Any] = {}
-    for key, x in load_file(path).items():
-        leaves[tuple(key.split(":"))] = jax.numpy.asarray(x)
-    with safe_open(path, "np") as file:
-        empty = json.loads((file.metadata() or {}).get(EMPTY, "[]"))
+    try:
+        for key, x in load_file(path).items():
+            leaves[tuple(key.split(":"))] = jax.numpy.asarray(x)
+        with safe_open(path, "np") as file:
+            empty = json.loads((file.metadata() or {}).get(EMPTY, "[]"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a safetensors file of leaves: {error}") from None
     for key in empty:
         leaves[tuple(key.split(":"))] = {}
     return unflatten(leaves)

@@ -1,7 +1,10 @@
 import json
 
+import jax
+import numpy as np
 import pytest
 
+from jpeft import UserError
 from jpeft.core import files
 
 
@@ -57,3 +60,16 @@ def test_keep_lines_drops_the_unwanted_and_the_line_cut_short(tmp_path):
 def test_keep_lines_makes_no_file(tmp_path):
     files.keep_lines(tmp_path / "none", lambda row: True)
     assert not (tmp_path / "none").exists()
+
+
+def test_leaves_come_back_with_their_empty_dicts_and_a_path_may_be_text(tmp_path):
+    leaves = {"x_0": {"shared": {"v": np.ones(2, np.float32)}, "encoder/layer_0": {}}, "fish_0": {}}
+    files.write_leaves(str(tmp_path / "x.safetensors"), leaves)
+    back = files.read_leaves(str(tmp_path / "x.safetensors"))
+    assert jax.tree.structure(back) == jax.tree.structure(leaves)
+    np.testing.assert_array_equal(back["x_0"]["shared"]["v"], [1, 1])
+    with pytest.raises(UserError, match="there is no file"):
+        files.read_leaves(tmp_path / "none")
+    (tmp_path / "bad").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="is not a safetensors file of leaves"):
+        files.read_leaves(tmp_path / "bad")

@@ -29,3 +29,10 @@ def test_replace_copies_the_way_and_shares_the_rest():
 def test_sizes():
     assert tree.count(TREE) == 11
     assert tree.num_bytes({"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2)}) == 14
+
+
+def test_empty_dicts_are_kept():
+    leaves = {"x_0": {"shared": {"v": jnp.ones(2)}, "site": {}}, "y_0": {}}
+    inside, outside = tree.split(leaves, lambda path: path[-1] == "v")
+    assert tree.union(outside, inside) == leaves
+    assert tree.split({}, lambda path: True) == ({}, {})
