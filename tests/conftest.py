@@ -10,8 +10,12 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One cache of compiled programs for all workers, kept from one run of the tests to the next.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
@@ -62,9 +66,8 @@ class Toy(NamedTuple):
 
 def randomised(leaves: Any, seed: int = 7, scale: float = 0.3) -> Any:
     """The same tree with every entry drawn anew: what starts at zero hides what it does."""
-    flat, treedef = jax.tree.flatten(leaves)
-    keys = jax.random.split(jax.random.key(seed), len(flat))
-    return treedef.unflatten([scale * jax.random.normal(k, x.shape) for k, x in zip(keys, flat, strict=True)])
+    rng = np.random.default_rng(seed)  # NumPy: JAX would compile a program for every shape
+    return jax.tree.map(lambda x: jax.numpy.asarray(scale * rng.normal(size=x.shape), jax.numpy.float32), leaves)
 
 
 def setting(toy: Toy, method: jpeft.Transform | jpeft.Chain, key: jax.Array) -> jpeft.Setting:

@@ -31,10 +31,12 @@ CONFIG = BertConfig(
 
 def rows(seed: int, n: int = 32) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Ids, mask and labels: after a first token that is always the same, every token tells the label of its row."""
-    labels = jax.random.randint(jax.random.key(seed), (n,), 0, 3)
-    ids = 3 * jax.random.randint(jax.random.key(seed + 1), (n, 9), 1, 20) + labels[:, None]
-    mask = jnp.arange(9)[None] < jax.random.randint(jax.random.key(seed + 2), (n, 1), 4, 10)
-    return ids.at[:, 0].set(1), mask.astype(jnp.int32), labels
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, n)
+    ids = 3 * rng.integers(1, 20, (n, 9)) + labels[:, None]
+    ids[:, 0] = 1
+    mask = np.arange(9)[None] < rng.integers(4, 10, (n, 1))
+    return tuple(jnp.asarray(x, jnp.int32) for x in (ids, mask, labels))
 
 
 MODEL = Bert(CONFIG)
@@ -58,7 +60,7 @@ def pretrained() -> dict[str, Any]:
         return optax.apply_updates(params, updates), state, value
 
     state, value = optimizer.init(params), 9.0
-    while value > 0.4:
+    while value > 0.9:
         params, state, value = step(params, state)
     return params
 
@@ -93,15 +95,21 @@ class Made(NamedTuple):
     method: jpeft.Transform | jpeft.Chain
     trained: dict[str, Any]
     fixed: dict[str, Any]
-    logits: jax.Array
+    logits: np.ndarray
 
 
 @functools.cache
 def make(name: str) -> Made:
     method = METHODS[name].make(**SMALL.get(name, {}))
     trained, fixed = prepared(name)
-    trained = jax.tree.map(lambda x, r: x + r, trained, randomised(trained, scale=0.1))
-    return Made(method, trained, fixed, jax.jit(lambda t: logits(method, t, fixed))(trained))
+    trained = moved(trained, scale=0.1)
+    return Made(method, trained, fixed, np.asarray(jax.jit(lambda t: logits(method, t, fixed))(trained)))
+
+
+def moved(leaves, by=None, scale=1.0):
+    """Leaves moved by a number or by noise; in NumPy, since JAX would compile a program for every shape."""
+    by = randomised(leaves, scale=scale) if by is None else jax.tree.map(lambda x: by, leaves)
+    return jax.tree.map(lambda x, y: jnp.asarray(np.asarray(x) + np.asarray(y), x.dtype), leaves, by)
 
 
 @functools.cache
@@ -123,9 +131,10 @@ def loss(method, trained, fixed, ids, mask, labels, **kwargs):
 
 def close(got, wanted, tolerance=1e-4):
     """By leaf, in norm."""
-    largest = max(float(jnp.linalg.norm(x)) for x in jax.tree.leaves(wanted))
+    got, wanted = (jax.tree.map(np.asarray, x) for x in (got, wanted))
+    largest = max(float(np.linalg.norm(x)) for x in jax.tree.leaves(wanted))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        assert jnp.linalg.norm(a - b) <= tolerance * jnp.linalg.norm(b) + 1e-6 * largest
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-6 * largest
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,10 +147,10 @@ def test_it_runs_under_jit_and_remat_and_traces_once(name):
 
     jitted = jax.jit(chex.assert_max_traces(value_and_grad, n=1))
     value, grads = jitted(trained)
-    jitted(jax.tree.map(lambda x: x + 0.01, trained))
-    expected = optax.softmax_cross_entropy_with_integer_labels(now, LABELS).mean()
+    jitted(moved(trained, 0.01))
+    expected = -np.mean((now - np.log(np.exp(now).sum(1, keepdims=True)))[np.arange(len(now)), LABELS])
     assert value == pytest.approx(float(expected), rel=1e-5)
-    assert any(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    assert any(np.any(g) for g in jax.tree.leaves(grads))
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, trained)
     remat = Bert(BertConfig(**{**vars(CONFIG), "remat": True}))
     close(jax.jit(lambda t: value_and_grad(t, remat))(trained)[1], grads)
@@ -151,14 +160,20 @@ def test_it_runs_under_jit_and_remat_and_traces_once(name):
 def test_vmap_over_examples_and_over_leaves_equals_loops(name):
     method, trained, fixed, now = make(name)
     one = lambda t, ids, mask, label: loss(method, t, fixed, ids[None], mask[None], label[None])
-    batched = jax.jit(jax.vmap(jax.grad(one), (None, 0, 0, 0)))(trained, IDS[:3], MASK[:3], LABELS[:3])
+    stacked = jax.tree.map(lambda x: np.stack([2 * np.asarray(x), x]), trained)
+
+    @jax.jit
+    def vmapped(trained, stacked):
+        by_example = jax.vmap(jax.grad(one), (None, 0, 0, 0))(trained, IDS[:3], MASK[:3], LABELS[:3])
+        return by_example, jax.vmap(lambda t: logits(method, t, fixed))(stacked)
+
+    batched, two = jax.tree.map(np.asarray, vmapped(trained, stacked))
     single = jax.jit(jax.grad(one))
     for i in range(3):
-        close(jax.tree.map(lambda g, i=i: g[i], batched), single(trained, IDS[i], MASK[i], LABELS[i]))
-    stacked = jax.tree.map(lambda x: jnp.stack([2 * x, x]), trained)
-    both = jax.jit(jax.vmap(lambda t: logits(method, t, fixed)))(stacked)
-    np.testing.assert_allclose(both[1], now, atol=5e-5)
-    assert jnp.abs(both[0] - now).max() > 1e-3
+        row = (np.asarray(x)[i] for x in (IDS, MASK, LABELS))
+        close(jax.tree.map(lambda g, i=i: g[i], batched), single(trained, *row))
+    np.testing.assert_allclose(two[1], now, atol=5e-5)
+    assert np.abs(two[0] - now).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,9 +187,9 @@ def test_it_computes_in_bfloat16_with_float32_leaves(name):
 
     (_, rough), grads = jax.jit(jax.value_and_grad(value, has_aux=True))(trained)
     assert rough.dtype == jnp.float32
-    assert 0 < jnp.abs(rough - now).mean() < 0.05 * (1 + jnp.abs(now).mean())
+    assert 0 < np.abs(np.asarray(rough) - now).mean() < 0.05 * (1 + np.abs(now).mean())
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, trained)
-    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -187,7 +202,7 @@ def test_merged_folded_and_saved_it_gives_the_same_logits(name, tmp_path):
         merged = jpeft.merge(method, leaves, params)
         return logits(merged.transform, merged.leaves, {}, params=merged.params)
 
-    np.testing.assert_allclose(run(leaves, PARAMS), now, atol=1e-5 * (1 + jnp.abs(now).max()))
+    np.testing.assert_allclose(run(leaves, PARAMS), now, atol=1e-5 * (1 + np.abs(now).max()))
     chex.assert_trees_all_equal(PARAMS, before)
     folded = jpeft.fold(method, leaves)
     saved.write_leaves(tmp_path / "x.safetensors", folded)
@@ -203,7 +218,7 @@ def test_the_loop_of_the_readme_cuts_the_loss_by_half_with_the_head_frozen(name)
     method = METHODS[name].make(**SMALL.get(name, {}))
     trained, fixed = prepared(name)
     parts = jpeft.partition(method, PARAMS, tree.union(fixed, trained))
-    rate = max(5e-3, 10 * METHODS[name].learning_rate)
+    rate = 3e-2 if name == "ia3" else 5e-3  # few steps on a small model
     optimizer = optax.chain(optax.adamw(rate, weight_decay=0.01, mask=parts.decays), parts.scale)
 
     @jax.jit
