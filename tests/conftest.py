@@ -180,9 +180,15 @@ def tiny_config(
     def make(method: str, task: str = "mrpc", **train: Any) -> ConfigDict:
         config = configs.default(task, method)
         config.model, config.data.path = str(tiny_model), str(tiny_glue)
-        config.peft.pfeiffer.bottleneck, config.peft.prefix.mlp_hidden = 4, 8
-        config.peft.prefix.num_virtual_tokens, config.peft.lora.rank = 3, 2
-        config.fishpal.num_examples = 8
+        small = {
+            "lora": {"rank": 2},
+            "pfeiffer": {"bottleneck": 4},
+            "prefix": {"num_virtual_tokens": 3, "mlp_hidden": 8},
+        }
+        for name in small if method == "fishpal" else method.split("+"):
+            config.peft.get(name, {}).update(small.get(name, {}))
+        if method == "fishpal":
+            config.fishpal.num_examples = 8
         config.train.update({"num_epochs": 2, "batch_size": 16, "max_length": 16, **train})
         return config
 

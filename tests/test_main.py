@@ -65,7 +65,12 @@ OVERRIDES = {
     "--config.data.path=./nowhere": ["no folder nowhere"],
     "--config.task=rte": ["rte", "no folder"],
     "--config.task=ax": ["config.task 'ax' is a test set"],
-    "--config.fishpal.plan=thesis_mrpc": ["the plan names layer 2, but the model has layers 0 to 1"],
+    "--config.fishpal.plan=thesis_mrpc": ["config.fishpal.plan is set, but config.method is 'lora'"],
+    "--config.peft.pfeiffer.bottleneck=4": ["config.peft.pfeiffer.bottleneck is set, but config.method is 'lora'"],
+    "--config.data.train=x.csv": ["config.data.train is set, but config.task 'mrpc' does not read it"],
+    "--config.task=custom": ["config.data.path is set, but config.task 'custom' does not read it"],
+    "--config.task=nothing.py": ["config.task 'nothing.py': there is no such file"],
+    "--config.seeds=(0,4294967296)": ["config.seeds must be a tuple of integers from 0 to 2**32 - 1"],
     "--config.peft.lora.layers=(5,)": ["5"],
     "--config.peft.lora.targets=qeury": ["qeury"],
 }
@@ -133,7 +138,7 @@ def test_a_workdir_of_another_config(failing, config, tmp_path):
     (tmp_path / "work" / "config.json").write_text(json.dumps({"task": "mrpc", "train": {"num_epochs": 9}}))
     line = failing(f"--config={config}")
     assert "belongs to another config" in line
-    assert "config.train.num_epochs is 9 there, 1 here" in line
+    assert "config.train.num_epochs was 9, now 1" in line
 
 
 def test_a_mistake_leaves_the_workdir_to_its_correction(failing, config, tmp_path, capsys):

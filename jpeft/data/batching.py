@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jpeft.data.tasks import Task
-
 __all__ = [
     "Batch", "Examples", "by_length", "eval_batches", "length_buckets", "num_batches", "sample", "take", "together",
     "tokenize", "train_batches",
@@ -65,26 +63,29 @@ class Examples(NamedTuple):
         return np.fromiter(map(len, self.input_ids), np.int64, self.size)
 
 
-def tokenize(split: Mapping[str, Sequence[Any]] | Any, task: Task, tokenizer: Any, max_length: int) -> Examples:
+def tokenize(
+    split: Mapping[str, Sequence[Any]] | Any, text: Sequence[str], tokenizer: Any, max_length: int, label_type: type
+) -> Examples:
     """Tokenises a split of a task.
 
     Args:
       split: a `datasets.Dataset`, or columns by name.
-      task: says which columns hold text.
+      text: the columns with text, one or two.
       tokenizer: a Hugging Face tokenizer.
       max_length: longer rows are cut, the longer text of a pair first.
+      label_type: the type of the column "label", np.int32 or np.float32.
 
     Returns:
       The rows in their order. Token types are 0 where the tokenizer has none, as RoBERTa's.
     """
-    texts = [list(split[column]) for column in task.text]
+    texts = [list(split[column]) for column in text]
     encoded = tokenizer(*texts, truncation="longest_first", max_length=max_length) if texts[0] else {"input_ids": []}
     ids = tuple(np.asarray(row, np.int32) for row in encoded["input_ids"])
     if "token_type_ids" in encoded:
         types = tuple(np.asarray(row, np.int32) for row in encoded["token_type_ids"])
     else:
         types = tuple(np.zeros_like(row) for row in ids)
-    labels = np.asarray(list(split["label"]), np.int32 if task.labels else np.float32)
+    labels = np.asarray(list(split["label"]), label_type)
     return Examples(ids, types, labels, tokenizer.pad_token_id or 0)
 
 
@@ -140,7 +141,7 @@ def train_batches(
       batch_size: rows of every batch. What the last one lacks is filled with copies of weight 0.
       buckets: padded lengths; a batch has the smallest that holds its longest row.
       seed: of the run.
-      epoch: counted from 0.
+      epoch: any number that tells the epochs of a run apart; `fit` counts from 1.
       start: skips so many batches, at no cost, to go on in the middle of an epoch.
 
     Raises:

@@ -5,11 +5,9 @@ Matthews' coefficient and the correlations are undefined and count as 0, scikit-
 does F1 where nothing is positive.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-
-from jpeft.data.tasks import Task
 
 __all__ = ["METRICS", "compute"]
 
@@ -24,6 +22,12 @@ def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, predictions, pos_label=1))
+
+
+def _macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
 
 
 def _matthews_correlation(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -59,39 +63,41 @@ def _constant(values: np.ndarray) -> bool:
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": _accuracy,
     "f1": _f1,
+    "macro_f1": _macro_f1,
     "matthews_correlation": _matthews_correlation,
     "pearson": _pearson,
     "spearmanr": _spearmanr,
 }
 
 
-def compute(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Computes the metrics of a task.
+def compute(names: Sequence[str], logits: np.ndarray, labels: np.ndarray, num_labels: int) -> dict[str, float]:
+    """Computes metrics.
 
     Args:
-      task: says which.
+      names: which, keys of `METRICS`.
       logits: [n, num_labels]; for regression [n, 1] or [n], the predicted values.
       labels: [n] class ids, or values.
+      num_labels: the number of classes, 1 for regression.
 
     Returns:
-      The metrics by name, in the order of `task.metrics`.
+      The metrics by name, in the order of `names`.
 
     Raises:
       ValueError: if there are no rows, the numbers of rows or classes do not fit, or logits are not finite.
 
-    >>> from jpeft.data.tasks import TASKS
-    >>> compute(TASKS["mrpc"], np.array([[0.1, 0.9], [0.2, 0.7], [0.8, 0.3], [0.6, 0.4]]), np.array([1, 0, 0, 0]))
+    >>> logits = np.array([[0.1, 0.9], [0.2, 0.7], [0.8, 0.3], [0.6, 0.4]])
+    >>> compute(["accuracy", "f1"], logits, np.array([1, 0, 0, 0]), num_labels=2)
     {'accuracy': 0.75, 'f1': 0.6666666666666666}
     """
     logits, labels = np.asarray(logits), np.asarray(labels)
-    logits = logits.reshape(-1, 1) if logits.ndim == 1 and task.num_labels == 1 else logits
-    if not len(labels) or logits.shape != (len(labels), task.num_labels):
+    logits = logits.reshape(-1, 1) if logits.ndim == 1 and num_labels == 1 else logits
+    if not len(labels) or logits.shape != (len(labels), num_labels):
         raise ValueError(
-            f"logits {list(logits.shape)} do not fit {len(labels)} labels of '{task.name}': "
-            f"expected [{len(labels)}, {task.num_labels}], at least one row"
+            f"logits {list(logits.shape)} do not fit {len(labels)} labels: "
+            f"expected [{len(labels)}, {num_labels}], at least one row"
         )
     bad = int(np.sum(~np.isfinite(logits).all(axis=1)))
     if bad:
         raise ValueError(f"{bad} of {len(labels)} rows have logits that are not finite")
-    predictions = logits[:, 0].astype(np.float64) if task.num_labels == 1 else logits.argmax(axis=1)
-    return {name: METRICS[name](labels, predictions) for name in task.metrics}
+    predictions = logits[:, 0].astype(np.float64) if num_labels == 1 else logits.argmax(axis=1)
+    return {name: METRICS[name](labels, predictions) for name in names}

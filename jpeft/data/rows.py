@@ -1,16 +1,18 @@
-"""Rows out of JSON lines, CSV, TSV and parquet files, with errors that name the file and the row."""
+"""Rows and columns out of JSON lines, CSV, TSV and parquet files, with errors that name the file and the row."""
 
 import csv
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jpeft.core.errors import UserError
+from jpeft.core.errors import UserError, nearest
+from jpeft.data.task import Task
 
-__all__ = ["ENDINGS", "rows"]
+__all__ = ["ENDINGS", "columns", "rows"]
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
@@ -41,6 +43,58 @@ def rows(file: Path) -> Iterator[Mapping[str, Any]]:
             yield row
     else:
         yield from _table(file, "," if ending == "csv" else "\t")
+
+
+def columns(file: Path, task: Task, hidden: bool, label: str = "label") -> dict[str, list[Any]]:
+    """Reads and checks the texts and labels of a file.
+
+    Args:
+      file: as for `rows`.
+      task: says which columns hold text, and what labels there are: ids, or for regression values.
+      hidden: whether labels may be absent, or -1.
+      label: the column with the label.
+
+    Returns:
+      {text column: list of str, ..., "label": list of ids or values, "idx": list of int}. A hidden label is -1.
+
+    Raises:
+      UserError: if a row is not what the task says. Rows are counted from 1, after the header.
+    """
+    found: dict[str, list[Any]] = {name: [] for name in (*task.text, "label", "idx")}
+    for number, row in enumerate(rows(file), start=1):
+        where = f"{file}, row {number}"
+        for name in task.text:
+            if name not in row:
+                raise UserError(f"{where}: no column {name!r}; {nearest(name, row)}")
+            if not isinstance(row[name], str):
+                raise UserError(f"{where}: {name!r} is {row[name]!r}, which is not text")
+            found[name].append(row[name])
+        if label not in row and not hidden:
+            raise UserError(f"{where}: no column {label!r}; {nearest(label, row)}")
+        found["label"].append(_label(task, row.get(label, -1), hidden, where))
+        found["idx"].append(int(row["idx"]) if str(row.get("idx")).isdecimal() else number - 1)
+    if not found["label"]:
+        raise UserError(f"{file} has no rows")
+    return found
+
+
+def _label(task: Task, value: Any, hidden: bool, where: str) -> int | float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if number == -1 and hidden:
+        return -1 if task.labels else -1.0
+    if not task.labels:
+        low, high = task.label_range
+        if not low <= number <= high or math.isinf(number):
+            within = "" if math.isinf(low) else f" from {low:g} to {high:g}"
+            raise UserError(f"{where}: label {value!r} is not a number{within}")
+        return number
+    if number not in range(len(task.labels)):
+        ids = ", ".join(f"{i} ({name})" for i, name in enumerate(task.labels))
+        raise UserError(f"{where}: label {value!r} is none of {ids}")
+    return int(number)
 
 
 def _table(file: Path, separator: str) -> Iterator[Mapping[str, str]]:

@@ -5,60 +5,32 @@ It ends in `.jsonl`, `.jsonl.gz`, `.parquet`, `.csv`, `.csv.gz`, `.tsv` or `.tsv
 CSV and TSV files start with a header. A TSV file is split at its tabs, quotes in it mean nothing.
 """
 
-import dataclasses
 import os
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from jpeft.core.errors import UserError, nearest
-from jpeft.data.rows import ENDINGS, rows
+from jpeft.data.rows import ENDINGS, columns
+from jpeft.data.task import Splits, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["TASKS", "Splits", "Task", "load", "task"]
+__all__ = ["TASKS", "Glue", "Splits", "Task", "load", "read_task", "task"]
 
 HUB = "nyu-mll/glue"
 FOLDER_VARIABLE = "JPEFT_GLUE_DIR"
 HUB_TIMEOUT = 5  # seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What there is to know about a task.
+class Glue(Task):
+    """A task of the GLUE benchmark, from the hub or from a folder."""
 
-    Attributes:
-      name: the hub's name of it.
-      text: the columns with text, one or two.
-      labels: the names of the classes in the order of their ids; () means regression on `label_range`.
-      metrics: the official ones, names as in `jpeft.data.metrics`.
-      primary: the one to choose by.
-      eval_split: where to measure.
-      optional_splits: official splits that may be absent.
-      trainable: whether there is a train split.
-      label_range: the least and the greatest value of a regression.
-    """
-
-    name: str
-    text: tuple[str, ...]
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...] = ("accuracy",)
-    primary: str = "accuracy"
-    eval_split: str = "validation"
-    optional_splits: tuple[str, ...] = ("test",)
-    trainable: bool = True
-    label_range: tuple[float, float] = (0.0, 5.0)
-
-    @property
-    def num_labels(self) -> int:
-        """The width of the head: the number of classes, 1 for regression."""
-        return len(self.labels) or 1
-
-    @property
-    def required_splits(self) -> tuple[str, ...]:
-        """The splits without which loading fails."""
-        return ("train", self.eval_split) if self.trainable else (self.eval_split,)
+    def splits(self, path: str | None = None) -> Splits:
+        """As `load`."""
+        return load(self.name, path)
 
 
 _NLI = ("entailment", "neutral", "contradiction")
@@ -66,41 +38,25 @@ _NLI = ("entailment", "neutral", "contradiction")
 TASKS: dict[str, Task] = {
     t.name: t
     for t in (
-        Task("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",), "matthews_correlation"),
-        Task("sst2", ("sentence",), ("negative", "positive")),
-        Task("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
-        Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
-        Task("stsb", ("sentence1", "sentence2"), (), ("pearson", "spearmanr"), "pearson"),
-        Task(
+        Glue("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",), "matthews_correlation"),
+        Glue("sst2", ("sentence",), ("negative", "positive")),
+        Glue("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+        Glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+        Glue("stsb", ("sentence1", "sentence2"), (), ("pearson", "spearmanr"), "pearson", label_range=(0.0, 5.0)),
+        Glue(
             "mnli",
             ("premise", "hypothesis"),
             _NLI,
             eval_split="validation_matched",
             optional_splits=("validation_mismatched", "test_matched", "test_mismatched"),
         ),
-        Task("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
-        Task("rte", ("sentence1", "sentence2"), ("entailment", "not_entailment")),
-        Task("wnli", ("sentence1", "sentence2"), ("not_entailment", "entailment")),
-        Task("ax", ("premise", "hypothesis"), _NLI, eval_split="test", optional_splits=(), trainable=False),
-        Task("synthetic", ("premise", "hypothesis"), _NLI, eval_split="test", optional_splits=()),
+        Glue("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
+        Glue("rte", ("sentence1", "sentence2"), ("entailment", "not_entailment")),
+        Glue("wnli", ("sentence1", "sentence2"), ("not_entailment", "entailment")),
+        Glue("ax", ("premise", "hypothesis"), _NLI, eval_split="test", optional_splits=(), trainable=False),
+        Glue("synthetic", ("premise", "hypothesis"), _NLI, eval_split="test", optional_splits=()),
     )
 }
-
-
-class Splits(NamedTuple):
-    """A loaded task.
-
-    Attributes:
-      splits: a `datasets.Dataset` for each split.
-      absent: the optional splits that were not found.
-      empty_texts: for each split that has any, how many rows have an empty text. The rows are kept.
-      source: where the data came from: a folder, a hub name, or "built in".
-    """
-
-    splits: "dict[str, Dataset]"
-    absent: tuple[str, ...]
-    empty_texts: dict[str, int]
-    source: str
 
 
 def task(name: str) -> Task:
@@ -113,8 +69,27 @@ def task(name: str) -> Task:
       UserError: if there is none.
     """
     if name not in TASKS:
-        raise UserError(f"no task {name!r}; {nearest(name, TASKS)}")
+        raise UserError(f"task {name!r} is unknown: {nearest(name, TASKS)}")
     return TASKS[name]
+
+
+def read_task(file: str) -> Task:
+    """The task that a Python file defines, as its `get_task()`.
+
+    Raises:
+      UserError: if there is no such file, it fails, or it defines something else.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"config.task {file!r}: there is no such file")
+    try:
+        found = runpy.run_path(file)["get_task"]()
+    except UserError:
+        raise
+    except Exception as error:  # a task file is a program
+        raise UserError(f"task file {file!r}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    if not isinstance(found, Task):
+        raise UserError(f"task file {file!r}: get_task() returned {type(found).__name__}, expected a jpeft Task")
+    return found
 
 
 def load(name: str, path: str | os.PathLike[str] | None = None) -> Splits:
@@ -184,45 +159,7 @@ def _from_folder(spec: Task, folder: Path) -> "dict[str, Dataset]":
     for split in (*spec.required_splits, *spec.optional_splits):
         file = next((f for ending in ENDINGS if (f := home / (split + ending)).is_file()), None)
         if file is not None:
-            splits[split] = Dataset.from_dict(_columns(spec, file, hidden=split.startswith("test")))
+            splits[split] = Dataset.from_dict(columns(file, spec, hidden=split.startswith("test")))
         elif split in spec.required_splits:
             raise UserError(f"no {split!r} split in {home}; looked for {', '.join(split + e for e in ENDINGS)}")
     return splits
-
-
-def _columns(spec: Task, file: Path, hidden: bool) -> dict[str, list[Any]]:
-    """Reads and checks a file; `hidden` says whether labels may be."""
-    columns: dict[str, list[Any]] = {name: [] for name in (*spec.text, "label", "idx")}
-    for number, row in enumerate(rows(file), start=1):
-        where = f"{file}, row {number}"
-        for name in spec.text:
-            if name not in row:
-                raise UserError(f"{where}: no column {name!r}; {nearest(name, row)}")
-            if not isinstance(row[name], str):
-                raise UserError(f"{where}: {name!r} is {row[name]!r}, which is not text")
-            columns[name].append(row[name])
-        if "label" not in row and not hidden:
-            raise UserError(f"{where}: no column 'label'; {nearest('label', row)}")
-        columns["label"].append(_label(spec, row.get("label", -1), hidden, where))
-        columns["idx"].append(int(row["idx"]) if str(row.get("idx")).isdecimal() else number - 1)
-    if not columns["label"]:
-        raise UserError(f"{file} has no rows")
-    return columns
-
-
-def _label(spec: Task, value: Any, hidden: bool, where: str) -> int | float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = float("nan")
-    if number == -1 and hidden:
-        return -1 if spec.labels else -1.0
-    if not spec.labels:
-        low, high = spec.label_range
-        if not low <= number <= high:
-            raise UserError(f"{where}: label {value!r} is not a number from {low:g} to {high:g}")
-        return number
-    if number not in range(len(spec.labels)):
-        ids = ", ".join(f"{i} ({name})" for i, name in enumerate(spec.labels))
-        raise UserError(f"{where}: label {value!r} is none of {ids}")
-    return int(number)

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from jpeft.core import tree
 from jpeft.core.errors import UserError
+from jpeft.core.files import write_leaves
 
 __all__ = ["magnitude", "pack", "packed", "random", "read_mask", "top", "write_mask"]
 
@@ -165,8 +166,6 @@ def write_mask(path: Path, mask: Any, model: str) -> None:
     Raises:
       UserError: if a leaf of the mask is none of the three.
     """
-    from jpeft.store.modules import write_leaves
-
     mask = jax.tree_util.tree_map_with_path(_selection, mask)
     kept = {name: np.asarray(m) for name, m in tree.flatten(mask).items() if m is not False and np.size(m)}
     write_leaves(path, tree.unflatten(kept), {MODEL: model})

@@ -9,6 +9,10 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from jpeft.core.errors import UserError, nearest
+from jpeft.core.tree import flatten
+from jpeft.data import tasks
+from jpeft.data.custom import custom
+from jpeft.data.task import Task
 from jpeft.data.tasks import TASKS
 from jpeft.plans import plan as plans
 from jpeft.plans.fishpal import FACTORS
@@ -23,8 +27,12 @@ __all__ = [
     "method_names",
     "modules",
     "options",
+    "task_of",
     "variant",
 ]
+
+CUSTOM = "custom"  # the task that `config.data` defines
+OWN = {"train": "a CSV, TSV, JSON lines or parquet file", "text": "one or two column names"}
 
 Config = Any  # an `ml_collections.ConfigDict`, whose fields are attributes that no type checker knows
 
@@ -45,7 +53,18 @@ def default(task: str, method: str) -> Config:
             "task": task,
             "model": "bert-base-uncased",
             "method": method,
-            "data": {"path": placeholder(str)},
+            "data": {
+                "path": placeholder(str),
+                "train": placeholder(str),
+                "validation": placeholder(str),
+                "test": placeholder(str),
+                "text": placeholder(tuple),
+                "label": placeholder(str),
+                "labels": placeholder(tuple),
+                "regression": False,
+                "validation_fraction": 0.1,
+                "split_seed": 0,
+            },
             "peft": {name: _section(name) for name in MODULES},
             "fishpal": {
                 "candidates": ("prefix", "pfeiffer", "lora"),
@@ -142,8 +161,7 @@ def check(config: Config) -> None:
     Raises:
       UserError: for the first field that cannot be, with what it could be.
     """
-    if config.task not in TASKS:
-        raise UserError(f"config.task {config.task!r} is unknown: {nearest(config.task, TASKS)}")
+    _check_data(config)
     parts = config.method.split("+")
     for part in parts:
         known = method_names() if len(parts) == 1 else MODULES
@@ -179,6 +197,37 @@ def check(config: Config) -> None:
     _check_read(config)
 
 
+def task_of(config: Config) -> Task:
+    """The configured task: one of GLUE's, the user's own files, or what a Python file of theirs defines.
+
+    Raises:
+      UserError: if there is no such task, or its files are not what the config says.
+    """
+    data = config.data
+    if config.task == CUSTOM:
+        columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
+        return custom(
+            data.train, columns, data.label or "label", validation=data.validation, test=data.test, labels=data.labels,
+            regression=data.regression, validation_fraction=data.validation_fraction, split_seed=data.split_seed,
+        )  # fmt: skip
+    return tasks.read_task(config.task) if config.task.endswith(".py") else tasks.task(config.task)
+
+
+def _check_data(config: Config) -> None:
+    known = [*TASKS, CUSTOM]
+    if config.task not in known and not config.task.endswith(".py"):
+        raise UserError(f"config.task {config.task!r} is unknown: {nearest(config.task, known)}")
+    standard = default("mnli", "head").data
+    given = [name for name in standard if config.data[name] != standard[name]]
+    unread = [name for name in given if (name == "path") == (config.task == CUSTOM) or config.task == "synthetic"]
+    if unread:
+        raise UserError(f"config.data.{unread[0]} is set, but config.task {config.task!r} does not read it: drop it")
+    if config.task == CUSTOM:
+        for name in ("train", "text"):
+            if not config.data[name]:
+                raise UserError(f"config.task 'custom' needs config.data.{name}: expected {OWN[name]}")
+
+
 def _check_seeds(seeds: Any) -> None:
     sequence = isinstance(seeds, tuple | list)
     if not sequence or not seeds or not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds):
@@ -199,9 +248,10 @@ def _check_read(config: Config) -> None:
             if measures and name == "layers":
                 raise UserError(f"config.peft.{method}.layers is set, but fishpal itself chooses the layers: drop it")
     if not METHODS[parts[0]].measured:
-        standard = default(config.task, config.method).fishpal
-        for name in standard:
-            if config.fishpal[name] != standard[name]:
+        standard, given = (flatten(c.fishpal.to_dict()) for c in (default(config.task, config.method), config))
+        for names, value in given.items():
+            if value != standard[names]:
+                name = ".".join(names)
                 raise UserError(f"config.fishpal.{name} is set, but config.method is {config.method!r}: drop it")
 
 

@@ -7,25 +7,35 @@ from typing import Any
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from jpeft.training.loop import Event
+
 __all__ = ["Bar", "Console"]
 
 
 class Bar:
-    """One training run's bar: loss, last score, examples a second, time left."""
+    """One training run's bar: mean loss of the epoch so far, last score, examples a second, time left."""
 
     def __init__(self, progress: Progress, task: TaskID, console: "Console"):
         self._progress, self._task, self._console = progress, task, console
         self._score = ""
+        self._losses: list[float] = []
 
-    def advance(self, loss: float, epoch: int, examples: int) -> None:
-        """Moves on by one step."""
+    def show(self, event: Event, primary: str, batch_size: int) -> None:
+        """Moves on by one step, or prints the line of a finished epoch."""
+        if event.row is None:
+            self._losses.append(event.loss)
+            self._advance(sum(self._losses) / len(self._losses), event.epoch, batch_size)
+        else:
+            self._losses.clear()
+            self._epoch(event.row, primary)
+
+    def _advance(self, loss: float, epoch: int, batch_size: int) -> None:
         # Of the last steps, so that compiling does not count for long.
         speed = self._progress.tasks[self._task].speed or 0.0
-        status = f"loss {loss:.3f}  {self._score}{examples * speed:.0f} examples/s"
+        status = f"loss {loss:.3f}  {self._score}{batch_size * speed:.0f} examples/s"
         self._progress.update(self._task, advance=1, description=f"epoch {epoch}", status=status)
 
-    def epoch(self, row: dict[str, Any], primary: str) -> None:
-        """Prints the line of a finished epoch."""
+    def _epoch(self, row: dict[str, Any], primary: str) -> None:
         self._score = f"{primary} {row[primary]:.3f}  "
         scores = "  ".join(
             f"{name} {value:.4f}" for name, value in row.items() if name not in ("epoch", "step", "train_loss")

@@ -2,54 +2,40 @@
 
 import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict
 
-from jpeft.core import files, site, tree
+from jpeft.core import files, tree
 from jpeft.core.errors import UserError
 from jpeft.core.partition import partition
 from jpeft.core.summary import summary
-from jpeft.data import batching, tasks
-from jpeft.models import Bert, pretrained
+from jpeft.data import batching
+from jpeft.data.task import Data, Task
+from jpeft.models import pretrained
 from jpeft.plans import plan as plans
 from jpeft.plans.plan import Plan
 from jpeft.report import tables
-from jpeft.run import choose as choice
+from jpeft.run import choose, finished
 from jpeft.run import config as configs
-from jpeft.run import finished
-from jpeft.run.choose import Case
+from jpeft.run.clock import Clock
 from jpeft.run.config import Config
 from jpeft.run.console import Console
 from jpeft.run.finished import Result
-from jpeft.store import modules as saved
-from jpeft.training import checkpoint, optim
-from jpeft.training import step as stepping
-from jpeft.training.loop import Schedule, compile_steps, fit
+from jpeft.run.seed import begin, load_model, train
+from jpeft.store import modules as modules_on_disk
 from jpeft.transforms.registry import METHODS
 
-__all__ = ["Data", "run"]
-
-
-class Data(NamedTuple):
-    """A tokenised task: examples to train on, examples to evaluate on, and the lengths they are padded to."""
-
-    task: tasks.Task
-    train: batching.Examples
-    dev: batching.Examples
-    buckets: tuple[int, ...]
+__all__ = ["run"]
 
 
 def run(config: Config, workdir: Path, console: Console | None = None) -> dict[str, Any]:
     """Runs an experiment, or what is left of it, and returns its report.
 
     Args:
-      config: see `jpeft.config.default`.
+      config: see `jpeft.run.config.default`.
       workdir: made if need be; a workdir that holds an unfinished run of the same config is resumed.
       console: where to print; None means standard output.
 
@@ -64,11 +50,12 @@ def run(config: Config, workdir: Path, console: Console | None = None) -> dict[s
     _check_workdir(workdir, config)
     _use_compilation_cache()
     console.title(f"{config.method} on {config.task} with {config.model}, in {workdir}")
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "load"):
-        task = tasks.task(config.task)
-        base = _load_model(config, task, config.seeds[0])
+    clock = Clock()
+    with clock.timing("load"):
+        task = configs.task_of(config)
+        base = load_model(config, task.num_labels, config.seeds[0])
         data = _load_data(config, task, base, console)
+    seconds = clock.seconds
     # Only now: a run that failed for a path or a name leaves the workdir to the one that is corrected.
     files.write_json(workdir / "config.json", json.loads(config.to_json()))
     lengths = ", ".join(map(str, data.buckets))
@@ -98,11 +85,11 @@ def _check_workdir(workdir: Path, config: Config) -> None:
         raise UserError(f"workdir {workdir} is a file, not a folder")
     if not path.is_file():
         return
-    there, here = (flatten_dict(x, sep=".") for x in (files.read_json(path), json.loads(config.to_json())))
-    differ = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    old, new = (flatten_dict(x, sep=".") for x in (files.read_json(path), json.loads(config.to_json())))
+    differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if differ:
-        told = "; ".join(f"config.{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in differ)
-        raise UserError(f"workdir {workdir} belongs to another config ({told}): take another --workdir")
+        told = "; ".join(f"config.{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differ)
+        raise UserError(f"workdir {workdir} belongs to another config ({told}): choose another --workdir")
 
 
 def _use_compilation_cache() -> None:
@@ -113,38 +100,19 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def _load_model(config: Config, task: tasks.Task, seed: int) -> pretrained.Pretrained:
-    """The pretrained encoder; the seed decides the head that it lacks."""
-    base = pretrained.load(config.model, num_labels=task.num_labels, key=jax.random.key(seed), dtype=config.train.dtype)
-    if config.train.max_length > base.config.max_length:
-        longest = base.config.max_length
-        raise UserError(f"config.train.max_length {config.train.max_length}: {config.model} takes at most {longest}")
-    if config.fishpal.plan is not None:
-        plans.check(plans.read(config.fishpal.plan), base.config.num_hidden_layers)
-    return base
-
-
-def _load_data(config: Config, task: tasks.Task, base: pretrained.Pretrained, console: Console) -> Data:
+def _load_data(config: Config, task: Task, base: pretrained.Pretrained, console: Console) -> Data:
     from transformers import AutoTokenizer
 
     if not task.trainable:
         raise UserError(f"config.task {task.name!r} is a test set without training data: train config.task 'mnli'")
-    splits = tasks.load(task.name, config.data.path)
+    splits = task.splits(config.data.path)
     for name, count in splits.empty_texts.items():
         console.warn(f"{task.name} {name}: {count} rows have an empty text")
     if splits.absent:
         console.say(f"  {splits.source} has no {', '.join(splits.absent)} split; none is needed")
     tokenizer = AutoTokenizer.from_pretrained(base.folder)
     train, dev = (
-        batching.tokenize(splits.splits[name], task, tokenizer, config.train.max_length)
-        for name in ("train", task.eval_split)
+        task.encode(splits.splits[name], tokenizer, config.train.max_length) for name in ("train", task.eval_split)
     )
     if config.train.max_train_examples is not None:
         train, _ = batching.sample(train, min(config.train.max_train_examples, train.size), seed=0)
@@ -153,59 +121,46 @@ def _load_data(config: Config, task: tasks.Task, base: pretrained.Pretrained, co
     return Data(task, train, dev, buckets)
 
 
-def _run_seed(config: Config, seed: int, data: Data, workdir: Path, console: Console) -> Result:
+def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: Console) -> Result:
     """Chooses, trains, evaluates and exports for one seed."""
-    console.title(f"seed {seed}")
-    folder = workdir / f"seed_{seed}"
-    seconds = {"fisher": 0.0, "compile": 0.0, "train": 0.0, "evaluate": 0.0}
-    leaves_key, dropout_key = jax.random.split(jax.random.key(seed))
-    base = _load_model(config, data.task, seed)
-    model, params = Bert(base.config), base.params
-    sites = site.sites(model, jax.ShapeDtypeStruct((1, data.buckets[0]), "int32"))
-    case = Case(config, seed, base, model, sites, data.train, data.buckets, folder, leaves_key, console)
-
-    with _timed(seconds, "fisher"):
-        if config.method in METHODS and METHODS[config.method].measured:
-            plan = choice.plan(case)
+    console.title(f"seed {number}")
+    seed = begin(config, number, data, workdir, console)
+    params = seed.base.params
+    method_of = METHODS[config.method.split("+")[0]]
+    with seed.clock.timing("fisher"):
+        if method_of.measured:
+            plan = choose.plan(seed)
             modules = plans.spec(plan)
             _say_plan(plan, console)
         else:
             modules = configs.modules(config)
         method = plans.build(modules)
-        leaves = choice.leaves(case, method)
-    whole = METHODS[config.method].trains_base if config.method in METHODS else False
-    head = [name for name in params if name in (*model.HEAD, *base.fresh)]
-    parts = partition(method, params, leaves, trains=params if whole else head)
-    made = summary(method, leaves, params, parts.trainable["params"])
-    console.say(str(made))
-    parameters = finished.count(made, params)
+        leaves = choose.leaves(seed, method)
+    head = [name for name in params if name in (*seed.model.HEAD, *seed.base.fresh)]
+    parts = partition(method, params, leaves, trains=params if method_of.trains_base else head)
+    table = summary(method, leaves, params, parts.trainable["params"])
+    console.say(str(table))
 
-    schedule = Schedule(config.train.num_epochs, config.train.batch_size, seed, data.buckets)
-    num_steps = schedule.num_epochs * batching.num_batches(data.train.size, schedule.batch_size)
-    rate = optim.warmup_linear(configs.learning_rate(config), num_steps, config.train.warmup_ratio)
-    optimizer = optim.adamw(rate, config.train.weight_decay, parts)
-    steps = compile_steps(stepping.train_step(model, method, optimizer), stepping.eval_step(model, method), seconds)
-    state = stepping.init_state(parts.trainable, optimizer)
-    restored = checkpoint.restore(folder / "checkpoints" / "latest", state)
-    reached = 0 if restored is None else int(restored.state.step)
-    log = workdir / "metrics.jsonl"
-    files.keep_lines(log, lambda row: row["seed"] != seed or row["step"] <= reached)
-    fitted = fit(
-        steps, state, parts.frozen, data.train, data.dev, data.task, schedule, dropout_key, seconds, restored,
-        folder / "checkpoints", lambda row: files.append_json(log, {"seed": seed, **row}), console,
-    )  # fmt: skip
-    parameters["module_bytes"] = saved.save(
-        folder / "model",
-        tree.union({"peft": parts.frozen["peft"]}, fitted.state.trainable),
+    last = train(seed, method, parts)
+    module_bytes = modules_on_disk.save(
+        seed.folder / "model",
+        tree.union({"peft": parts.frozen["peft"]}, last.state.trainable),
         modules,
-        base=base.source,
+        base=seed.base.source,
         fingerprint=pretrained.fingerprint(parts.frozen["params"]),
-        task=config.task,
+        task=data.task.name,
         labels=data.task.labels,
         max_length=config.train.max_length,
     )
-    seen, evaluated = (examples.size * schedule.num_epochs for examples in (data.train, data.dev))
-    return Result(fitted.history, str(made), parameters, fitted.seconds, seen, evaluated, finished.peak_memory())
+    return Result(
+        list(last.history),
+        str(table),
+        {**finished.count(table, params), "module_bytes": module_bytes},
+        seed.clock.seconds,
+        data.train.size * config.train.num_epochs,
+        data.dev.size * config.train.num_epochs,
+        finished.peak_memory(),
+    )
 
 
 def _say_plan(plan: Plan, console: Console) -> None:

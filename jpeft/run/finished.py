@@ -10,7 +10,7 @@ import jax
 
 from jpeft.core import files, tree
 from jpeft.core.summary import Summary
-from jpeft.data import tasks
+from jpeft.data.task import Task
 from jpeft.models import Bert
 from jpeft.plans import fishpal
 from jpeft.plans import plan as plans
@@ -18,6 +18,7 @@ from jpeft.report import plots, tables
 from jpeft.run import config as configs
 from jpeft.run.config import Config
 from jpeft.run.console import Console
+from jpeft.transforms.registry import METHODS
 from jpeft.version import __version__
 
 __all__ = ["Result", "count", "peak_memory", "write"]
@@ -49,7 +50,7 @@ class Result(NamedTuple):
 
 def write(
     config: Config,
-    task: tasks.Task,
+    task: Task,
     results: dict[int, Result],
     seconds: dict[str, float],
     workdir: Path,
@@ -61,7 +62,9 @@ def write(
         last = {name: result.history[-1][name] for name in task.metrics}
         best = max(result.history, key=lambda row: row[task.primary])
         row = {"seed": seed, "last": last, "best": {name: best[name] for name in ("epoch", *task.metrics)}}
-        per_seed.append(row | ({"plan": f"seed_{seed}/plan.json"} if config.method == "fishpal" else {}))
+        per_seed.append(
+            row | ({"plan": f"seed_{seed}/plan.json"} if METHODS[config.method.split("+")[0]].measured else {})
+        )
     spent = {name: sum(r.seconds[name] for r in results.values()) for name in next(iter(results.values())).seconds}
     report = {
         "task": config.task,

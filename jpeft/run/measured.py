@@ -1,4 +1,4 @@
-"""Fisher information within a run: with a bar, kept beside what it was measured from, gone on with after a stop.
+"""Fisher information within a run: with a bar, kept with what it was measured from, resumed after a stop.
 
 fisher_0.safetensors            the result, with `about` as JSON in its metadata
 fisher_0.safetensors.partial    a sum that was not complete when the run stopped; gone when it is
@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.core import files
 from jpeft.core.errors import UserError
 from jpeft.importance.fisher import Running, accumulate, mean
 from jpeft.run.console import Console
-from jpeft.store import modules as saved
 
 __all__ = ["measure", "read"]
 
@@ -104,7 +104,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def _write(path: Path, names: list[str], information: Any, about: Mapping[str, Any], done: int) -> None:
     flat = dict(zip(names, jax.tree.leaves(information), strict=True))
-    saved.write_leaves(path, flat, {"about": json.dumps({**about, "done": done})})
+    files.write_leaves(path, flat, {"about": json.dumps({**about, "done": done})})
 
 
 def _read(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], int] | None:

@@ -1,8 +1,7 @@
-"""The loop around the step: epochs, evaluation, checkpoints, resuming, and the bar that shows how it goes."""
+"""The loop around the step, as a generator of events: whoever drives it prints, logs, saves and times."""
 
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,66 +9,140 @@ import numpy as np
 from jax import Array
 
 from jpeft.core.errors import UserError
-from jpeft.data import metrics
 from jpeft.data.batching import Examples, eval_batches, num_batches, train_batches
-from jpeft.data.tasks import Task
-from jpeft.run.console import Console
-from jpeft.training import checkpoint
-from jpeft.training.step import State, Tree
+from jpeft.data.task import Data
+from jpeft.training.step import State, StepMetrics, Tree
 
-__all__ = ["Fitted", "Schedule", "Steps", "compile_steps", "evaluate", "fit"]
+__all__ = ["Compiled", "Event", "Schedule", "Steps", "evaluate", "fit"]
 
-CHECKPOINT_SECONDS = 300.0  # between epochs' ends, which are always saved
-LOG_EVERY = 50  # steps
+Row = dict[str, Any]
+
+
+class Compiled:
+    """A jitted function, compiled on first use for each shape of batch.
+
+    Attributes:
+      seconds: spent tracing and compiling so far.
+    """
+
+    def __init__(self, fn: Callable[..., Any], batch_at: int, **options: Any):
+        self.seconds = 0.0
+        self._jitted, self._batch_at = jax.jit(fn, **options), batch_at
+        self._programs: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the program for the shape of the batch, which is argument number `batch_at`."""
+        shape = args[self._batch_at].input_ids.shape
+        if shape not in self._programs:
+            start = time.perf_counter()
+            self._programs[shape] = self._jitted.lower(*args).compile()
+            self.seconds += time.perf_counter() - start
+        return self._programs[shape](*args)
 
 
 class Steps(NamedTuple):
-    """Compiled on first use for each shape of batch; the time that takes is kept apart in `seconds["compile"]`."""
+    """The two functions that training calls, from `train_step` and `eval_step`."""
 
-    train: Callable[[State, Tree, Any, Array], Any]
+    train: Callable[[State, Tree, Any, Array], tuple[State, StepMetrics]]
     eval: Callable[[Tree, Tree, Any], Array]
+
+    @classmethod
+    def compiled(cls, train: Callable[..., Any], evaluate: Callable[..., Any]) -> "Steps":
+        """Both as `Compiled`; the training step takes over the buffers of its state."""
+        return cls(Compiled(train, 2, donate_argnums=0), Compiled(evaluate, 2))
 
 
 class Schedule(NamedTuple):
-    """The sizes of a training run."""
+    """How long to train, in what order, and with what randomness.
+
+    Attributes:
+      num_epochs: passes over the training data.
+      batch_size: rows of a batch.
+      seed: of the order of the rows.
+      key: the dropout key.
+    """
 
     num_epochs: int
     batch_size: int
     seed: int
-    buckets: tuple[int, ...]
+    key: Array
+
+    def num_steps(self, data: Data) -> int:
+        """The number of updates in all epochs."""
+        return self.num_epochs * num_batches(data.train.size, self.batch_size)
 
 
-class Fitted(NamedTuple):
-    """The state after the last step, the rows of all epochs, and seconds by kind of work."""
+class Event(NamedTuple):
+    """Where training stands after a step, or after the evaluation that ends an epoch.
 
-    state: State
-    history: list[dict[str, Any]]
-    seconds: dict[str, float]
-
-
-def compile_steps(train: Callable, evaluate: Callable, seconds: dict[str, float]) -> Steps:
-    """Jits both steps; the training step takes over the buffers of its state.
-
-    Args:
-      train: see `jpeft.training.step.train_step`.
-      evaluate: see `jpeft.training.step.eval_step`.
-      seconds: its entry "compile" grows by the time of tracing and compiling.
+    Attributes:
+      state: its buffers are given up when the next event is asked for.
+      epoch: counted from 1.
+      step: updates made so far.
+      loss: the mean loss of the batch; of the epoch's batches if `row` is there.
+      loss_sum: the sum of the batch losses of the epoch under way; 0 once the epoch has its row.
+      grad_norm: the global norm of the gradient before clipping; a device scalar, None in an evaluation.
+      history: the rows of all finished epochs.
+      row: {"epoch", "step", "train_loss" and the scores} of the epoch that just ended; None after a step.
     """
 
-    def by_shape(fn: Callable, batch_at: int, **options: Any) -> Callable:
-        jitted, compiled = jax.jit(fn, **options), {}
+    state: State
+    epoch: int
+    step: int
+    loss: float
+    loss_sum: float
+    grad_norm: Array | None
+    history: tuple[Row, ...]
+    row: Row | None = None
 
-        def call(*args: Any) -> Any:
-            shape = args[batch_at].input_ids.shape
-            if shape not in compiled:
-                start = time.perf_counter()
-                compiled[shape] = jitted.lower(*args).compile()
-                seconds["compile"] = seconds.get("compile", 0.0) + time.perf_counter() - start
-            return compiled[shape](*args)
 
-        return call
+def fit(
+    steps: Steps,
+    state: State,
+    frozen: Tree,
+    data: Data,
+    schedule: Schedule,
+    history: Sequence[Row] = (),
+    loss_sum: float = 0.0,
+) -> Iterator[Event]:
+    """Trains for all epochs, evaluating after each, from where a state was taken.
 
-    return Steps(by_shape(train, 2, donate_argnums=0), by_shape(evaluate, 2))
+    The order of the examples is a function of seed and epoch, and the dropout key one of key and step. So a run that
+    resumes from an event's state, history and loss_sum ends with the same numbers as one that was not interrupted.
+
+    Args:
+      steps: what to call.
+      state: the state to start from.
+      frozen: the variables that do not train.
+      data: the task and its examples.
+      schedule: how long to train.
+      history: the rows of the epochs that are finished, if this resumes.
+      loss_sum: the sum of the batch losses of the epoch under way, likewise.
+
+    Yields:
+      An event after every step, and one after every evaluation.
+
+    Raises:
+      UserError: if the loss is not finite.
+    """
+    history, per_epoch = tuple(history), num_batches(data.train.size, schedule.batch_size)
+    step = int(state.step)
+    for epoch in range(step // per_epoch + 1, schedule.num_epochs + 1):
+        start = step % per_epoch
+        batches = train_batches(data.train, schedule.batch_size, data.buckets, schedule.seed, epoch, start)
+        for batch in batches:
+            step += 1
+            state, measured = steps.train(state, frozen, batch, schedule.key)
+            loss = float(measured.loss)
+            if not np.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {step}: try a lower learning_rate")
+            loss_sum += loss
+            yield Event(state, epoch, step, loss, loss_sum, measured.grad_norm, history)
+        logits = evaluate(steps.eval, state.trainable, frozen, data.dev, data.buckets)
+        scores = data.task.score(logits, data.dev.labels)
+        row = {"epoch": epoch, "step": step, "train_loss": loss_sum / per_epoch, **scores}
+        history, loss_sum = (*history, row), 0.0
+        yield Event(state, epoch, step, row["train_loss"], loss_sum, None, history, row)
 
 
 def evaluate(
@@ -77,7 +150,7 @@ def evaluate(
     trainable: Tree,
     frozen: Tree,
     examples: Examples,
-    buckets: tuple[int, ...],
+    buckets: Sequence[int],
     batch_size: int = 32,
 ) -> np.ndarray:
     """Float32 logits [n, num_labels] of all examples, in their order."""
@@ -90,100 +163,3 @@ def evaluate(
     restored = np.empty_like(logits)
     restored[np.concatenate(order)] = logits
     return restored
-
-
-def fit(
-    steps: Steps,
-    state: State,
-    frozen: Tree,
-    train: Examples,
-    dev: Examples,
-    task: Task,
-    schedule: Schedule,
-    key: Array,
-    seconds: dict[str, float],
-    restored: checkpoint.Restored | None,
-    folder: Path,
-    log: Callable[[dict[str, Any]], None],
-    console: Console,
-) -> Fitted:
-    """Trains for all epochs, evaluating after each, or goes on from where a checkpoint was taken.
-
-    The order of the examples is a function of seed and epoch, and the dropout key one of key and step, so a run that
-    was killed and started again ends with the same numbers as one that was not.
-
-    Args:
-      steps: from `compile_steps`.
-      state: the state before the first step.
-      frozen: the frozen parameters.
-      train: training examples.
-      dev: examples to evaluate on.
-      task: says which metrics, and which of them is the best checkpoint's.
-      schedule: the sizes of the run.
-      key: the dropout key.
-      seconds: grows by "train" and "evaluate"; the same dict that `compile_steps` was given.
-      restored: what `folder/latest` held, if this run was started before.
-      folder: `folder/latest` and `folder/best` hold the checkpoints.
-      log: is given each row for `metrics.jsonl`.
-      console: shows the progress.
-
-    Raises:
-      UserError: if the loss is not finite.
-    """
-    per_epoch = num_batches(train.size, schedule.batch_size)
-    history: list[dict[str, Any]] = []
-    loss_sum = 0.0
-    if restored is not None:
-        state, (history, loss_sum, spent) = restored
-        seconds.update({name: seconds.get(name, 0.0) + value for name, value in spent.items()})
-        console.say(f"resuming at step {int(state.step):,} of {per_epoch * schedule.num_epochs:,}")
-
-    def save(name: str) -> None:
-        kept = {name: seconds.get(name, 0.0) for name in ("fisher", "compile", "train", "evaluate")}
-        checkpoint.save(folder / name, state, checkpoint.Progress(history, loss_sum, kept))
-
-    with console.training(per_epoch * schedule.num_epochs, int(state.step)) as bar:
-        for epoch in range(int(state.step) // per_epoch + 1, schedule.num_epochs + 1):
-            start = int(state.step) % per_epoch
-            clock = _Clock(seconds)
-            saved = time.monotonic()
-            batches = train_batches(train, schedule.batch_size, schedule.buckets, schedule.seed, epoch, start)
-            for i, batch in enumerate(batches, start):
-                state, step_metrics = steps.train(state, frozen, batch, key)
-                loss = float(step_metrics.loss)
-                if not np.isfinite(loss):
-                    raise UserError(
-                        f"the loss is {loss} at step {(epoch - 1) * per_epoch + i + 1}: try a lower learning_rate"
-                    )
-                loss_sum += loss
-                bar.advance(loss=loss_sum / (i + 1), epoch=epoch, examples=len(batch.labels))
-                if (i + 1) % LOG_EVERY == 0:
-                    norm = float(step_metrics.grad_norm)
-                    log({"epoch": epoch, "step": int(state.step), "loss": loss, "grad_norm": norm})
-                # Not after the last step of an epoch: its checkpoint is the one that also holds the scores.
-                if i + 1 < per_epoch and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    clock.stop("train")
-                    save("latest")
-                    clock, saved = _Clock(seconds), time.monotonic()
-            clock.stop("train")
-            clock = _Clock(seconds)
-            logits = evaluate(steps.eval, state.trainable, frozen, dev, schedule.buckets)
-            scores = metrics.compute(task, logits, dev.labels)
-            clock.stop("evaluate")
-            row = {"epoch": epoch, "step": int(state.step), "train_loss": loss_sum / per_epoch, **scores}
-            log(row)
-            history, loss_sum = [*history, row], 0.0
-            bar.epoch(row, task.primary)
-            save("latest")
-    return Fitted(state, history, seconds)
-
-
-class _Clock:
-    """Adds the time since it was made to one entry of `seconds`, less what was spent compiling meanwhile."""
-
-    def __init__(self, seconds: dict[str, float]):
-        self.seconds, self.compiled, self.start = seconds, seconds.get("compile", 0.0), time.perf_counter()
-
-    def stop(self, name: str) -> None:
-        elapsed = time.perf_counter() - self.start - (self.seconds.get("compile", 0.0) - self.compiled)
-        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed

@@ -6,8 +6,8 @@
 
 The first two are {"params": ..., "peft": ...}, and their union is the variables of the model.
 
-`frozen` is an argument, not a captured constant, and gradients are taken by `trainable` alone: XLA then drops the
-backward pass of everything that does not train.
+`frozen` is an argument, not a captured constant, and gradients are taken with respect to `trainable` alone: XLA then
+drops the backward pass of everything that does not train.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from jpeft.core.partition import penalty
 from jpeft.core.transform import Chain, Transform
 from jpeft.core.tree import union
 from jpeft.data.batching import Batch
+from jpeft.data.task import example_losses
 
 __all__ = [
     "State",
     "StepMetrics",
     "eval_step",
-    "example_losses",
     "forward",
     "init_state",
     "single_logits",
@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 Tree = dict[str, Any]
+Loss = Callable[[Array, Array], Array]  # (logits [b, num_labels], labels [b]) -> [b]
 
 
 class State(NamedTuple):
@@ -90,19 +91,16 @@ def forward(
     return logits
 
 
-def example_losses(logits: Array, labels: Array) -> Array:
-    """The loss of each example, [b]: cross entropy for integer labels, squared error for float labels."""
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.square(logits[:, 0] - labels)
-
-
 def train_step(
-    model: nn.Module, transform: Transform | Chain, optimizer: optax.GradientTransformation
+    model: nn.Module,
+    transform: Transform | Chain,
+    optimizer: optax.GradientTransformation,
+    example_loss: Loss = example_losses,
 ) -> Callable[[State, Tree, Batch, Array], tuple[State, StepMetrics]]:
     """The function (state, frozen, batch, key) -> (state, metrics); jit it, and donate the state.
 
-    The dropout key of a step is `key` folded with the step's number, so a resumed run draws what it would have drawn.
+    `example_loss` is `Task.loss`. The dropout key of a step is `key` folded with the step's number, so a resumed run
+    draws what it would have drawn.
     """
 
     def step(state: State, frozen: Tree, batch: Batch, key: Array) -> tuple[State, StepMetrics]:
@@ -113,7 +111,7 @@ def train_step(
                 return forward(model, transform, trainable, frozen, batch, jax.random.fold_in(key, 1))
 
             logits = forward(model, transform, trainable, frozen, batch, key)
-            losses = example_losses(logits, batch.labels) + penalty(transform, logits, again)
+            losses = example_loss(logits, batch.labels) + penalty(transform, logits, again)
             return jnp.average(losses, weights=batch.weights)
 
         value, grads = jax.value_and_grad(loss)(state.trainable)
@@ -129,13 +127,15 @@ def eval_step(model: nn.Module, transform: Transform | Chain) -> Callable[[Tree,
     return lambda trainable, frozen, batch: forward(model, transform, trainable, frozen, batch)
 
 
-def single_loss(model: nn.Module, transform: Transform | Chain) -> Callable[[Tree, Batch, Tree], Array]:
+def single_loss(
+    model: nn.Module, transform: Transform | Chain, example_loss: Loss = example_losses
+) -> Callable[[Tree, Batch, Tree], Array]:
     """The function (part, example, rest) -> loss of one example without a batch axis, for `jpeft.fisher`.
 
     `part` and `rest` together are the variables, as `trainable` and `frozen` are in training.
     """
     logits = single_logits(model, transform)
-    return lambda part, example, rest: example_losses(logits(part, example, rest)[None], example.labels[None])[0]
+    return lambda part, example, rest: example_loss(logits(part, example, rest)[None], example.labels[None])[0]
 
 
 def single_logits(model: nn.Module, transform: Transform | Chain) -> Callable[[Tree, Batch, Tree], Array]:

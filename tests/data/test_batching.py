@@ -35,7 +35,7 @@ def bert_tokenizer(tmp_path_factory):
 
 def test_tokenize_pairs(bert_tokenizer):
     split = {"premise": ["a b", "a b c d e f"], "hypothesis": ["c", "a b"], "label": [2, 0]}
-    found = batching.tokenize(split, TASKS["mnli"], bert_tokenizer, max_length=8)
+    found = TASKS["mnli"].encode(split, bert_tokenizer, max_length=8)
     assert found.size == 2
     # [CLS] a b [SEP] c [SEP]; then three tokens of six are cut, all from the longer text.
     np.testing.assert_array_equal(found.input_ids[0], [2, 5, 6, 3, 7, 3])
@@ -53,7 +53,7 @@ def test_tokenize_without_token_types_and_regression():
             return {"input_ids": [[0, len(a), 2, 2, len(b), 2] for a, b in zip(first, second, strict=True)]}
 
     split = {"sentence1": ["x"], "sentence2": ["yz"], "label": [3.25]}
-    found = batching.tokenize(split, TASKS["stsb"], Roberta(), max_length=8)
+    found = TASKS["stsb"].encode(split, Roberta(), max_length=8)
     np.testing.assert_array_equal(found.token_type_ids[0], np.zeros(6))
     assert found.labels.dtype == np.float32
     assert found.labels[0] == 3.25

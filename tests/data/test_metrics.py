@@ -19,18 +19,18 @@ def test_confusion_matrix_metrics_equal_their_formulas():
     fp, fn = np.sum((1 - labels) & guesses), np.sum(labels & (1 - guesses))
     logits = one_hot(guesses, 2) * 3 - 1
 
-    found = metrics.compute(TASKS["mrpc"], logits, labels)
+    found = TASKS["mrpc"].score(logits, labels)
     assert found == pytest.approx({"accuracy": (tp + tn) / 200, "f1": 2 * tp / (2 * tp + fp + fn)})
     assert list(found) == ["accuracy", "f1"]
 
     mcc = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    assert metrics.compute(TASKS["cola"], logits, labels) == pytest.approx({"matthews_correlation": mcc})
+    assert TASKS["cola"].score(logits, labels) == pytest.approx({"matthews_correlation": mcc})
 
 
 def test_f1_is_of_class_1_and_not_symmetric():
     labels, logits = np.array([1, 0, 0, 0]), one_hot([1, 1, 0, 0], 2)
-    assert metrics.compute(TASKS["qqp"], logits, labels)["f1"] == pytest.approx(2 / 3)
-    assert metrics.compute(TASKS["qqp"], logits[:, ::-1], 1 - labels)["f1"] == pytest.approx(4 / 5)
+    assert TASKS["qqp"].score(logits, labels)["f1"] == pytest.approx(2 / 3)
+    assert TASKS["qqp"].score(logits[:, ::-1], 1 - labels)["f1"] == pytest.approx(4 / 5)
 
 
 @pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
@@ -38,7 +38,7 @@ def test_correlations_equal_numpy(shape):
     rng = np.random.default_rng(1)
     labels = rng.uniform(0, 5, 50).round(1)
     logits = (labels + rng.normal(size=50)).astype(np.float32)
-    found = metrics.compute(TASKS["stsb"], logits.reshape(shape), labels)
+    found = TASKS["stsb"].score(logits.reshape(shape), labels)
     averaged_ranks = [[np.mean(np.flatnonzero(np.sort(x) == v)) for v in x] for x in (labels, logits)]
     assert found["pearson"] == pytest.approx(np.corrcoef(labels, logits.astype(float))[0, 1], rel=1e-12)
     assert found["spearmanr"] == pytest.approx(np.corrcoef(averaged_ranks)[0, 1], rel=1e-12)
@@ -46,7 +46,7 @@ def test_correlations_equal_numpy(shape):
 
 def test_three_classes():
     logits = np.array([[2.0, 1.0, 0.0], [0.0, 0.1, 0.3], [0.0, 5.0, 1.0], [1.0, 0.0, 0.0]])
-    assert metrics.compute(TASKS["mnli"], logits, np.array([0, 2, 1, 1])) == {"accuracy": 0.75}
+    assert TASKS["mnli"].score(logits, np.array([0, 2, 1, 1])) == {"accuracy": 0.75}
 
 
 @pytest.mark.parametrize(
@@ -62,24 +62,24 @@ def test_three_classes():
     ],
 )
 def test_constant_predictions_or_labels_score_zero_without_a_warning(task, logits, labels):
-    assert set(metrics.compute(TASKS[task], logits, np.array(labels)).values()) == {0.0}
+    assert set(TASKS[task].score(logits, np.array(labels)).values()) == {0.0}
 
 
 def test_f1_without_positives_is_zero():
-    assert metrics.compute(TASKS["mrpc"], one_hot([0, 0], 2), np.array([0, 0])) == {"accuracy": 1.0, "f1": 0.0}
+    assert TASKS["mrpc"].score(one_hot([0, 0], 2), np.array([0, 0])) == {"accuracy": 1.0, "f1": 0.0}
 
 
 def test_rows_that_are_not_finite_are_counted():
     logits = np.zeros((5, 3))
     logits[1, 0], logits[3] = np.nan, np.inf
     with pytest.raises(ValueError, match="2 of 5 rows"):
-        metrics.compute(TASKS["mnli"], logits, np.zeros(5, int))
+        TASKS["mnli"].score(logits, np.zeros(5, int))
 
 
 @pytest.mark.parametrize(("logits", "n"), [(np.zeros((3, 2)), 3), (np.zeros((3, 3)), 4), (np.zeros((0, 3)), 0)])
 def test_shapes_that_do_not_fit_are_refused(logits, n):
     with pytest.raises(ValueError, match="do not fit"):
-        metrics.compute(TASKS["mnli"], logits, np.zeros(n, int))
+        TASKS["mnli"].score(logits, np.zeros(n, int))
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

@@ -13,8 +13,8 @@ def case(folder, tokens):
     ids = tuple(np.full(n, t, np.int32) for n, t in zip((3, 7, 2, 6, 1), tokens, strict=True))
     train = Examples(ids, tuple(0 * x for x in ids), np.arange(5, dtype=np.int32), 0)
     return SimpleNamespace(
-        config=SimpleNamespace(model="m", task="mrpc"), base=SimpleNamespace(params={"w": np.ones(2)}), seed=3,
-        train=train, buckets=(4, 8), folder=folder, key=jax.random.key(0), console=Console(quiet=True),
+        config=SimpleNamespace(model="m", task="mrpc"), console=Console(quiet=True), base=SimpleNamespace(params={"w": np.ones(2)}), seed=3,
+        data=SimpleNamespace(train=train, buckets=(4, 8)), folder=folder, key=jax.random.key(0),
     )  # fmt: skip
 
 
@@ -36,3 +36,14 @@ def test_examples_keep_their_numbers_and_other_data_are_known_as_such(tmp_path, 
         choice._fisher(case(tmp_path, tokens), "fisher.safetensors", None, {"w": np.ones(2)}, 5)
     assert seen[0] == seen[1] != seen[2]
     assert {**seen[0], "rows": ""} == {**seen[2], "rows": ""}
+
+
+def test_a_sample_is_in_the_order_of_the_shuffle_not_of_the_lengths(tmp_path):
+    """So that the first rows of a sample are not the shortest, and a smaller sample is the start of a larger one."""
+    seed = case(tmp_path, (1, 2, 3, 4, 5))
+    batch = choice._sample(seed, 5)
+    assert batch.labels.tolist() == np.random.default_rng(3).permutation(5).tolist()
+    assert np.diff(batch.attention_mask.sum(1)).min() < 0
+    few = choice._sample(seed, 3)
+    np.testing.assert_array_equal(few.labels, batch.labels[:3])
+    np.testing.assert_array_equal(few.input_ids, batch.input_ids[:3, : few.input_ids.shape[1]])

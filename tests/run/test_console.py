@@ -1,6 +1,12 @@
 import pytest
 
 from jpeft.run.console import Console
+from jpeft.training.loop import Event
+
+
+def step(loss, epoch=1):
+    return Event(None, epoch, 1, loss, loss, None, ())
+
 
 ROW = {"epoch": 1, "step": 1200, "train_loss": 0.5, "accuracy": 0.75, "f1": 0.8}
 
@@ -20,8 +26,8 @@ def test_quiet_prints_nothing(capsys):
     console.title("b")
     console.warn("c")
     with console.waiting("d"), console.training(2, 0) as bar:
-        bar.advance(loss=1.0, epoch=1, examples=4)
-        bar.epoch(ROW, "accuracy")
+        bar.show(step(1.0), "accuracy", 4)
+        bar.show(step(1.0)._replace(row=ROW), "accuracy", 4)
     assert capsys.readouterr() == ("", "")
 
 
@@ -29,8 +35,8 @@ def test_a_log_gets_one_line_an_epoch_and_no_bar(capsys):
     console = Console()
     with console.training(4, 2) as bar:
         for _ in range(2):
-            bar.advance(loss=1.0, epoch=1, examples=4)
-        bar.epoch(ROW, "accuracy")
+            bar.show(step(1.0), "accuracy", 4)
+        bar.show(step(1.0)._replace(row=ROW), "accuracy", 4)
     out = capsys.readouterr().out
     assert out.strip() == "epoch  1  step  1,200  loss 0.5000  accuracy 0.7500  f1 0.8000"
     assert "\x1b" not in out
@@ -41,9 +47,10 @@ def test_the_bar_shows_progress_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     with Console().training(4, 2) as bar:
-        bar.advance(loss=0.125, epoch=2, examples=4)
+        bar.show(step(0.0, 2), "accuracy", 4)
+        bar.show(step(0.25, 2), "accuracy", 4)
     out = capsys.readouterr().out
-    assert "3/4" in out
+    assert "4/4" in out
     assert "loss 0.125" in out
 
 

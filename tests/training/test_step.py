@@ -8,6 +8,7 @@ import pytest
 import jpeft
 from jpeft.core import tree
 from jpeft.data.batching import Batch
+from jpeft.data.task import example_losses
 from jpeft.models import Bert, BertConfig
 from jpeft.training import optim
 from jpeft.training import step as stepping
@@ -97,11 +98,9 @@ def test_regression_is_the_mean_squared_error(key, optimizer):
 
 def test_example_losses_by_hand():
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]))
+    np.testing.assert_allclose(example_losses(logits, jnp.array([0, 1])), [-np.log(0.5), -np.log(0.2)], rtol=1e-6)
     np.testing.assert_allclose(
-        stepping.example_losses(logits, jnp.array([0, 1])), [-np.log(0.5), -np.log(0.2)], rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        stepping.example_losses(jnp.array([[1.0], [-2.0]]), jnp.array([3.0, -2.0])), [4.0, 0.0], rtol=1e-6
+        example_losses(jnp.array([[1.0], [-2.0]]), jnp.array([3.0, -2.0])), [4.0, 0.0], rtol=1e-6
     )
 
 
@@ -131,7 +130,7 @@ def test_the_dropout_key_is_folded_with_the_step(key, optimizer):
     assert loss(0, key) != loss(1, key)
     assert loss(0, key) != loss(0, jax.random.key(1))
     by_hand = stepping.forward(model, METHOD, trainable, frozen, batch(), jax.random.fold_in(key, 5))
-    by_hand = jnp.mean(stepping.example_losses(by_hand, batch().labels))
+    by_hand = jnp.mean(example_losses(by_hand, batch().labels))
     np.testing.assert_allclose(loss(5, key), by_hand, rtol=1e-5)
 
 
@@ -200,7 +199,7 @@ def test_a_few_steps_cut_the_loss(key, optimizer):
 def test_single_loss_is_the_loss_of_one_row(key):
     model, trainable, frozen = setup()
     b = batch()
-    expected = stepping.example_losses(stepping.eval_step(model, METHOD)(trainable, frozen, b), b.labels)
+    expected = example_losses(stepping.eval_step(model, METHOD)(trainable, frozen, b), b.labels)
     single = stepping.single_loss(model, METHOD)
     for i in range(2):
         row = jax.tree.map(lambda x, i=i: x[i], b)

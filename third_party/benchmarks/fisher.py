@@ -26,6 +26,7 @@ import optax
 import jpeft
 from jpeft.core import tree
 from jpeft.data import batching, tasks
+from jpeft.data.task import example_losses
 from jpeft.importance import per_example
 from jpeft.models import Bert, pretrained
 from jpeft.plans.plan import make
@@ -42,7 +43,7 @@ def load(glue: str) -> tuple[Bert, Any, batching.Examples, Path]:
 
     base = pretrained.load("minilm", num_labels=3, key=jax.random.key(0))
     tokenizer = AutoTokenizer.from_pretrained(base.folder)
-    rows = batching.tokenize(tasks.load("mnli", glue).splits["train"], tasks.task("mnli"), tokenizer, FULL)
+    rows = tasks.task("mnli").encode(tasks.load("mnli", glue).splits["train"], tokenizer, FULL)
     return Bert(base.config), base, batching.sample(rows, NUM, seed=11)[0], base.folder
 
 
@@ -81,7 +82,7 @@ def gradients(model: Bert, method: Any, part: Any, rest: Any, batches: list[Any]
     """The seconds of plain gradient steps over the same examples."""
 
     def loss(part: Any, batch: Any, rest: Any) -> Any:
-        return stepping.example_losses(stepping.forward(model, method, part, rest, batch), batch.labels).sum()
+        return example_losses(stepping.forward(model, method, part, rest, batch), batch.labels).sum()
 
     grad = jax.jit(jax.grad(loss))
 

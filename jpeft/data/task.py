@@ -1,0 +1,135 @@
+"""What a task is: its columns, how they are encoded, its loss, its metrics, the head that it needs, its splits.
+
+A task of your own is a subclass that overrides what differs. `splits` is the least that it says:
+
+    class Headlines(Task):
+        def splits(self, path):
+            return Splits({"train": ..., "validation": ...}, source="headlines")
+
+    def get_task():
+        return Headlines("headlines", text=("title",), labels=("sport", "politics"))
+
+in a file that the config names: `--config.task=headlines.py`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from jpeft.core.errors import UserError
+from jpeft.data import metrics
+from jpeft.data.batching import Examples, tokenize
+
+__all__ = ["Data", "Splits", "Task", "example_losses"]
+
+
+class Splits(NamedTuple):
+    """A loaded task.
+
+    Attributes:
+      splits: a `datasets.Dataset`, or columns by name, for each split. A column "label" holds class ids, or values.
+      absent: the optional splits that were not found.
+      empty_texts: for each split that has any, how many rows have an empty text. The rows are kept.
+      source: where the data came from: a folder, a hub name, or "built in".
+    """
+
+    splits: dict[str, Any]
+    absent: tuple[str, ...] = ()
+    empty_texts: Mapping[str, int] = {}
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task that a model with a head on top of its encoder can learn: classification, or regression.
+
+    Attributes:
+      name: what reports call it.
+      text: the columns with text, one or two.
+      labels: the names of the classes in the order of their ids; () means regression.
+      metrics: their names, as in `jpeft.data.metrics`.
+      primary: the one to choose by; the higher, the better.
+      eval_split: where to measure.
+      optional_splits: splits that may be absent.
+      trainable: whether there is a train split.
+      label_range: the least and the greatest value of a regression.
+    """
+
+    name: str
+    text: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    primary: str = "accuracy"
+    eval_split: str = "validation"
+    optional_splits: tuple[str, ...] = ("test",)
+    trainable: bool = True
+    label_range: tuple[float, float] = (float("-inf"), float("inf"))
+
+    @property
+    def num_labels(self) -> int:
+        """The width of the head: the number of classes, 1 for regression."""
+        return len(self.labels) or 1
+
+    @property
+    def required_splits(self) -> tuple[str, ...]:
+        """The splits without which loading fails."""
+        return ("train", self.eval_split) if self.trainable else (self.eval_split,)
+
+    def splits(self, path: str | None = None) -> Splits:
+        """Loads the splits.
+
+        Args:
+          path: `config.data.path`, a folder of the user's; None if it is not set.
+
+        Raises:
+          UserError: if the data cannot be loaded.
+        """
+        raise UserError(f"task {self.name!r} does not say where its data are: define its method `splits`")
+
+    def encode(self, split: Any, tokenizer: Any, max_length: int) -> Examples:
+        """Tokenises a split; rows longer than `max_length` tokens are cut, the longer text of a pair first."""
+        return tokenize(split, self.text, tokenizer, max_length, np.int32 if self.labels else np.float32)
+
+    def loss(self, logits: Array, labels: Array) -> Array:
+        """The loss of each example, [b], from float32 logits [b, num_labels] and labels [b]."""
+        return example_losses(logits, labels)
+
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The metrics by name, with `primary` among them.
+
+        Args:
+          logits: [n, num_labels]; for regression [n, 1] or [n], the predicted values.
+          labels: [n] class ids, or values.
+
+        Raises:
+          ValueError: if there are no rows, the numbers of rows or classes do not fit, or logits are not finite.
+        """
+        return metrics.compute(self.metrics, logits, labels, self.num_labels)
+
+
+class Data(NamedTuple):
+    """A tokenised task.
+
+    Attributes:
+      task: which.
+      train: examples to train on.
+      dev: examples to evaluate on.
+      buckets: the lengths that rows are padded to, ascending.
+    """
+
+    task: Task
+    train: Examples
+    dev: Examples
+    buckets: Sequence[int]
+
+
+def example_losses(logits: Array, labels: Array) -> Array:
+    """The loss of each example, [b]: cross entropy for integer labels, squared error for float labels."""
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.square(logits[:, 0] - labels)

@@ -1,0 +1,144 @@
+"""One seed of a run: what it starts from, and how it is trained."""
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+
+from jpeft.core import files, site
+from jpeft.core.errors import UserError
+from jpeft.core.partition import Partition
+from jpeft.core.site import Sites
+from jpeft.core.transform import Chain, Transform
+from jpeft.data.task import Data
+from jpeft.models import Bert, pretrained
+from jpeft.models.pretrained import Pretrained
+from jpeft.plans import plan as plans
+from jpeft.run import config as configs
+from jpeft.run.clock import Clock
+from jpeft.run.config import Config
+from jpeft.run.console import Console
+from jpeft.training import checkpoint, optim, step
+from jpeft.training.loop import Event, Schedule, Steps, fit
+
+__all__ = ["Seed", "begin", "load_model", "train"]
+
+CHECKPOINT_SECONDS = 300.0  # between the ends of epochs, which are always saved
+LOG_EVERY = 50  # steps
+
+
+class Seed(NamedTuple):
+    """One seed of a run.
+
+    Attributes:
+      config: of the run.
+      seed: of the head, the leaves, the examples that are looked at, the order of the rows and dropout.
+      data: the tokenised task.
+      base: the pretrained parameters with the seed's head.
+      model: the encoder.
+      sites: its sites.
+      key: for the leaves.
+      dropout_key: for training.
+      workdir: of the run.
+      console: shows what is going on.
+      clock: times it.
+    """
+
+    config: Config
+    seed: int
+    data: Data
+    base: Pretrained
+    model: Bert
+    sites: Sites
+    key: Array
+    dropout_key: Array
+    workdir: Path
+    console: Console
+    clock: Clock
+
+    @property
+    def folder(self) -> Path:
+        """Where everything that belongs to this seed is kept."""
+        return self.workdir / f"seed_{self.seed}"
+
+
+def begin(config: Config, seed: int, data: Data, workdir: Path, console: Console) -> Seed:
+    """Loads the model with the head of this seed."""
+    base = load_model(config, data.task.num_labels, seed)
+    model = Bert(base.config)
+    sites = site.sites(model, jax.ShapeDtypeStruct((1, data.buckets[0]), "int32"))
+    key, dropout_key = jax.random.split(jax.random.key(seed))
+    clock = Clock(dict.fromkeys(("fisher", "compile", "train", "evaluate"), 0.0))
+    return Seed(config, seed, data, base, model, sites, key, dropout_key, workdir, console, clock)
+
+
+def load_model(config: Config, num_labels: int, seed: int) -> Pretrained:
+    """The pretrained encoder; the seed decides the head that it lacks.
+
+    Raises:
+      UserError: if it cannot be loaded, or does not fit the config.
+    """
+    base = pretrained.load(config.model, num_labels=num_labels, key=jax.random.key(seed), dtype=config.train.dtype)
+    if config.train.max_length > base.config.max_length:
+        longest = base.config.max_length
+        raise UserError(f"config.train.max_length {config.train.max_length}: {config.model} takes at most {longest}")
+    if config.fishpal.plan is not None:
+        plans.check(plans.read(config.fishpal.plan), base.config.num_hidden_layers)
+    return base
+
+
+def train(seed: Seed, method: Transform | Chain, parts: Partition) -> Event:
+    """Trains, or resumes from the last checkpoint, and returns the last event.
+
+    Every event goes to the bar; epochs, and some steps, to `metrics.jsonl`; the state to a checkpoint at the end of
+    every epoch, and in between where epochs are long.
+    """
+    config, clock = seed.config, seed.clock
+    schedule = Schedule(config.train.num_epochs, config.train.batch_size, seed.seed, seed.dropout_key)
+    total = schedule.num_steps(seed.data)
+    rate = optim.warmup_linear(configs.learning_rate(config), total, config.train.warmup_ratio)
+    optimizer = optim.adamw(rate, config.train.weight_decay, parts)
+    training = step.train_step(seed.model, method, optimizer, seed.data.task.loss)
+    steps = Steps.compiled(training, step.eval_step(seed.model, method))
+    state, history, loss_sum = step.init_state(parts.trainable, optimizer), (), 0.0
+    restored = checkpoint.restore(seed.folder / "checkpoints", state)
+    if restored is not None:
+        state, (history, loss_sum, spent) = restored
+        clock.seconds.update(spent)
+        seed.console.say(f"resuming at step {int(state.step):,} of {total:,}")
+    log, saved = Log(seed.workdir / "metrics.jsonl", seed.seed, int(state.step)), time.monotonic()
+    primary = seed.data.task.primary
+    clock.start(lambda: sum(getattr(fn, "seconds", 0.0) for fn in steps))
+    event = Event(state, config.train.num_epochs, int(state.step), 0.0, loss_sum, None, tuple(history))
+    with seed.console.training(total, int(state.step)) as bar:
+        for event in fit(steps, state, parts.frozen, seed.data, schedule, history, loss_sum):
+            clock.lap("train" if event.row is None else "evaluate")
+            log.write(event)
+            bar.show(event, primary, config.train.batch_size)
+            ended = event.step % (total // schedule.num_epochs) == 0
+            # Not after the last step of an epoch: its checkpoint is the one that also holds the scores.
+            if event.row is not None or (not ended and time.monotonic() - saved > CHECKPOINT_SECONDS):
+                progress = checkpoint.Progress(list(event.history), event.loss_sum, clock.seconds)
+                checkpoint.save(seed.folder / "checkpoints", event.state, progress)
+                saved = time.monotonic()
+                clock.start()
+    return event
+
+
+class Log:
+    """The lines of one seed in `metrics.jsonl`; what an interrupted run wrote beyond its checkpoint is dropped."""
+
+    def __init__(self, path: Path, seed: int, reached: int):
+        self._path, self._seed = path, seed
+        files.keep_lines(path, lambda row: row["seed"] != seed or row["step"] <= reached)
+
+    def write(self, event: Event) -> None:
+        """Appends the row of an epoch, or of every `LOG_EVERY`th step."""
+        row: dict[str, Any] | None = event.row
+        if row is None and event.step % LOG_EVERY == 0 and event.grad_norm is not None:
+            norm = float(event.grad_norm)
+            row = {"epoch": event.epoch, "step": event.step, "loss": event.loss, "grad_norm": norm}
+        if row is not None:
+            files.append_json(self._path, {"seed": self._seed, **row})

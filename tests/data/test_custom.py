@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from jpeft import UserError
+from jpeft.data.custom import custom
+
+ROWS = [("a dog", "a cat", "yes"), ("the tree", "", "no"), ("big", "small", "maybe")] * 4
+
+
+def write(path, rows=ROWS, names=("one", "two", "answer")):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+    else:
+        separator = "," if path.suffix == ".csv" else "\t"
+        path.write_text("\n".join(separator.join(map(str, row)) for row in (names, *rows)) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_pairs_with_class_names_from_the_data(tmp_path, ending):
+    task = custom(write(tmp_path / f"train.{ending}"), ("one", "two"), "answer")
+    assert (task.labels, task.num_labels, task.metrics) == (("maybe", "no", "yes"), 3, ("accuracy", "macro_f1"))
+    splits = task.splits()
+    train, held = splits.splits["train"], splits.splits["validation"]
+    assert (len(train["label"]), len(held["label"])) == (11, 1)
+    for split in (train, held):
+        for one, label in zip(split["one"], split["label"], strict=True):
+            assert {"a dog": 2, "the tree": 1, "big": 0}[one] == label
+    assert sum(splits.empty_texts.values()) == 4
+    assert task.splits() == splits  # the same rows every time
+
+
+def test_the_split_depends_on_its_seed_alone(tmp_path):
+    file = write(tmp_path / "train.csv", [(f"row {i}", "x", i % 2) for i in range(40)])
+    tasks = [custom(file, ("one",), "answer", split_seed=seed) for seed in (0, 1)]
+    held = [task.splits().splits["validation"]["one"] for task in tasks]
+    assert held[0] != held[1]
+    assert len(held[0]) == 4
+
+
+def test_files_for_validation_and_test_whose_labels_may_be_hidden(tmp_path):
+    train, validation = write(tmp_path / "train.csv"), write(tmp_path / "dev.csv", ROWS[:2])
+    test = write(tmp_path / "test.csv", [("x", "y")], ("one", "two"))
+    task = custom(train, ("one",), "answer", validation=validation, test=test, labels=("yes", "no", "maybe"))
+    splits = task.splits().splits
+    assert (splits["validation"]["label"], splits["test"]["label"]) == ([0, 1], [-1])
+    assert splits["train"]["label"][:3] == [0, 1, 2]
+
+
+def test_numbers_are_classes_in_their_order_and_values_in_a_regression(tmp_path):
+    file = write(tmp_path / "train.csv", [("a", "b", i % 11) for i in range(30)])
+    assert custom(file, ("one",), "answer").labels == tuple(map(str, range(11)))
+    values = write(tmp_path / "values.csv", [("a", "b", i / 2) for i in range(30)])
+    task = custom(values, ("one",), "answer", regression=True)
+    assert (task.labels, task.primary) == ((), "pearson")
+    splits = task.splits().splits
+    assert sorted(splits["train"]["label"] + splits["validation"]["label"])[:3] == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": "nowhere.csv"}, "config.data.train: there is no file nowhere.csv"),
+        ({"text": ("won",)}, "row 1: no column 'won'; did you mean 'two' or 'one'"),
+        ({"text": ()}, "config.data.text must name one or two columns"),
+        ({"label": "anser"}, "row 1: no column 'anser'; did you mean 'answer'"),
+        ({"labels": ("yes", "no")}, "row 3: label 'maybe' is unknown: expected one of 'yes', 'no'"),
+        ({"labels": ("yes", "yes")}, "must be at least two distinct names"),
+        ({"regression": True}, "row 1: label 'yes' is not a number"),
+        ({"validation_fraction": 1.5}, "validation_fraction must be above 0 and below 1"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, options, message):
+    file = write(tmp_path / "train.csv")
+    with pytest.raises(UserError, match=message):
+        custom(**{"train": file, "text": ("one",), "label": "answer", **options}).splits()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a", "b", "0.5"), ("a", "b", "1.5")], "label 0.5 is not a class: set config.data.regression=True"),
+        ([("a", "b", "x")], "has 1 different labels"),
+        ([("a", "b", ""), ("a", "b", "x")], "row 1: the label is empty"),
+        ([("a", "b", i) for i in range(1001)], "has 1,001 different labels in column 'answer': is it the right column"),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        custom(write(tmp_path / "train.csv", rows), ("one",), "answer")
+
+
+def test_a_file_of_an_unknown_kind(tmp_path):
+    (tmp_path / "train.txt").write_text("x")
+    with pytest.raises(UserError, match=r"train.txt is of an unknown kind: expected \.jsonl"):
+        custom(str(tmp_path / "train.txt"), ("one",))

@@ -1,0 +1,138 @@
+"""Training one seed: what is logged, saved and timed, and that a run that was killed ends as one that was not."""
+
+import json
+
+import chex
+import jax
+import pytest
+from ml_collections import ConfigDict
+from training.test_loop import DATA, METHOD, MODEL
+
+import jpeft
+from jpeft.run import seed as running
+from jpeft.run.clock import Clock
+from jpeft.run.console import Console
+from jpeft.run.seed import Seed
+from jpeft.training import checkpoint
+from jpeft.training.loop import Steps
+
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
+CONFIG = ConfigDict(
+    {
+        "method": "lora",
+        "train": {"num_epochs": 3, "batch_size": 8, "warmup_ratio": 0.1, "weight_decay": 0.1, "learning_rate": 1e-2},
+    }
+)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The programs of the first run, for all of them."""
+    kept = []
+
+    def make(*fns):
+        if not kept:
+            kept.append(Steps(*(jax.jit(fn) for fn in fns)))
+        return kept[0]
+
+    return make
+
+
+@pytest.fixture
+def start(monkeypatch, compiled):
+    """Starts a run in a folder, or resumes it; the training step dies after so many calls."""
+
+    def call(folder, dies_after=None, dies_evaluating=False):
+        def steps(*fns):
+            train, evaluate = compiled(*fns)
+            left = iter(range(10**9 if dies_after is None else dies_after))
+
+            def step(*args):
+                if next(left, None) is None:
+                    raise Killed
+                return train(*args)
+
+            def dying(*args):
+                raise Killed
+
+            return Steps(step, dying if dies_evaluating else evaluate)
+
+        monkeypatch.setattr(Steps, "compiled", steps)
+        folder.mkdir(exist_ok=True)
+        x = jax.numpy.ones((1, 8), int)
+        params = MODEL.init(jax.random.key(0), x)["params"]
+        sites = jpeft.sites(MODEL, x)
+        parts = jpeft.partition(METHOD, params, jpeft.init(METHOD, jax.random.key(1), sites, params), "classifier")
+        clock, key = Clock({"fisher": 0.0}), jax.random.key(3)
+        seed = Seed(CONFIG, 5, DATA, None, MODEL, sites, key, key, folder, Console(quiet=True), clock)
+        return running.train(seed, METHOD, parts), clock.seconds
+
+    return call
+
+
+@pytest.fixture
+def whole(start, tmp_path):
+    return start(tmp_path / "whole")[0]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_same(last, whole):
+    chex.assert_trees_all_equal(last.state, whole.state)
+    assert last.history == whole.history
+
+
+@pytest.mark.parametrize("calls", [4, 6, 8, 11])
+def test_killed_between_checkpoints_it_ends_the_same(tmp_path, start, whole, calls):
+    with pytest.raises(Killed):
+        start(tmp_path / "killed", calls)
+    check_same(start(tmp_path / "killed")[0], whole)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("calls", [1, 3, 4, 6, 7])
+def test_resumed_in_the_middle_of_an_epoch_it_ends_the_same(tmp_path, start, whole, calls, monkeypatch):
+    monkeypatch.setattr(running, "CHECKPOINT_SECONDS", -1.0)  # after every step
+    with pytest.raises(Killed):
+        start(tmp_path / "killed", calls)
+    restored = checkpoint.restore(tmp_path / "killed" / "seed_5" / "checkpoints", whole.state)
+    assert restored is not None
+    assert int(restored.state.step) == calls
+    check_same(start(tmp_path / "killed")[0], whole)
+
+
+def test_killed_while_it_evaluates_it_ends_the_same(tmp_path, start, whole, monkeypatch):
+    monkeypatch.setattr(running, "CHECKPOINT_SECONDS", -1.0)
+    with pytest.raises(Killed):
+        start(tmp_path / "killed", dies_evaluating=True)
+    check_same(start(tmp_path / "killed")[0], whole)
+
+
+def test_a_finished_run_trains_no_more(tmp_path, start, whole):
+    check_same(start(tmp_path / "whole", dies_after=0)[0], whole)
+
+
+def test_seconds_add_up_over_starts(tmp_path, start):
+    with pytest.raises(Killed):
+        start(tmp_path, 6)
+    _, seconds = start(tmp_path)
+    restored = checkpoint.restore(tmp_path / "seed_5" / "checkpoints", start(tmp_path)[0].state)
+    assert restored is not None
+    assert set(seconds) == {"fisher", "compile", "train", "evaluate"}
+    assert seconds["train"] >= restored.progress.seconds["train"] > 0
+
+
+def test_steps_are_logged(tmp_path, start, monkeypatch):
+    monkeypatch.setattr(running, "LOG_EVERY", 2)
+    start(tmp_path)
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == [2, 4, 4, 6, 8, 8, 10, 12, 12]
+    assert list(found[0]) == ["seed", "epoch", "step", "loss", "grad_norm"]
+    assert found[0]["grad_norm"] > 0
