@@ -1,9 +1,13 @@
 """Runs an experiment: python -m jpeft.main --config configs/fishpal_mnli.py --workdir runs/mnli
 
-Any field of the config can be set on the command line, and `:demo` after the file's name takes the small variant:
+`--config` is a file under configs/ or one of your own, or METHOD,TASK for any method on any task, wherever jpeft is
+installed. Its small variant, for two CPU cores and without network, is `:demo` behind a file, `,demo` behind names.
+Any field can be set on the command line:
 
+    python -m jpeft.main --config lora,rte --config.model=roberta-base
     python -m jpeft.main --config configs/fishpal_mrpc.py --config.model=minilm --config.train.num_epochs=5
-    python -m jpeft.main --config configs/lora_mnli.py:demo --config.peft.lora.rank=4 --config.seeds="(1, 2, 3)"
+    python -m jpeft.main --config lora,mnli,demo --config.peft.lora.rank=4 --config.seeds="(1, 2, 3)"
+    python -m jpeft.main --config lora,custom --config.data.train=reviews.csv --config.data.text=review
 
 Run again with the same config and workdir, it resumes. The workdir then holds report.md (to read), report.json (to
 parse), metrics.jsonl, and seed_<n>/model (the trained modules, for `jpeft.load`).
@@ -23,7 +27,7 @@ from jpeft.core.errors import UserError, nearest
 def _define(argv: list[str]) -> flags.FlagValues:
     """The flags, not absl's global ones: `main` can be called more than once, and overrides come from its `argv`."""
     values = flags.FlagValues()
-    text = "A file under configs/; :demo after it is small."
+    text = "A file such as configs/fishpal_mnli.py, or METHOD,TASK."
     config_flags.DEFINE_config_file("config", help_string=text, flag_values=values, sys_argv=argv)
     text = "Where results go; runs/<name of the config> by default."
     flags.DEFINE_string("workdir", None, text, flag_values=values)
@@ -48,15 +52,27 @@ def _check_overrides(argv: list[str], fields: list[str]) -> None:
     for arg in argv[1:]:
         name = arg.split("=", 1)[0].lstrip("-")
         if arg.startswith(("--config.", "-config.")) and name not in fields:
-            raise UserError(f"{name} is no field of the config: {nearest(name, fields)}")
+            raise UserError(f"{name} is not a field of the config: {nearest(name, fields)}")
+
+
+def _named(argv: list[str]) -> list[str]:
+    """The arguments with METHOD,TASK as a variant of the packaged config file, which takes them."""
+    file = str(Path(__file__).parent / "run" / "glue.py")
+
+    def full(given: str) -> str:
+        return f"{file}:{given}" if "," in given and ":" not in given and not Path(given).is_file() else given
+
+    argv = [f"--config={full(x.split('=', 1)[1])}" if x.startswith(("--config=", "-config=")) else x for x in argv]
+    return [full(x) if i and argv[i - 1] in ("--config", "-config") else x for i, x in enumerate(argv)]
 
 
 def _parse(argv: list[str]) -> flags.FlagValues:
     """Parses the flags; whatever is wrong with them is one line."""
+    argv = _named(argv)
     values = _define(argv)
     if any(arg in ("-h", "-help", "--help", "--helpshort", "--helpfull") for arg in argv[1:]):
         print(f"{__doc__}\nFlags:\n  --config   {values['config'].help}\n  --workdir  {values['workdir'].help}")
-        print("\nFields of the config and their defaults (see jpeft/config.py):\n")
+        print("\nFields of the config and their defaults (see jpeft/run/config.py):\n")
         from jpeft.run import config
 
         print(config.default("mnli", "fishpal"))
@@ -64,7 +80,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     given = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))]
     given += [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg in ("--config", "-config")]
     if not given:
-        raise UserError("--config is missing: for example --config configs/fishpal_mnli.py:demo")
+        raise UserError("--config is missing: for example --config fishpal,mnli,demo")
     path = Path(given[0].split(":")[0])
     if not path.is_file():
         have = [str(other) for other in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
@@ -92,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         config = values["config"].value
         name = config_flags.get_config_filename(values["config"])
         stem, _, variant = Path(name).name.partition(":")
-        stem = Path(stem).stem + (f"_{variant}" if variant else "")
+        stem = variant.replace(",", "_") if "," in variant else Path(stem).stem + (f"_{variant}" if variant else "")
 
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
         from jpeft.run import experiment  # after the flags, so that --help and their errors come at once
@@ -102,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -1,13 +1,17 @@
-"""Every file under configs/ is a run that could start."""
+"""Every config that a user can name is a run that could start."""
 
 import importlib.util
 from pathlib import Path
 
 import pytest
 
+from jpeft.core.errors import UserError
+from jpeft.data.tasks import TASKS
 from jpeft.run import config as c
+from jpeft.transforms.registry import METHODS
 
-FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "configs"
+FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "glue")
 SEEDS = {"mnli": (11, 22, 88), "mrpc": (11, 22, 88), "sst2": (111, 11, 22)}
 
 
@@ -20,14 +24,15 @@ def get_config(path: Path, variant: str):
 
 
 def test_there_is_one_for_each_method_and_task():
-    methods = ("fishpal", "lora", "pfeiffer", "prefix", "full", "head")
-    assert {path.stem for path in FILES} >= {f"{method}_{task}" for method in methods for task in SEEDS}
+    methods = ("fishpal", "lora", "adapter", "prefix", "full", "head")
+    assert {path.stem for path in FILES} == {f"{method}_{task}" for method in methods for task in SEEDS}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_fields_follow_the_name_of_the_file(path):
     config = get_config(path, "")
     method, task = path.stem.rsplit("_", 1)
+    method = {"adapter": "pfeiffer"}.get(method, method)
     c.check(config)
     assert (config.method, config.task, config.seeds) == (method, task, SEEDS[task])
     assert config.model == "bert-base-uncased"
@@ -45,14 +50,14 @@ def test_the_demo_needs_no_network(path):
     [
         ("fishpal", 5e-4, 10, 0.06, 0.1),
         ("lora", 5e-4, 10, 0.06, 0.1),
-        ("pfeiffer", 1e-4, 10, 0.06, 0.1),
+        ("adapter", 1e-4, 10, 0.06, 0.1),
         ("prefix", 2e-4, 10, 0.06, 0.1),
         ("full", 2e-5, 3, 0.1, 0.01),
         ("head", 1e-3, 3, 0.1, 0.01),
     ],
 )
 def test_recipes(method, rate, epochs, warmup, decay):
-    config = get_config(FILES[0].with_name(f"{method}_mrpc.py"), "")
+    config = get_config(FOLDER / f"{method}_mrpc.py", "")
     train = config.train
     assert (c.learning_rate(config), train.num_epochs, train.warmup_ratio, train.weight_decay) == (
         rate,
@@ -61,3 +66,38 @@ def test_recipes(method, rate, epochs, warmup, decay):
         decay,
     )
     assert (train.batch_size, train.max_length, config.fishpal.num_examples) == (16, 128, 64)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "houlsby+layer_norm"])
+def test_any_method_on_any_task(method):
+    for task in TASKS:
+        config = get_config(FOLDER / "glue.py", f"{method},{task}")
+        assert (config.method, config.task) == (method, task)
+        assert config.seeds == SEEDS.get(task, (11, 22, 88))
+    c.check(config)
+    demo = get_config(FOLDER / "glue.py", f"{method},mrpc,demo")
+    c.check(demo)
+    assert (demo.task, demo.model) == ("synthetic", "minilm")
+
+
+def test_the_files_and_the_names_agree():
+    for path in FILES:
+        method, task = path.stem.rsplit("_", 1)
+        if method != "adapter":  # the thesis' learning rate, 1e-4
+            assert get_config(path, "").to_dict() == get_config(FOLDER / "glue.py", f"{method},{task}").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "expected METHOD,TASK"),
+        ("lora", "expected METHOD,TASK"),
+        ("lroa,mrpc", "config.method 'lroa' is unknown: did you mean 'lora'"),
+        ("lora,mprc", "config.task 'mprc' is unknown: did you mean 'mrpc'"),
+        ("lora,mrpc,dmo", "config variant 'dmo' is unknown"),
+        ("lora,mrpc,demo,x", "expected METHOD,TASK"),
+    ],
+)
+def test_a_name_that_is_wrong(name, message):
+    with pytest.raises(UserError, match=message):
+        get_config(FOLDER / "glue.py", name)

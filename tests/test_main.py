@@ -47,11 +47,11 @@ def failing(tmp_path, capsys, config, monkeypatch):
 
 
 OVERRIDES = {
-    "--config.train.num_epoch=3": ["config.train.num_epoch is no field", "'config.train.num_epochs'"],
-    "--config.trian.num_epochs=3": ["config.trian.num_epochs is no field", "'config.train.num_epochs'"],
+    "--config.train.num_epoch=3": ["config.train.num_epoch is not a field", "'config.train.num_epochs'"],
+    "--config.trian.num_epochs=3": ["config.trian.num_epochs is not a field", "'config.train.num_epochs'"],
     "--config.peft.lora.rnak=3": ["'config.peft.lora.rank'"],
-    "--config.train.num_epochs.x=3": ["config.train.num_epochs.x is no field"],
-    "--config.train=3": ["config.train is no field"],
+    "--config.train.num_epochs.x=3": ["config.train.num_epochs.x is not a field"],
+    "--config.train=3": ["config.train is not a field"],
     "--config.train.num_epochs=three": ["config.train.num_epochs", "'three'"],
     "--config.train.learning_rate=fast": ["config.train.learning_rate", "'fast'"],
     "--wrkdir=x": ["unknown flag --wrkdir: did you mean 'workdir'?"],
@@ -167,3 +167,30 @@ def test_a_real_process_fails_with_one_line(config, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_method_and_task_need_no_file(tmp_path, tiny_config, tiny_model, tiny_glue, monkeypatch, capsys):
+    """As where jpeft was installed from a wheel, away from the repository."""
+    monkeypatch.chdir(tmp_path)
+    given = [f"--config.model={tiny_model}", f"--config.data.path={tiny_glue}", "--config.train.max_length=16"]
+    given += ["--config.train.num_epochs=1", "--config.seeds=(1,)"]
+    assert program.main(["jpeft", "--config", "lora,mrpc", *given]) == 0
+    assert json.loads((tmp_path / "runs" / "lora_mrpc" / "report.json").read_text())["method"] == "lora"
+    capsys.readouterr()
+    assert program.main(["jpeft", "--config=lroa,mrpc"]) == 2
+    assert "did you mean 'lora'" in capsys.readouterr().err
+
+
+def test_own_files_need_no_python(tmp_path, tiny_config, tiny_model, capsys):
+    lines = ["review,stars", *(f"the {'dog' if i % 2 else 'cat'} runs,{'good' if i % 2 else 'bad'}" for i in range(40))]
+    (tmp_path / "train.csv").write_text("\n".join(lines) + "\n")
+    given = [f"--config.model={tiny_model}", "--config.train.max_length=16", "--config.train.num_epochs=1"]
+    given += [f"--config.data.train={tmp_path / 'train.csv'}", "--config.data.text=review", "--config.data.label=stars"]
+    work = tmp_path / "work"
+    assert program.main(["jpeft", "--config=lora,custom", *given, "--config.seeds=(1,)", f"--workdir={work}"]) == 0
+    report = json.loads((work / "report.json").read_text())
+    assert set(report["metrics"]["mean"]) == {"accuracy", "macro_f1"}
+    assert json.loads((work / "seed_1" / "model" / "jpeft.json").read_text())["labels"] == ["bad", "good"]
+    capsys.readouterr()
+    assert program.main(["jpeft", "--config=lora,custom", *given[:-1], f"--workdir={work}2"]) == 2
+    assert "train.csv, row 1: no column 'label'" in capsys.readouterr().err

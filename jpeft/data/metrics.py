@@ -27,7 +27,7 @@ def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
 def _macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
     from sklearn.metrics import f1_score
 
-    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
+    return float(f1_score(labels, predictions, average="macro"))
 
 
 def _matthews_correlation(labels: np.ndarray, predictions: np.ndarray) -> float:

@@ -21,6 +21,7 @@ from jpeft.transforms.registry import METHODS, MODULES, RENAMED
 __all__ = [
     "Config",
     "check",
+    "check_names",
     "default",
     "demo",
     "learning_rate",
@@ -161,14 +162,8 @@ def check(config: Config) -> None:
     Raises:
       UserError: for the first field that cannot be, with what it could be.
     """
+    check_names(config)
     _check_data(config)
-    parts = config.method.split("+")
-    for part in parts:
-        known = method_names() if len(parts) == 1 else MODULES
-        if part in RENAMED:
-            raise UserError(f"config.method {part!r} is called {RENAMED[part]!r}")
-        if part not in known:
-            raise UserError(f"config.method {part!r} is unknown: {nearest(part, known)}")
     for method in MODULES:
         try:
             plans.make(method, **options(config, method))
@@ -205,18 +200,39 @@ def task_of(config: Config) -> Task:
     """
     data = config.data
     if config.task == CUSTOM:
-        columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
+        labels = None if data.labels is None else _listed(data.labels)
         return custom(
-            data.train, columns, data.label or "label", validation=data.validation, test=data.test, labels=data.labels,
-            regression=data.regression, validation_fraction=data.validation_fraction, split_seed=data.split_seed,
+            data.train, _listed(data.text), data.label or "label", validation=data.validation, test=data.test,
+            labels=labels, regression=data.regression, validation_fraction=data.validation_fraction,
+            split_seed=data.split_seed,
         )  # fmt: skip
     return tasks.read_task(config.task) if config.task.endswith(".py") else tasks.task(config.task)
 
 
-def _check_data(config: Config) -> None:
+def _listed(names: Sequence[str]) -> tuple[str, ...]:
+    """Names, also those that the command line gives in one piece: --config.data.text=premise,hypothesis."""
+    return tuple(names[0].split(",")) if len(names) == 1 else tuple(names)
+
+
+def check_names(config: Config) -> None:
+    """Checks that the task and the method exist.
+
+    Raises:
+      UserError: if one does not, with the nearest that does.
+    """
     known = [*TASKS, CUSTOM]
     if config.task not in known and not config.task.endswith(".py"):
         raise UserError(f"config.task {config.task!r} is unknown: {nearest(config.task, known)}")
+    parts = config.method.split("+")
+    for part in parts:
+        known = method_names() if len(parts) == 1 else MODULES
+        if part in RENAMED:
+            raise UserError(f"config.method {part!r} is called {RENAMED[part]!r}")
+        if part not in known:
+            raise UserError(f"config.method {part!r} is unknown: {nearest(part, known)}")
+
+
+def _check_data(config: Config) -> None:
     standard = default("mnli", "head").data
     given = [name for name in standard if config.data[name] != standard[name]]
     unread = [name for name in given if (name == "path") == (config.task == CUSTOM) or config.task == "synthetic"]

@@ -12,9 +12,10 @@ def case(folder, tokens):
     """Five rows of different lengths, whose tokens are told by `tokens`."""
     ids = tuple(np.full(n, t, np.int32) for n, t in zip((3, 7, 2, 6, 1), tokens, strict=True))
     train = Examples(ids, tuple(0 * x for x in ids), np.arange(5, dtype=np.int32), 0)
+    base, data = SimpleNamespace(params={"w": np.ones(2)}), SimpleNamespace(train=train, buckets=(4, 8))
     return SimpleNamespace(
-        config=SimpleNamespace(model="m", task="mrpc"), console=Console(quiet=True), base=SimpleNamespace(params={"w": np.ones(2)}), seed=3,
-        data=SimpleNamespace(train=train, buckets=(4, 8)), folder=folder, key=jax.random.key(0),
+        config=SimpleNamespace(model="m", task="mrpc"), seed=3, base=base, data=data, folder=folder,
+        key=jax.random.key(0), console=Console(quiet=True),
     )  # fmt: skip
 
 
