@@ -28,6 +28,7 @@ from jpeft.core.transform import (
     prepare,
 )
 from jpeft.core.tree import union
+from jpeft.data.task import Splits, Task
 from jpeft.importance.average import fisher_average
 from jpeft.importance.fisher import fisher
 from jpeft.importance.masks import packed, read_mask, top, write_mask
@@ -75,7 +76,9 @@ __all__ = [
     "Saved",
     "Setting",
     "Site",
+    "Splits",
     "Summary",
+    "Task",
     "Transform",
     "UserError",
     "__version__",

@@ -1,5 +1,6 @@
 """The diagonal of the Fisher information, from the gradients of single examples."""
 
+import functools
 import math
 import os
 from collections import deque
@@ -120,11 +121,17 @@ def mean(complete: Running[Tree]) -> Tree:
     Raises:
       UserError: if it is not finite.
     """
-    total = jax.tree.map(lambda x: x / complete.done, complete.total)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(total):
-        if not bool(jnp.isfinite(leaf).all()):
+    total, finite = _mean(complete.parts, complete.done, complete.sharded)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(finite):
+        if not leaf:
             raise UserError(f"the information of {_name(path)} is not finite: the squared gradients overflow")
     return total
+
+
+@functools.partial(jax.jit, static_argnames="sharded")
+def _mean(parts: Any, done: Any, sharded: bool) -> tuple[Any, Any]:
+    total = jax.tree.map(lambda x: (x.sum(0) if sharded else x) / jnp.asarray(done, x.dtype), parts)
+    return total, jax.tree.map(lambda x: jnp.isfinite(x).all(), total)
 
 
 def accumulate(
@@ -171,7 +178,7 @@ def accumulate(
     mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)  # axes whose sharding XLA works out
     done = 0 if start is None else start.done
     _check(n, tree, labels, values, key, ids, microbatch, done)
-    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
+    total = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))), tree)
     if start is not None:
         total = jax.tree.map(jnp.array, start.total)
     if mesh is not None:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
 from jpeft.core import tree
 from jpeft.core.errors import UserError
@@ -31,8 +30,7 @@ MODEL = "model"  # the metadata entry that names what a mask was made for
 def top(scores: Any, k: int) -> Any:
     """The mask of the k largest scores over all leaves together.
 
-    The k-th largest score is found by bisection on the bits of floating point numbers, whose order is that of integers:
-    32 times (64 for doubles) the leaves are compared with a number where they are; the scores are not sorted.
+    It is made on the host, in NumPy, by selection: the scores are not sorted.
 
     Args:
       scores: a pytree of float arrays, without NaN.
@@ -52,18 +50,17 @@ def top(scores: Any, k: int) -> Any:
     """
     leaves, treedef = jax.tree.flatten(scores)
     _check_budget(k, [math.prod(x.shape) for x in leaves])
-    if any(bool(jnp.isnan(x).any()) for x in leaves):
+    leaves = [np.asarray(x) for x in leaves]
+    if any(np.isnan(x).any() for x in leaves):
         raise UserError("scores to choose by hold NaN")
     if k == 0:
         return treedef.unflatten([np.zeros(0, np.int32) for _ in leaves])
-    if any(jax.eval_shape(_order, x).dtype == jnp.int64 for x in leaves):
-        leaves = [jnp.asarray(x, jnp.float64) for x in leaves]  # bits are compared, so all must have the same meaning
-    limit = _kth(leaves, k)
-    above = sum(int((_order(x) > limit).sum()) for x in leaves)
-    ties = k - above  # so many of those that are equal to the k-th largest
+    wide = any(x.dtype == np.float64 for x in leaves)  # bits are compared, so all must have the same meaning
+    orders = [_order(x.ravel().astype(np.float64 if wide else np.float32)) for x in leaves]
+    limit = np.partition(np.concatenate(orders), -k)[-k]
+    ties = k - sum(int((order > limit).sum()) for order in orders)  # that many of those equal to the k-th largest
     chosen = []
-    for x in leaves:
-        order = np.asarray(_order(x)).ravel()
+    for order in orders:
         equal = np.flatnonzero(order == limit)[:ties]
         ties -= equal.size
         chosen.append(np.sort(np.concatenate([np.flatnonzero(order > limit), equal])).astype(np.int32))
@@ -80,7 +77,7 @@ def magnitude(values: Any, k: int) -> Any:
     Raises:
       UserError: as `top`.
     """
-    return top(jax.tree.map(jnp.abs, values), k)
+    return top(jax.tree.map(lambda x: np.abs(np.asarray(x)), values), k)
 
 
 def random(key: Array, like: Any, k: int) -> Any:
@@ -229,35 +226,14 @@ def _selection(path: Any, m: Any) -> bool | np.ndarray:
     return m.astype(np.int32)
 
 
-def _order(x: ArrayLike) -> Array:
-    """Integers in the order of floating point numbers: the bits, of negative numbers all but the sign turned around.
+def _order(x: np.ndarray) -> np.ndarray:
+    """Integers in the order of floating point numbers: the bits, of negative numbers all but the sign inverted.
 
     Both zeros are 0, and so is what is too small to be normal, as most of XLA's arithmetic has it.
     """
-    x = jnp.asarray(x)
-    x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-    wide = x.dtype == jnp.float64
-    bits = jax.lax.bitcast_convert_type(x, jnp.int64 if wide else jnp.int32)
-    exponent = np.array(np.inf, x.dtype).view(bits.dtype)
-    return jnp.where(bits & exponent == 0, 0, jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits))
-
-
-def _kth(leaves: list[Any], k: int) -> int:
-    """The k-th largest number over all leaves, as `_order` has it."""
-
-    @jax.jit
-    def at_least(leaves: list[Any], limit: Array) -> list[Array]:
-        return [(_order(x) >= limit).sum() for x in leaves]
-
-    kind = jax.eval_shape(_order, leaves[0]).dtype
-    low, high = int(jnp.iinfo(kind).min), int(jnp.iinfo(kind).max)
-    while low < high:  # the largest limit that at least k numbers reach
-        middle = (low + high + 1) // 2
-        if sum(map(int, at_least(leaves, np.array(middle, kind)))) >= k:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    kind = np.int64 if x.dtype == np.float64 else np.int32
+    bits, exponent = x.view(kind), np.array(np.inf, x.dtype).view(kind)
+    return np.where(bits & exponent == 0, kind(0), np.where(bits < 0, bits ^ np.iinfo(kind).max, bits))
 
 
 def _pack(m: Any, x: Any) -> Array:

@@ -172,12 +172,38 @@ class Core(nn.Module):
           The context [b, h, t_query, k].
         """
         del hidden
-        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=_wide(query.dtype))
-        scores = scores * (query.shape[-1] ** -0.5)
+        scores = attention_scores(query, key) * (query.shape[-1] ** -0.5)
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         probs = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         probs = nn.Dropout(self.dropout)(probs, deterministic=not train)
         return jnp.einsum("bhqk,bhkd->bhqd", probs, value)
+
+
+def attention_scores(query: Array, key: Array) -> Array:
+    """query [b, h, q, k] times key [b, h, t, k] over the last axis, [b, h, q, t], float32 at least."""
+    return _products(query, key) if query.dtype.itemsize == 2 else jnp.einsum("bhqd,bhkd->bhqk", query, key)
+
+
+@jax.custom_vjp
+def _products(query: Array, key: Array) -> Array:
+    """Scores [b, h, q, k] in float32 of bfloat16 queries and keys, with a backward pass in bfloat16.
+
+    JAX's own would multiply the float32 cotangent with queries and keys in float32, at a fraction of the speed.
+    """
+    return jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+
+
+def _products_forward(query: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _products(query, key), (query, key)
+
+
+def _products_backward(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    query, key = operands
+    cotangent = cotangent.astype(query.dtype)
+    return jnp.einsum("bhqk,bhkd->bhqd", cotangent, key), jnp.einsum("bhqk,bhqd->bhkd", cotangent, query)
+
+
+_products.defvjp(_products_forward, _products_backward)
 
 
 class Attention(nn.Module):

@@ -67,7 +67,7 @@ def write(
         )
     spent = {name: sum(r.seconds[name] for r in results.values()) for name in next(iter(results.values())).seconds}
     report = {
-        "task": config.task,
+        "task": task.name,
         "method": config.method,
         "model": config.model,
         "split": task.eval_split,

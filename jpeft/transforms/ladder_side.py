@@ -23,7 +23,7 @@ from jpeft.core.leaves import init_sites
 from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Call, Context, Leaves, Params, Setting, Transform
 from jpeft.core.tree import at, union
-from jpeft.models.bert import ACTIVATIONS, attends
+from jpeft.models.bert import ACTIVATIONS, attends, attention_scores
 from jpeft.transforms.parts.linear import kaiming_uniform, layer_norm, linear, linear_leaves, sizes
 from jpeft.transforms.parts.places import find_encoders
 
@@ -114,7 +114,7 @@ def _block(p: Leaves, x: Array, visible: Array) -> Array:
         jnp.einsum("bts,shk->bhtk", x, p[name]["kernel"]) + p[name]["bias"][None, :, None]
         for name in ("query", "key", "value")
     )
-    scores = jnp.einsum("bhqk,bhtk->bhqt", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    scores = attention_scores(query, key) * query.shape[-1] ** -0.5
     probs = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(x.dtype)
     context = jnp.einsum("bhqt,bhtk->bhqk", probs, value)
     attended = jnp.einsum("bhtk,hks->bts", context, p["output"]["kernel"]) + p["output"]["bias"].reshape(1, 1, -1)

@@ -31,7 +31,8 @@ def take(values: Chosen, indices: Mapping[tuple[str, str], np.ndarray]) -> Leave
     leaves: Leaves = {}
     for (path, name), index in indices.items():
         if index.size:
-            entries = jnp.asarray(values[path, name]).reshape(-1)[index]
+            # In NumPy: JAX would compile a program for every shape.
+            entries = jnp.asarray(np.asarray(values[path, name]).reshape(-1)[index])
             leaves.setdefault(path, {})[name] = {"values": entries, FIXED: {"index": jnp.asarray(index)}}
     return leaves
 
