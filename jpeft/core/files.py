@@ -19,7 +19,7 @@ EMPTY = "empty"  # the metadata entry that lists empty dicts, which safetensors 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text atomically; the folder is made if need be."""
+    """Writes UTF-8 text atomically; the folder is created if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     beside.write_text(text, encoding="utf-8")
@@ -27,7 +27,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON atomically. NaN and Inf are refused: they are no JSON."""
+    """Writes indented JSON atomically. NaN and Inf are refused: they are not JSON."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

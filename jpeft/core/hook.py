@@ -189,8 +189,8 @@ def _check_reached(unreached: set[str], model: nn.Module, params: Params, args: 
     have = _paths(model, args, call)
     for path in sorted(unreached - have):
         # Another method may go elsewhere: it is enough that a module of the model is around the site.
-        around = path.rpartition("/")[0] or path
-        if "method" in call and _has(params, around):
+        parent = path.rpartition("/")[0] or path
+        if "method" in call and _has(params, parent):
             continue
         raise UserError(f"the model has no site {path!r} that the leaves are for: {nearest(path, have)}")
 

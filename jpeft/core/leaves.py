@@ -46,10 +46,10 @@ def init_sites(
         def one(key: Array, *own: Any) -> Any:
             return make(key, site, *own)
 
-        made, keys = one, site_key(key, site.path)
+        build, keys = one, site_key(key, site.path)
         for _ in site.stack:
-            made = _stacked(made)
-        return made(jax.random.split(keys, site.stack) if site.stack else keys, *own)
+            build = _stacked(build)
+        return build(jax.random.split(keys, site.stack) if site.stack else keys, *own)
 
     return {site.path: at_site(site) for site in where}
 

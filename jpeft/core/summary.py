@@ -86,9 +86,9 @@ def summary(transform: Transform | Chain, leaves: Leaves, params: Params, traine
         trains, stays = _by_layer(split({name: leaves[name]})[0].get(name, {})), _by_layer(left.get(name, {}))
         rows += _joined(
             [
-                (place, Row("", name, tree.count(trains.get(place, {})), tree.count(there), tree.num_bytes(there)))
+                (place, Row("", name, tree.count(trains.get(place, {})), tree.count(left_at), tree.num_bytes(left_at)))
                 for place in sorted({**trains, **stays}, key=lambda place: (place.layer < 0, place))
-                for there in [stays.get(place, {})]
+                for left_at in [stays.get(place, {})]
             ]
         )
     rows += [Row("", name, tree.count(x), 0, 0) for name, x in (trained or {}).items()]

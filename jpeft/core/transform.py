@@ -203,7 +203,7 @@ def prepare(transform: Transform | Chain, setting: Setting) -> Leaves:
 
     Args:
       transform: a method or a chain.
-      setting: as in `Setting`, with the fresh leaves of all members; `instance` is set here.
+      setting: as in `Setting`, with the fresh leaves of all members; `instance` is set by this function.
 
     Returns:
       The leaves of all members.
@@ -212,8 +212,8 @@ def prepare(transform: Transform | Chain, setting: Setting) -> Leaves:
     for name, member in instances(transform).items():
         if member.prepare is not None:
             variables = {**setting.variables, "peft": leaves}
-            here = setting._replace(instance=name, variables=variables, key=site_key(setting.key, name))
-            leaves = {**leaves, name: member.prepare(here)}
+            own = setting._replace(instance=name, variables=variables, key=site_key(setting.key, name))
+            leaves = {**leaves, name: member.prepare(own)}
     return leaves
 
 

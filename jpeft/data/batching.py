@@ -16,7 +16,7 @@ __all__ = [
     "tokenize", "train_batches",
 ]  # fmt: skip
 
-MEGABATCH = 50  # in batches: rows are sorted by length inside so many, enough to lose almost all padding
+MEGABATCH = 50  # in batches: rows are sorted by length within this many, enough to remove almost all padding
 
 
 class Batch(NamedTuple):
@@ -94,7 +94,7 @@ def length_buckets(lengths: np.ndarray | Sequence[int], max_buckets: int = 4, mu
 
     Args:
       lengths: tokens of every row.
-      max_buckets: at most so many lengths, and so compilations of a step.
+      max_buckets: at most this many lengths, and so compilations of a step.
       multiple: every padded length is a multiple of it.
 
     Returns:
@@ -142,7 +142,7 @@ def train_batches(
       buckets: padded lengths; a batch has the smallest that holds its longest row.
       seed: of the run.
       epoch: any number that tells the epochs of a run apart; `fit` counts from 1.
-      start: skips so many batches, at no cost, to go on in the middle of an epoch.
+      start: skips this many batches, at no cost, to resume in the middle of an epoch.
 
     Raises:
       ValueError: if a row is longer than every bucket.

@@ -101,7 +101,7 @@ def load(name: str, path: str | os.PathLike[str] | None = None) -> Splits:
         environment variable JPEFT_GLUE_DIR names, or the hub where it is not set.
 
     Returns:
-      The splits and what is worth a warning. A label of -1, hidden, occurs in test splits only.
+      The splits and what deserves a warning. A label of -1, hidden, occurs in test splits only.
 
     Raises:
       UserError: if there is no such task, a required split is missing or empty, the hub cannot be reached, or a row of
@@ -153,8 +153,9 @@ def _from_folder(spec: Task, folder: Path) -> "dict[str, Dataset]":
         raise UserError(f"no folder {folder}")
     home = folder / spec.name
     if not home.is_dir():
-        here = sorted(p.name for p in folder.iterdir() if p.is_dir())
-        raise UserError(f"no folder {home}; " + (nearest(spec.name, here) if here else f"{folder} has no folders"))
+        present = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        hint = nearest(spec.name, present) if present else f"{folder} has no folders"
+        raise UserError(f"no folder {home}; {hint}")
     splits = {}
     for split in (*spec.required_splits, *spec.optional_splits):
         file = next((f for ending in ENDINGS if (f := home / (split + ending)).is_file()), None)

@@ -28,7 +28,7 @@ MOST_ELSEWHERE = 64
 
 
 class Running(NamedTuple, Generic[Tree]):
-    """A sum that is not complete yet.
+    """A sum over some of the examples.
 
     Attributes:
       done: the number of examples that are in it.
@@ -69,7 +69,7 @@ def fisher(
     - "sampled": as the expected one, with one class an example drawn from p(c | x_i) in place of the sum.
 
     A single logit is the mean of a normal distribution of variance 1/2, whose -log p is the squared error up to a
-    constant; its information is 2 (d logit / d tree)^2. Labels are read for "empirical" only.
+    constant; its information is 2 (d logit / d tree)^2. Only "empirical" reads the labels.
 
     A mean of squares is not the square of a mean: gradients of different examples are never added before they are
     squared. How that is done at about the cost of a plain gradient is the subject of `jpeft.importance.per_example`.
@@ -100,7 +100,7 @@ def fisher(
       A pytree like `tree`, float32 (float64 where `tree` is).
 
     Raises:
-      UserError: if there are no examples or they do not go together, an option is unknown, `fn` gives something else
+      UserError: if there are no examples or their shapes do not match, an option is unknown, `fn` gives something else
         than `labels` asks for, or a gradient is not finite: it names the example, by its number in `ids`, and the leaf.
 
     >>> import jax.numpy as jnp
@@ -149,7 +149,7 @@ def accumulate(
     grouped: bool = False,
     start: Running[Tree] | None = None,
 ) -> Iterator[Running[Tree]]:
-    """The running sums that `fisher` is made of, one after each microbatch; for a bar, or to save and go on later.
+    """The running sums that `fisher` is made of, one after each microbatch; for a bar, or to save and resume later.
 
     Args:
       fn: as all others, see `fisher`.
@@ -164,10 +164,10 @@ def accumulate(
       memory_limit_bytes: likewise.
       mesh: likewise.
       grouped: likewise.
-      start: an earlier sum over the first `start.done` of the same examples, not sharded, to go on from.
+      start: an earlier sum over the first `start.done` of the same examples, not sharded, to resume from.
 
     Yields:
-      The sum so far. Its arrays are given up when the next one is asked for.
+      The sum so far. Its arrays are donated when the next one is asked for.
 
     Raises:
       UserError: as `fisher`.
@@ -246,7 +246,7 @@ def _check(
     if ids is not None and len(ids) != n:
         raise UserError(f"{len(ids)} ids were given for {n} examples: one each is needed")
     if done > n:
-        raise UserError(f"the sum to go on from has {done} examples, and there are {n}")
+        raise UserError(f"the sum to resume from has {done} examples, but there are {n}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         kind = getattr(leaf, "dtype", None)
         if kind is None or not jnp.issubdtype(kind, jnp.floating):
@@ -294,7 +294,7 @@ def _one(fn: Callable[..., Array], labels: str, key: Array) -> Callable[..., tup
 
 
 def _compiled(
-    one: Callable, fn: Callable, tree: Any, shapes: Any, rest: tuple, labels: str, measure: Callable[[Array], Array],
+    one: Callable, fn: Callable, tree: Any, shapes: Any, rest: tuple, labels: str, value: Callable[[Array], Array],
     microbatch: int | None, limit: int | None, mesh: Mesh | None,
 ) -> tuple[Callable, int, list[Any]]:  # fmt: skip
     """The jitted step for examples of some shapes, how many it takes on a device, and its constants."""
@@ -314,7 +314,7 @@ def _compiled(
 
     def step(total: Any, tree: Any, chunk: Any, weights: Array, rest: tuple, constants: Any) -> tuple[Any, Array]:
         with _full_precision():
-            return per_example.add(cut, measure, total, tree, chunk, weights, rest, constants, one_by_one=cpu)
+            return per_example.add(cut, value, total, tree, chunk, weights, rest, constants, one_by_one=cpu)
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0), most, cut.constants[1]

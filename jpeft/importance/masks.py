@@ -41,7 +41,7 @@ def top(scores: Any, k: int) -> Any:
       A pytree like `scores` with int32 arrays of sorted flat indices; empty ones where nothing was selected.
 
     Raises:
-      UserError: if k is out of range or no whole number, or a score is NaN.
+      UserError: if k is out of range or not an integer, or a score is NaN.
 
     >>> import jax.numpy as jnp
     >>> mask = top({"a": jnp.array([[3.0, 1.0], [4.0, 1.0]]), "b": jnp.array([5.0, 1.0])}, k=4)
@@ -156,7 +156,7 @@ def write_mask(path: Path, mask: Any, model: str) -> None:
     """Writes a mask of a nested dict: indices alone, 4 bytes an entry.
 
     Args:
-      path: of the safetensors file; the parent is made, and an older file replaced at once.
+      path: of the safetensors file; its folder is made if need be, and an older file replaced atomically.
       mask: a mask as described above; leaves that it leaves out are not written.
       model: what it is for, such as the `jpeft.models.pretrained.fingerprint` of its parameters.
 
@@ -180,20 +180,20 @@ def read_mask(path: Path, params: Any, model: str) -> Any:
       A mask like `params`.
 
     Raises:
-      UserError: if it is for another model, or no such file.
+      UserError: if it is for another model, or not a mask.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load_file
 
     if not path.is_file():
-        raise UserError(f"there is no mask {path}")
+        raise UserError(f"there is no file {path}")
     try:
         with safe_open(path, "np") as file:
-            there = (file.metadata() or {}).get(MODEL)
+            made_for = (file.metadata() or {}).get(MODEL)
     except SafetensorError as error:
-        raise UserError(f"{path} is no mask: {error}") from None
-    if there != model:
-        raise UserError(f"mask {path} was made for another model: {there}, not {model}")
+        raise UserError(f"{path} is not a mask: {error}") from None
+    if made_for != model:
+        raise UserError(f"mask {path} was made for another model: {made_for}, not {model}")
     found = load_file(path)
     mask = jax.tree_util.tree_map_with_path(
         lambda at, _: _selection(at, found.pop(jax.tree_util.keystr(at, simple=True, separator=":"), False)), params
@@ -206,7 +206,7 @@ def read_mask(path: Path, params: Any, model: str) -> Any:
 
 def _check_budget(k: int, sizes: list[int]) -> None:
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 0 <= k <= sum(sizes):
-        raise UserError(f"k must be a whole number from 0 to {sum(sizes):,}, the number of entries, got {k!r}")
+        raise UserError(f"k must be an integer from 0 to {sum(sizes):,}, the number of entries, got {k!r}")
     if max(sizes, default=0) >= 2**31:
         raise UserError(f"a leaf has {max(sizes):,} entries, and masks count up to {2**31 - 1:,}")
 

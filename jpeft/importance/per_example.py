@@ -92,9 +92,9 @@ def cut(one: Callable[..., tuple[Array, Any]], tree: Any, example: Any, rest: tu
     traced = jax.make_jaxpr(outputs)(*flat)
     closed = jax.make_jaxpr(lambda *leaves: _inline(traced, leaves))(*flat)
     jaxpr = closed.jaxpr
-    made = {v: (place, e) for place, e in enumerate(jaxpr.eqns) for v in e.outvars}
+    producers = {v: (place, e) for place, e in enumerate(jaxpr.eqns) for v in e.outvars}
     weight, *gradients = jaxpr.outvars
-    tails = [_tail(gradient, made) for gradient in gradients]
+    tails = [_tail(gradient, producers) for gradient in gradients]
     trees, examples, rests, _ = (len(jax.tree.leaves(part)) for part in parts)
     inputs = list(jaxpr.invars)
     varies: dict[Any, tuple[bool, bool]] = dict.fromkeys([*inputs, *jaxpr.constvars], (False, False))
@@ -109,14 +109,14 @@ def cut(one: Callable[..., tuple[Array, Any]], tree: Any, example: Any, rest: tu
 
 
 def add(
-    cut: Cut, measure: Callable[[Array], Array], total: Any, tree: Any, chunk: Any, weights: Array, rest: tuple,
+    cut: Cut, value: Callable[[Array], Array], total: Any, tree: Any, chunk: Any, weights: Array, rest: tuple,
     constants: Sequence[Any], one_by_one: bool,
 ) -> tuple[Any, Array]:  # fmt: skip
-    """Adds sum_i weights_i sum_c w_ic measure(gradient of example i in direction c) to `total`.
+    """Adds sum_i weights_i sum_c w_ic value(gradient of example i in direction c) to `total`.
 
     Args:
       cut: of the function whose gradients are wanted.
-      measure: elementwise, such as the square; 0 at 0.
+      value: elementwise, such as the square; 0 at 0.
       total: a pytree like `tree`.
       tree: as given to `cut`.
       chunk: b examples, a leading axis before the shapes of the one given to `cut`.
@@ -149,11 +149,11 @@ def add(
     for v, x in env.items():
         if cut.varies[v][0] and jnp.issubdtype(x.dtype, jnp.floating):
             finite &= jnp.isfinite(x).reshape(b, -1).all(1)
-    both = jnp.broadcast_to(_spread(env, cut.weight, cut.varies), (b, m))
-    both = both.astype(jnp.promote_types(both.dtype, jnp.float32)) * weights[:, None].astype(both.dtype)
+    shares = jnp.broadcast_to(_spread(env, cut.weight, cut.varies), (b, m))
+    shares = shares.astype(jnp.promote_types(shares.dtype, jnp.float32)) * weights[:, None].astype(shares.dtype)
     old, treedef = jax.tree.flatten(total)
     new = [
-        _add_leaf(leaf, tail, env, cut.varies, both, measure, one_by_one)
+        _add_leaf(leaf, tail, env, cut.varies, shares, value, one_by_one)
         for leaf, tail in zip(old, cut.tails, strict=True)
     ]
     return treedef.unflatten(new), finite
@@ -195,11 +195,11 @@ def bytes_per_example(cut: Cut, one_by_one: bool) -> int:
     return peak + cut.directions * max(map(tail_bytes, cut.tails), default=0)
 
 
-def _tail(gradient: Any, made: dict[Any, tuple[int, Any]]) -> Tail:
+def _tail(gradient: Any, producers: dict[Any, tuple[int, Any]]) -> Tail:
     """From a gradient back to the inputs of the product that it is, past changes of layout and sums of products.
 
-    If those are no smaller than the gradient itself, nothing is put off. `made` has the equation of each variable and
-    its place in the program.
+    If those are not smaller than the gradient itself, nothing is deferred. `producers` has the equation of each
+    variable and its place in the program.
     """
     equations: dict[int, Any] = {}
     inputs: dict[Any, None] = {}
@@ -209,7 +209,7 @@ def _tail(gradient: Any, made: dict[Any, tuple[int, Any]]) -> Tail:
         if isinstance(v, Literal) or v in seen:
             continue
         seen.add(v)
-        place, e = made.get(v, (-1, None))
+        place, e = producers.get(v, (-1, None))
         if e is None or len(e.outvars) != 1:
             inputs[v] = None
             continue
@@ -219,8 +219,8 @@ def _tail(gradient: Any, made: dict[Any, tuple[int, Any]]) -> Tail:
             inputs[v] = None
             continue
         further = variables
-        if name in PRODUCTS:  # of what goes into a product, only constants such as a table of zeros are made anew
-            further = [x for x in variables if _constant(x, made)]
+        if name in PRODUCTS:  # of what goes into a product, only constants such as a table of zeros are made again
+            further = [x for x in variables if _constant(x, producers)]
         elif scaled:
             further = [max(variables, key=_size)]
         inputs.update(dict.fromkeys(x for x in variables if x not in further))
@@ -231,31 +231,31 @@ def _tail(gradient: Any, made: dict[Any, tuple[int, Any]]) -> Tail:
     return Tail([], [gradient], gradient)
 
 
-def _constant(v: Any, made: dict[Any, tuple[int, Any]]) -> bool:
-    return v in made and all(isinstance(x, Literal) for x in made[v][1].invars)
+def _constant(v: Any, producers: dict[Any, tuple[int, Any]]) -> bool:
+    return v in producers and all(isinstance(x, Literal) for x in producers[v][1].invars)
 
 
 def _add_leaf(
     total: Array, tail: Tail, env: dict[Any, Array], varies: dict[Any, tuple[bool, bool]], weights: Array,
-    measure: Callable[[Array], Array], one_by_one: bool,
+    value: Callable[[Array], Array], one_by_one: bool,
 ) -> Array:  # fmt: skip
     """Adds what the examples have to say of one leaf; `weights` are [b, m]."""
     weights = weights.astype(total.dtype)
 
     def gradient(values: Iterable[Any]) -> Array:
-        here = dict(zip(tail.inputs, values, strict=True))
-        _run(tail.equations, here)
-        out = tail.output.val if isinstance(tail.output, Literal) else here[tail.output]
-        return measure(jnp.asarray(out).astype(total.dtype))
+        env = dict(zip(tail.inputs, values, strict=True))
+        _run(tail.equations, env)
+        out = tail.output.val if isinstance(tail.output, Literal) else env[tail.output]
+        return value(jnp.asarray(out).astype(total.dtype))
 
     values = [env[v] for v in tail.inputs]
     if not any(any(varies[v]) for v in tail.inputs):  # the same for all, as the zeros of what a loss does not use
         return total + weights.sum() * gradient(values)
     scatter = _rows(tail)
     if scatter is not None:
-        return _add_rows(total, scatter, env, varies, weights, measure)
+        return _add_rows(total, scatter, env, varies, weights, value)
     if not tail.equations or not one_by_one:
-        (b, m), axes = weights.shape, [tuple(0 if there else None for there in varies[v]) for v in tail.inputs]
+        (b, m), axes = weights.shape, [tuple(0 if varying else None for varying in varies[v]) for v in tail.inputs]
         each = jax.vmap(lambda *x: gradient(x), [w for _, w in axes], axis_size=m)
         found = jax.vmap(each, [e for e, _ in axes], axis_size=b)(*values)
         return total + jnp.tensordot(weights, found, 2)
@@ -263,13 +263,13 @@ def _add_leaf(
     def of_example(total: Array, given: Any) -> tuple[Array, None]:
         def of_direction(total: Array, given: Any) -> tuple[Array, None]:
             weight, moving = given
-            its = dict(zip(directed, moving, strict=True))
-            return total + weight * gradient([its.get(v, here[v]) for v in tail.inputs]), None
+            directional = dict(zip(directed, moving, strict=True))
+            return total + weight * gradient([directional.get(v, known[v]) for v in tail.inputs]), None
 
         weight, own = given
-        here = dict(zip(tail.inputs, values, strict=True)) | dict(zip(batched, own, strict=True))
+        known = dict(zip(tail.inputs, values, strict=True)) | dict(zip(batched, own, strict=True))
         directed = [v for v in tail.inputs if varies[v][1]]
-        return jax.lax.scan(of_direction, total, (weight, [here[v] for v in directed]))[0], None
+        return jax.lax.scan(of_direction, total, (weight, [known[v] for v in directed]))[0], None
 
     batched = [v for v in tail.inputs if varies[v][0]]
     return jax.lax.scan(of_example, total, (weights, [env[v] for v in batched]))[0]
@@ -300,7 +300,7 @@ def _rows(tail: Tail) -> Any:
 
 def _add_rows(
     total: Array, scatter: Any, env: dict[Any, Array], varies: dict[Any, tuple[bool, bool]], weights: Array,
-    measure: Callable[[Array], Array],
+    value: Callable[[Array], Array],
 ) -> Array:  # fmt: skip
     """Adds to the rows that an example looked up. A row that it looked up twice has the sum of both as its gradient."""
     _, indices, updates = scatter.invars
@@ -310,7 +310,7 @@ def _add_rows(
     same = ids[:, :, None] == ids[:, None, :]
     first = jnp.argmax(same, axis=2) == jnp.arange(ids.shape[1])[None]
     summed = jnp.einsum("nts,nsd->ntd", same.astype(total.dtype), rows.astype(total.dtype))
-    found = measure(summed) * (first * weights.reshape(-1, 1))[..., None]
+    found = value(summed) * (first * weights.reshape(-1, 1))[..., None]
     mode = scatter.params["mode"]
     return total.at[ids.reshape(-1)].add(found.reshape(-1, d), mode=mode, wrap_negative_indices=False)
 

@@ -64,7 +64,7 @@ def scores(
       UserError: if a factor is for no candidate, or a candidate has leaves outside the layers.
     """
     for name in set(factors) - set(candidates) - set(FACTORS):
-        raise UserError(f"factor for {name!r}, which is no candidate: there are {', '.join(candidates)}")
+        raise UserError(f"factor for {name!r}, which is not a candidate: expected one of {', '.join(candidates)}")
     table: Scores = {}
     named = iter(instances(attach(candidates)))
     for candidate, entry in candidates.items():

@@ -117,7 +117,7 @@ def loads(text: str, source: str = "plan") -> Plan:
       source: what error messages call it, such as a file name.
 
     Raises:
-      UserError: if it is no JSON, or no plan, or a method or option does not exist.
+      UserError: if it is not JSON, or not a plan, or a method or option does not exist.
     """
     try:
         raw = json.loads(text)
@@ -127,14 +127,14 @@ def loads(text: str, source: str = "plan") -> Plan:
         re.fullmatch("0|[1-9][0-9]*", layer) and isinstance(raw[layer], list) for layer in raw
     ):
         shape = '{"<layer>": [{"method": ..., "options": {...}}, ...], ...}'
-        raise UserError(f"{source} is no plan: expected {shape}")
+        raise UserError(f"{source} is not a plan: expected {shape}")
     plan = {}
     for layer, entries in raw.items():
         for entry in entries:
             if not _is_entry(entry):
                 raise UserError(f"{source}, layer {layer}: expected a method and its options, got {json.dumps(entry)}")
             if "layers" in entry.get("options", {}):
-                raise UserError(f"{source}, layer {layer}: the plan itself says the layers, drop the option 'layers'")
+                raise UserError(f"{source}, layer {layer}: the plan itself says the layers, drop its option 'layers'")
             try:
                 make(entry["method"], **entry.get("options", {}))
             except UserError as error:

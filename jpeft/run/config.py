@@ -117,7 +117,7 @@ def demo(config: Config) -> Config:
     config.model = "minilm"
     config.train.learning_rate = None
     config.train.update(num_epochs=4, max_length=64, learning_rate=4 * learning_rate(config))
-    if METHODS[config.method.split("+")[0]].measured:
+    if METHODS[config.method.split("+")[0]].chooses:
         config.fishpal.factors.update(prefix=10.0, pfeiffer=1.0)
     config.seeds = (11,)
     return config
@@ -255,7 +255,7 @@ def _check_seeds(seeds: Any) -> None:
 def _check_read(config: Config) -> None:
     """Raises a UserError for an option that is set, and that nothing in this run reads."""
     parts = config.method.split("+")
-    measures = METHODS[parts[0]].measured and config.fishpal.plan is None
+    measures = METHODS[parts[0]].chooses and config.fishpal.plan is None
     read = config.fishpal.candidates if measures else parts
     for method in MODULES:
         for name in options(config, method):
@@ -263,7 +263,7 @@ def _check_read(config: Config) -> None:
                 raise UserError(f"config.peft.{method}.{name} is set, but {_reader(config)}: drop it")
             if measures and name == "layers":
                 raise UserError(f"config.peft.{method}.layers is set, but fishpal itself chooses the layers: drop it")
-    if not METHODS[parts[0]].measured:
+    if not METHODS[parts[0]].chooses:
         standard, given = (flatten(c.fishpal.to_dict()) for c in (default(config.task, config.method), config))
         for names, value in given.items():
             if value != standard[names]:
@@ -272,7 +272,7 @@ def _check_read(config: Config) -> None:
 
 
 def _reader(config: Config) -> str:
-    if not METHODS[config.method.split("+")[0]].measured:
+    if not METHODS[config.method.split("+")[0]].chooses:
         return f"config.method is {config.method!r}"
     if config.fishpal.plan is not None:
         return "config.fishpal.plan brings its own options"

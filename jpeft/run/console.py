@@ -1,4 +1,4 @@
-"""Lines and bars on the terminal; in a log file, where bars would be noise, one line an epoch."""
+"""Lines and bars on the terminal; in a log file, where bars would be noise, one line per epoch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,6 +97,6 @@ class Console:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """A spinner beside a text while something without steps goes on."""
+        """A spinner beside a text while work without steps is under way."""
         with self._rich.status(text):
             yield

@@ -128,7 +128,7 @@ def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: C
     params = seed.base.params
     method_of = METHODS[config.method.split("+")[0]]
     with seed.clock.timing("fisher"):
-        if method_of.measured:
+        if method_of.chooses:
             plan = choose.plan(seed)
             modules = plans.spec(plan)
             _say_plan(plan, console)

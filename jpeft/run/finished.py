@@ -27,7 +27,7 @@ PICTURE = "fisher.png"
 
 
 class Result(NamedTuple):
-    """What one seed gives, JSON throughout; kept in `seed_<n>/result.json`.
+    """What one seed gives, JSON throughout; cached in `seed_<n>/result.json`.
 
     Attributes:
       history: one row an epoch.
@@ -63,7 +63,7 @@ def write(
         best = max(result.history, key=lambda row: row[task.primary])
         row = {"seed": seed, "last": last, "best": {name: best[name] for name in ("epoch", *task.metrics)}}
         per_seed.append(
-            row | ({"plan": f"seed_{seed}/plan.json"} if METHODS[config.method.split("+")[0]].measured else {})
+            row | ({"plan": f"seed_{seed}/plan.json"} if METHODS[config.method.split("+")[0]].chooses else {})
         )
     spent = {name: sum(r.seconds[name] for r in results.values()) for name in next(iter(results.values())).seconds}
     report = {
@@ -99,17 +99,17 @@ def write(
     return report
 
 
-def count(made: Summary, params: dict[str, Any]) -> dict[str, Any]:
+def count(table: Summary, params: dict[str, Any]) -> dict[str, Any]:
     """The parameter counts of `report.json`; percentages are of the plain model, base and head."""
-    trains, added = sum(row.trainable for row in made.rows), sum(row.added for row in made.rows)
+    trains, added = sum(row.trainable for row in table.rows), sum(row.added for row in table.rows)
     head = sum(tree.count(params[name]) for name in Bert.HEAD)
     return {
-        "base": made.base - head,
+        "base": table.base - head,
         "head": head,
         "trainable": trains,
-        "trainable_percent": 100 * trains / made.base,
+        "trainable_percent": 100 * trains / table.base,
         "added_at_inference": added,
-        "added_percent": 100 * added / made.base,
+        "added_percent": 100 * added / table.base,
     }
 
 

@@ -63,13 +63,13 @@ def measure(
         start = Running(begun[1], jax.tree.structure(tree).unflatten([begun[0][name] for name in names]))
     last, written = start, time.monotonic()
     done = 0 if start is None else start.done
-    went_on = f", going on at {done}" if done else ""
-    with console.counting(f"  Fisher information over {n} examples{went_on}", n, done) as show:
+    resumed = f", resuming at {done}" if done else ""
+    with console.counting(f"  Fisher information over {n} examples{resumed}", n, done) as show:
         for running in accumulate(fn, tree, examples, *rest, start=start, grouped=True, **options):
             last = running
             show(running.done)
             due = time.monotonic() - written > SAVE_SECONDS and running.done < n
-            # A sum that is not finite is an error that the next step tells of, and nothing to go on from.
+            # A sum that is not finite is an error that the next step reports, and nothing to resume from.
             if due and all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(running.parts)):
                 _write(partial, names, running.total, about, running.done)
                 written = time.monotonic()
@@ -84,19 +84,19 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads a result: {leaf's path joined by ":": array}, and what it was measured from.
 
     Raises:
-      UserError: if it is no such file.
+      UserError: if it is not such a file.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load_file
 
     if not path.is_file():
-        raise UserError(f"there is no Fisher information {path}")
+        raise UserError(f"there is no file {path}")
     try:
         with safe_open(path, "np") as file:
             about = json.loads((file.metadata() or {}).get("about", "null"))
         arrays = load_file(path)
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} holds no Fisher information: {error}") from None
+        raise UserError(f"{path} does not hold Fisher information: {error}") from None
     if not isinstance(about, dict) or "done" not in about:
         raise UserError(f"{path} does not say what it was measured from")
     return arrays, about
@@ -111,6 +111,6 @@ def _read(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], 
     """The arrays of a file, and how many examples are in them; None if it is not there or of something else."""
     if not path.is_file():
         return None
-    arrays, there = read(path)
-    done = there.pop("done")
-    return (arrays, done) if there == json.loads(json.dumps(about)) else None
+    arrays, origin = read(path)
+    done = origin.pop("done")
+    return (arrays, done) if origin == json.loads(json.dumps(about)) else None

@@ -16,7 +16,7 @@ from jpeft.transforms.parts.places import find_residual
 
 __all__ = ["adapterdrop", "drop_layers"]
 
-_DRAW = 0xAD  # folded into the step's key, so that the draw is no other method's
+_DRAW = 0xAD  # folded into the step's key, so that no other method makes the same draw
 
 
 def adapterdrop(
@@ -60,7 +60,7 @@ def adapterdrop(
     """
     spec = checked(Bottleneck(bottleneck, reduction_factor, activation))
     if isinstance(drop, bool) or not isinstance(drop, int) or drop < 0:
-        raise UserError(f"drop must be a whole number from 0 up, got {drop!r}")
+        raise UserError(f"drop must be a non-negative integer, got {drop!r}")
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         del params

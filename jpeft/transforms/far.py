@@ -124,7 +124,7 @@ def _prime(setting: Setting, nets: Leaves, num_examples: int, batch_size: int, r
         def loss(nets: Any) -> Array:
             params = variables["params"]
             for path, net in nets.items():
-                params = replace(params, path, lambda there, net=net: net)
+                params = replace(params, path, lambda old, net=net: net)
             return jnp.mean(jax.vmap(setting.loss, (None, 0))({**variables, "params": params}, batch))
 
         updates, state = optimizer.update(jax.grad(loss)(nets), state)
@@ -139,8 +139,8 @@ def _prime(setting: Setting, nets: Leaves, num_examples: int, batch_size: int, r
 
 def _is_network(sites: Sites, site: Site) -> bool:
     """Whether a module holds two Dense layers of the names that FAR reads, which no scan stacks."""
-    both = [sites.get(f"{site.path}/{name}") for name in (FIRST, SECOND)]
-    return all(site is not None and {"kernel", "bias"} <= set(site.params) and site.stack == () for site in both)
+    pair = [sites.get(f"{site.path}/{name}") for name in (FIRST, SECOND)]
+    return all(site is not None and {"kernel", "bias"} <= set(site.params) and site.stack == () for site in pair)
 
 
 def _num_nodes(sites: Sites, path: str) -> int:

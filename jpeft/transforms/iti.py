@@ -145,7 +145,8 @@ def iti(probes: Probes, num_heads: int = 48, strength: float = 15.0, targets: st
       the bias of the projection.
 
     Raises:
-      UserError: if `num_heads` is no size; in `init`, if the projections are not those of the probed layers.
+      UserError: if `num_heads` is not a positive integer; in `init`, if the projections are not those of the probed
+        layers.
     """
     sizes(num_heads=num_heads)
     positive(strength=abs(strength))

@@ -40,7 +40,7 @@ def ladder_side(
     """A side network of width d / `reduction_factor` for one encoder.
 
     The side blocks start as the backbone's, cut down to what matters most: the same dimensions of the residual stream
-    in all layers, and in each layer so many channels of each head and so many feed-forward nodes, those of the largest
+    in all layers, and in each layer as many channels of each head and feed-forward nodes as fit, those of the largest
     total importance. The importance of a weight is its magnitude or its Fisher information. Down- and up-samplers start
     from U(-1/sqrt(in), 1/sqrt(in)), alphas from 0.
 
@@ -55,7 +55,7 @@ def ladder_side(
       parameters of a BERT layer with a leading axis L, heads apart: query [L, s, h, k], output [L, h, k, s]}}.
 
     Raises:
-      UserError: if an option is out of range; in `init`, if the target is no encoder of BERT layers, the factor does
+      UserError: if an option is out of range; in `init`, if the target is not an encoder of BERT layers, the factor does
         not divide its widths, or no parameters are given although the side network starts from them.
     """
     sizes(reduction_factor=reduction_factor, num_examples=num_examples)
@@ -127,7 +127,7 @@ def _heads(sites: Sites, site: Site) -> int:
     """The number of heads of the encoder's attention."""
     core = f"{site.path}/layer_0/attention/core"
     if core not in sites:
-        raise UserError(f"site {site.path!r} is no encoder of BERT layers: ladder_side needs {core!r}")
+        raise UserError(f"site {site.path!r} is not an encoder of BERT layers: ladder_side needs {core!r}")
     return sites[core].args[2].shape[1]
 
 

@@ -45,7 +45,7 @@ def p_tuning(
     ("prompt", 2054, "prompt", "input", "prompt"). None means the virtual tokens alone, before the text. The head reads
     what comes first: a virtual token or an anchor, as in peft, or [CLS] if the template starts with "input".
 
-    `fold` runs the encoder once and keeps its P vectors. At inference the model runs so many tokens more a row.
+    `fold` runs the encoder once and keeps its P vectors. At inference the model runs that many tokens more a row.
 
     Args:
       num_virtual_tokens: P.

@@ -81,7 +81,7 @@ def prompt(
 
 
 def check_ids(token_ids: Sequence[int], table: Array) -> None:
-    """Raises UserError for the first id that is no row of the table."""
+    """Raises UserError for the first id that is not a row of the table."""
     for i in token_ids:
         if not 0 <= i < len(table):
             raise UserError(f"token id {i} is not in the vocabulary of {len(table)}")

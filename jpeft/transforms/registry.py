@@ -40,17 +40,17 @@ class Method(NamedTuple):
       learning_rate: at which it trains when none is given.
       make: (**options) -> the transform. None if there is no transform to make: `full`, `head` and `fishpal`.
       trains_base: whether the base parameters themselves train, all of them.
-      measured: whether the modules of each layer are chosen by measuring candidates on data.
+      chooses: whether it chooses the modules of each layer by measuring candidates on data.
     """
 
     learning_rate: float
     make: Callable[..., Transform | Chain] | None = None
     trains_base: bool = False
-    measured: bool = False
+    chooses: bool = False
 
 
 METHODS: dict[str, Method] = {
-    "fishpal": Method(5e-4, measured=True),
+    "fishpal": Method(5e-4, chooses=True),
     "full": Method(2e-5, trains_base=True),
     "head": Method(1e-3),
     "adamix": Method(5e-4, adamix),

@@ -5,7 +5,7 @@
 For each method: what trains and what stays at inference on the shapes of bert-base; the time of a training and of an
 inference step over those of full fine-tuning, measured in turn, and the memory that XLA plans for the training step, on
 the shapes of the model; and the dev score of the task after a small budget, at four times the method's own learning
-rate, as in the demo. Writes methods.md, methods.json and methods.png. Run again, it goes on where it stopped.
+rate, as in the demo. Writes methods.md, methods.json and methods.png. Run again, it resumes.
 """
 
 import argparse
@@ -57,15 +57,15 @@ def sizes(name: str, params: dict[str, Any], sites: site.Sites) -> dict[str, Any
 
 def cost(name: str, model: Bert, params: dict[str, Any], full: "Timed | None") -> tuple[dict[str, Any], "Timed"]:
     """Step times over those of full fine-tuning, medians of pairs in turn, and the memory of a training step."""
-    here = Timed(name, model, params)
-    against = full or here
+    timed = Timed(name, model, params)
+    against = full or timed
     ratios: dict[str, list[float]] = {"train": [], "infer": []}
     for kind, values in ratios.items():
         for _ in range(PAIRS):
             reference = against.seconds(kind)
-            values.append(here.seconds(kind) / reference)
+            values.append(timed.seconds(kind) / reference)
     found = {f"{kind}_time_ratio": statistics.median(values) for kind, values in ratios.items()}
-    return {**found, "train_memory_bytes": here.memory}, here
+    return {**found, "train_memory_bytes": timed.memory}, timed
 
 
 class Timed:

@@ -137,18 +137,18 @@ def test_files_are_as_large_as_the_selection_and_know_their_model(tmp_path):
     write_mask(path, big, "m")
     assert path.stat().st_size <= 4.01 * 10**5
     path.write_bytes(b"no mask")
-    with pytest.raises(UserError, match="is no mask"):
+    with pytest.raises(UserError, match="is not a mask"):
         read_mask(path, PARAMS, "m")
-    with pytest.raises(UserError, match="there is no mask"):
+    with pytest.raises(UserError, match="there is no file"):
         read_mask(tmp_path / "other", PARAMS, "m")
 
 
 def test_what_cannot_be_is_refused():
     scores = {"a": jnp.ones(3)}
     for k in (-1, 4, 2.0, True):
-        with pytest.raises(UserError, match="k must be a whole number from 0 to 3"):
+        with pytest.raises(UserError, match="k must be an integer from 0 to 3"):
             top(scores, k)
-        with pytest.raises(UserError, match="k must be a whole number from 0 to 3"):
+        with pytest.raises(UserError, match="k must be an integer from 0 to 3"):
             random(jax.random.key(0), scores, k)
     with pytest.raises(UserError, match="NaN"):
         top({"a": jnp.array([1.0, jnp.nan])}, 1)

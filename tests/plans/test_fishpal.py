@@ -69,7 +69,7 @@ def test_factors_and_the_number_of_examples_scale(gradients):
     assert four[1]["prefix"] == pytest.approx(4 * one[1]["prefix"])
     plain = fishpal.scores(fisher, 1, CANDIDATES, {})
     assert one[1]["prefix"] == pytest.approx(100 * plain[1]["prefix"])
-    with pytest.raises(UserError, match="factor for 'lroa', which is no candidate"):
+    with pytest.raises(UserError, match="factor for 'lroa', which is not a candidate"):
         fishpal.scores(fisher, 1, CANDIDATES, {"lroa": 2.0})
 
 

@@ -116,7 +116,7 @@ def test_drop_layers_of_any_method():
 
 def test_errors():
     for drop in (-1, 1.0, True):
-        with pytest.raises(UserError, match="drop must be a whole number from 0 up"):
+        with pytest.raises(UserError, match="drop must be a non-negative integer"):
             adapterdrop(drop=drop)
     with pytest.raises(UserError, match="drop 3 leaves no adapter: the last one is in layer 2"):
         jpeft.init(adapterdrop(4, drop=3), jax.random.key(0), SITES)

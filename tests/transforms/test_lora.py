@@ -276,7 +276,7 @@ def test_padding_does_not_move_a_gated_one():
     ("options", "message"),
     [
         ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\] must be positive, got 0"),
-        ({"rank_pattern": {"query": 2.5}}, r"rank_pattern\['query'\] must be a whole number"),
+        ({"rank_pattern": {"query": 2.5}}, r"rank_pattern\['query'\] must be an integer"),
         ({"alpha_pattern": {"query": -1.0}}, r"alpha_pattern\['query'\] must be positive"),
         ({"learning_rate_ratio": 0.0}, "learning_rate_ratio must be positive"),
     ],

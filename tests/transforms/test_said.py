@@ -152,7 +152,7 @@ def test_gradients_are_those_of_the_weights_through_the_dense_map(toy, key):
 def test_bad_options(toy, key):
     with pytest.raises(UserError, match="intrinsic_dim must be positive, got 0"):
         said(0)
-    with pytest.raises(UserError, match="intrinsic_dim must be a whole number"):
+    with pytest.raises(UserError, match="intrinsic_dim must be an integer"):
         said(1.5)
     with pytest.raises(UserError, match="core' is a Core without parameters"):
         jpeft.init(said(targets="core"), key, toy.sites)

@@ -39,7 +39,7 @@ def retrain(name: str, where: Callable[[Sites], Sequence[Site]], trains: Callabl
 
     def merge(leaves: Leaves, params: Params) -> Params:
         for path, own in leaves.items():
-            params = replace(params, path, lambda there, own=own: {**there, **own})
+            params = replace(params, path, lambda old, own=own: {**old, **own})
         return params
 
     return Transform(name, init, None, merge)

@@ -65,23 +65,23 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 def positive(**values: float) -> None:
-    """Raises UserError for the first value that is not above zero, by its name."""
+    """Raises UserError naming the first value that is not positive."""
     for name, value in values.items():
         if not value > 0:
             raise UserError(f"{name} must be positive, got {value}")
 
 
 def sizes(**values: int | None) -> None:
-    """Raises UserError for the first value that is no positive whole number, by its name; None passes."""
+    """Raises UserError naming the first value that is not a positive integer; None passes."""
     for name, value in values.items():
         if value is not None:
             if not isinstance(value, int):
-                raise UserError(f"{name} must be a whole number, got {value!r}")
+                raise UserError(f"{name} must be an integer, got {value!r}")
             positive(**{name: value})
 
 
 def rate(**values: float) -> None:
-    """Raises UserError for the first value that is no dropout rate, by its name."""
+    """Raises UserError naming the first value that is not a dropout rate."""
     for name, value in values.items():
         if not 0 <= value < 1:
             raise UserError(f"{name} must be at least 0 and below 1, got {value}")
