@@ -55,8 +55,8 @@ def ladder_side(
       parameters of a BERT layer with a leading axis L, heads apart: query [L, s, h, k], output [L, h, k, s]}}.
 
     Raises:
-      UserError: if an option is out of range; in `init`, if the target is not an encoder of BERT layers, the factor does
-        not divide its widths, or no parameters are given although the side network starts from them.
+      UserError: if an option is out of range; in `init`, if the target is not an encoder of BERT layers, the factor
+        does not divide its widths, or no parameters are given although the side network starts from them.
     """
     sizes(reduction_factor=reduction_factor, num_examples=num_examples)
     if init_from not in STARTS:

@@ -19,7 +19,8 @@ def top_k_layers(num_layers: int = 2) -> Transform:
       A transform with leaves {path: the parameters of that site}.
 
     Raises:
-      UserError: if `num_layers` is not a positive integer; in `init`, if the model has fewer layers or no parameters are given.
+      UserError: if `num_layers` is not a positive integer; in `init`, if the model has fewer layers or no parameters
+        are given.
     """
     sizes(num_layers=num_layers)
 
