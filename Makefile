@@ -1,4 +1,4 @@
-# make demo: a fresh environment, then FishPAL and a head-only run on the built-in data. make test: everything CI tests.
+# make demo: a fresh environment, then a head-only run, FishPAL and LoRA on the built-in data. make test: everything CI tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
+	$(BIN)/python -m jpeft.main --config head,mnli,demo --workdir runs/demo/head
 	$(BIN)/python -m jpeft.main --config configs/fishpal_mnli.py:demo --workdir runs/demo/fishpal
-	$(BIN)/python -m jpeft.main --config configs/head_mnli.py:demo --workdir runs/demo/head
+	$(BIN)/python -m jpeft.main --config lora,mnli,demo --workdir runs/demo/lora
 	@echo
-	@$(BIN)/python -m jpeft.report runs/demo/fishpal runs/demo/head
+	@$(BIN)/python -m jpeft.report runs/demo/head runs/demo/fishpal runs/demo/lora
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run on one GPU of a SLURM cluster. Submitting it again after a time limit goes on from the last checkpoint:
+# One run on one GPU of a SLURM cluster. Submitting it again after a time limit resumes from the last checkpoint:
 #
 #     sbatch launch/slurm.sh configs/fishpal_mnli.py runs/fishpal_mnli --config.model=roberta-base
 #

@@ -70,7 +70,9 @@ def markdown(
     """
     metrics, counts = report["metrics"], report["parameters"]
     lines = [f"# {report['method']} on {report['task']} ({report['model']})", ""]
-    lines += [f"Scores on the {report['split']} split, in percent, after the last epoch; best epoch in brackets.", ""]
+    split = report["split"]
+    lines += [f"Scores on the {split} split in percent, after the last epoch, whose modules are saved; the best epoch's in"]
+    lines += ["brackets.", ""]
     names = list(metrics["mean"])
     lines += ["| seed | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for row in metrics["per_seed"]:
