@@ -71,8 +71,7 @@ def markdown(
     metrics, counts = report["metrics"], report["parameters"]
     lines = [f"# {report['method']} on {report['task']} ({report['model']})", ""]
     split = report["split"]
-    lines += [f"Scores on the {split} split in percent, after the last epoch, whose modules are saved; the best epoch's in"]
-    lines += ["brackets.", ""]
+    lines += [f"Scores on the {split} split, in percent, of the last epoch, which is saved; best in brackets.", ""]
     names = list(metrics["mean"])
     lines += ["| seed | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for row in metrics["per_seed"]:
