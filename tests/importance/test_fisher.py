@@ -253,7 +253,7 @@ def test_sampled_labels_are_those_of_the_key_whatever_the_microbatch(whole, key)
     )
     close_by_leaf(two, one)
     assert np.abs(np.asarray(one["kernel"]) - np.asarray(other["kernel"])).max() > 1e-4
-    with pytest.raises(UserError, match="give `key`"):
+    with pytest.raises(UserError, match="pass `key`"):
         fisher(logits, params, examples, labels="sampled")
 
 
