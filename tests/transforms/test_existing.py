@@ -75,5 +75,5 @@ def test_what_cannot_be_is_refused(toy, key):
         top_k_layers(0)
     with pytest.raises(jpeft.UserError, match="give `params`"):
         jpeft.init(bitfit(), key, toy.sites)
-    with pytest.raises(jpeft.UserError, match=r"core.* is not one of the sites with parameters of their own"):
+    with pytest.raises(jpeft.UserError, match=r"core.* is not one of the sites with their own parameters"):
         jpeft.init(bitfit(targets="attention/core"), key, toy.sites, toy.params)
