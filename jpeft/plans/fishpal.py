@@ -77,7 +77,7 @@ def scores(
             for path, leaves in by_site.items():
                 layer = layer_of(path)
                 if layer is None:
-                    raise UserError(f"candidate {candidate!r} sits at {path!r}, which is in no layer")
+                    raise UserError(f"candidate {candidate!r} has leaves at {path!r}, which is not in a layer")
                 own[layer] = own.get(layer, shared) + _total(leaves)
             for layer, total in own.items():
                 totals[layer] = totals.get(layer, np.zeros(2)) + total
