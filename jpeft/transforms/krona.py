@@ -1,4 +1,4 @@
-"""KronA: a Kronecker product beside any Dense layer (Edalati et al. 2022, arXiv:2212.10650)."""
+"""KronA: a Kronecker product added to any Dense layer (Edalati et al. 2022, arXiv:2212.10650)."""
 
 import math
 from collections.abc import Sequence

@@ -64,7 +64,7 @@ def ladder_side(
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         if params is None and init_from != "random":
-            raise UserError("ladder_side starts from the model's parameters: give `params` to init")
+            raise UserError("ladder_side starts from the model's parameters: pass `params` to init")
 
         def make(key: Array, site: Site) -> Leaves:
             heads = _heads(sites, site)

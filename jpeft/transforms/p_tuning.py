@@ -80,7 +80,7 @@ def p_tuning(
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         if anchors and params is None:
-            raise UserError("p_tuning takes its anchors from the model's word embeddings: give `params` to init")
+            raise UserError("p_tuning takes its anchors from the model's word embeddings: pass `params` to init")
 
         def make(key: Array, site: Site) -> Leaves:
             d, (first, second, third) = width(site), jax.random.split(key, 3)

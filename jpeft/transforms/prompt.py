@@ -60,7 +60,7 @@ def prompt(
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         if params is None and start_from == "vocabulary":
-            raise UserError("prompt starts from the model's word embeddings: give `params` to init")
+            raise UserError("prompt starts from the model's word embeddings: pass `params` to init")
 
         def make(key: Array, site: Site) -> dict[str, Array]:
             if params is None or start_from == "random":

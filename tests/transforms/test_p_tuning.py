@@ -125,7 +125,7 @@ def test_what_cannot_be_is_refused(toy, key):
         p_tuning(1, template=("input", "prompt", "input"))
     with pytest.raises(jpeft.UserError, match="'input' at most once"):
         p_tuning(1, template=("prompt", "text"))
-    with pytest.raises(jpeft.UserError, match="give `params`"):
+    with pytest.raises(jpeft.UserError, match="pass `params`"):
         jpeft.init(p_tuning(1, template=("prompt", 3)), key, toy.sites)
     with pytest.raises(jpeft.UserError, match="token id 99"):
         jpeft.init(p_tuning(1, template=("prompt", 99)), key, toy.sites, toy.params)

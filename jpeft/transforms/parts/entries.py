@@ -42,7 +42,7 @@ def masked(name: str, budget: Budget, targets: str, draw: Callable[[Array, Any, 
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         if params is None:
-            raise UserError(f"{name} starts from the model's parameters: give `params` to init")
+            raise UserError(f"{name} starts from the model's parameters: pass `params` to init")
         candidates = candidates_of(params, sites, targets)
         return take(candidates, draw(key, candidates, budget(params, sites, candidates)))
 

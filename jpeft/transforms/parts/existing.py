@@ -26,7 +26,7 @@ def retrain(name: str, where: Callable[[Sites], Sequence[Site]], trains: Callabl
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         del key
         if params is None:
-            raise UserError(f"{name} starts from the model's parameters: give `params` to init")
+            raise UserError(f"{name} starts from the model's parameters: pass `params` to init")
         leaves: Leaves = {}
         for site in where(sites):
             own = [leaf for leaf in own_parameters(site) if trains(leaf)]

@@ -157,7 +157,7 @@ def add_to_kernel(own: Params, update: Array) -> Params:
 def need_params(params: Params | None) -> Params:
     """The parameters; raises a UserError if there are none."""
     if params is None:
-        raise UserError("this method starts from the base weights: give `jpeft.init` the params")
+        raise UserError("this method starts from the base weights: pass params to `jpeft.init`")
     return params
 
 
