@@ -61,7 +61,7 @@ OVERRIDES = {
     "--config.peft.lora.dropout=1.5": ["config.peft.lora: dropout", "got 1.5"],
     "--config.train.warmup_ratio=1": ["config.train.warmup_ratio", "below 1"],
     "--config.train.max_length=33": ["config.train.max_length 33", "at most 32"],
-    "--config.model=./nowhere": ["'./nowhere' is not there"],
+    "--config.model=./nowhere": ["'./nowhere' does not exist"],
     "--config.data.path=./nowhere": ["no folder nowhere"],
     "--config.task=rte": ["rte", "no folder"],
     "--config.task=ax": ["config.task 'ax' is a test set"],
@@ -115,7 +115,7 @@ def test_a_config_file_that_cannot_be_run(failing, config, text, message):
 def test_a_model_folder_without_weights(failing, config, tmp_path, tiny_model):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
-    assert "holds no model.safetensors" in failing(f"--config={config}", f"--config.model={tmp_path / 'bare'}")
+    assert "has no model.safetensors" in failing(f"--config={config}", f"--config.model={tmp_path / 'bare'}")
 
 
 def test_a_data_folder_without_the_split(failing, config, tmp_path, tiny_glue):

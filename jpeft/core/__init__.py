@@ -1,1 +1,1 @@
-"""The one idea: a method is a transform, run by a hook where the forward pass reaches its sites."""
+"""The core idea: a method is a transform, run by a hook where the forward pass reaches its sites."""

@@ -1,4 +1,4 @@
-"""The one error type for everything that a user can cause, and the nearest valid name for a mistyped one."""
+"""The one error type for every user mistake, and the nearest valid name for a mistyped one."""
 
 import difflib
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
 
     Args:
       name: what the user wrote.
-      choices: what would have been valid.
+      choices: the valid names.
       n: how many close choices to name at most.
 
     >>> nearest("lroa", ["lora", "adapter"])

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place and moved there."""
+"""Atomic file writes: a file is written under a temporary name, then renamed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ EMPTY = "empty"  # the metadata entry that lists empty dicts, which safetensors 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text atomically; the folder is created if need be."""
+    """Writes UTF-8 text atomically, creating the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     beside.write_text(text, encoding="utf-8")
@@ -43,7 +43,7 @@ def append_json(path: Path, value: Any) -> None:
 
 
 def keep_lines(path: Path, keep: Callable[[Any], bool]) -> None:
-    """Rewrites a file of JSON lines with the values that `keep` wants; a line cut short by a crash is dropped."""
+    """Rewrites a file of JSON lines with the values that `keep` accepts. A line cut short by a crash is dropped."""
     if not path.is_file():
         return
     kept = []
@@ -61,9 +61,9 @@ def write_leaves(path: str | Path, leaves: Mapping[str, Any], about: Mapping[str
     """Writes a nested dict of arrays as one safetensors file, atomically.
 
     Args:
-      path: of the file; its folder is made if need be.
-      leaves: the arrays. Empty dicts are kept too, as names in the metadata.
-      about: further metadata.
+      path: the file to write; its folder is created if needed.
+      leaves: the arrays. Empty dicts are stored too, as names in the metadata.
+      about: additional metadata.
     """
     from safetensors.numpy import save_file
 
@@ -77,10 +77,10 @@ def write_leaves(path: str | Path, leaves: Mapping[str, Any], about: Mapping[str
 
 
 def read_leaves(path: str | Path) -> dict[str, Any]:
-    """The inverse of `write_leaves`, with jax arrays.
+    """The inverse of `write_leaves`; returns JAX arrays.
 
     Raises:
-      UserError: if there is no such file, or it is not a safetensors file.
+      UserError: if the file does not exist or is not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load_file

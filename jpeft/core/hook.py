@@ -1,7 +1,7 @@
 """The hook: one `nn.intercept_methods` that runs a transform where the forward pass reaches its sites.
 
-The leaves of a site lie in the collection "params", beside the site's own parameters. So they go wherever those go:
-`nn.scan`, `nn.vmap` and `nn.RNN` pass a module the collections that they are told to, and "params" is always one.
+The leaves of a site are put in the "params" collection, next to the site's own parameters, so they go wherever those
+go: `nn.scan`, `nn.vmap` and `nn.RNN` pass on the collections they are given, and "params" is always one of them.
 """
 
 import functools
@@ -19,18 +19,18 @@ from jpeft.core.transform import SHARED, STACKED, Call, Chain, Context, Params, 
 
 __all__ = ["apply"]
 
-_HELD = "__peft__"  # the name, among a site's parameters, of what the hook put there
+_HELD = "__peft__"  # the name under which the hook stores its data among a site's parameters
 
 
 class _Held:
-    """What a site finds beside its parameters: a pytree of its own, so that nothing walks into it by mistake.
+    """The data stored next to a site's parameters: its own pytree type, so that nothing traverses it by mistake.
 
     Attributes:
-      members: the transforms at this site by instance, in the order of the chain. They are static, and so part of the
+      members: the transforms at this site by instance, in the order of the chain. They are static, hence part of the
         cache key of `nn.jit`.
       leaves: {instance: (own leaves, shared leaves)}.
-      ambient: {"key": ..., "mask": ...}, without what was not given.
-      stack: zeros of shape (*stack, 0): inside the scans and maps that stack the site's parameters, [0] is left of it.
+      ambient: {"key": ..., "mask": ...}, each only if given.
+      stack: zeros of shape (*stack, 0); shape (0,) inside the scans and maps that stack the site's parameters.
     """
 
     def __init__(self, members: tuple[tuple[str, Transform], ...], leaves: Any, ambient: Any, stack: Any):
@@ -53,25 +53,25 @@ def apply(
 ) -> Any:
     """`model.apply` with a transform around its sites.
 
-    Inside `nn.scan` and `nn.vmap` with stacked parameters, each copy of a site has leaves and a dropout key of its own.
-    Where the copies share their parameters, as the steps of `nn.RNN` do, they share leaves and key too.
+    Inside `nn.scan` and `nn.vmap` with stacked parameters, each copy of a site has its own leaves and dropout key.
+    Where the copies share their parameters, as the steps of `nn.RNN` do, they also share leaves and key.
 
     Args:
       model: any linen module.
       transform: a method or a chain.
       variables: as for `model.apply`, with the leaves under "peft".
-      *args: what the model's `__call__` takes.
-      mask: handed to the wraps as `ctx.mask`; for our encoders, the attention mask.
+      *args: positional arguments of the model's `__call__`.
+      mask: passed to the wraps as `ctx.mask`; for our encoders, the attention mask.
       rngs: as for `model.apply`: keys by name, or one key for all. With a "dropout" key, or one for all, the wraps
-        are in training mode and draw from it.
-      **kwargs: what the model's `__call__` takes, and `mutable` or `method`, as for `model.apply`.
+        are in training mode and use it.
+      **kwargs: keyword arguments of the model's `__call__`, and `mutable` or `method` as for `model.apply`.
 
     Returns:
-      What `model.apply` returns.
+      The output of `model.apply`.
 
     Raises:
-      UserError: if the model is not a linen module, or the leaves are not this transform's, or are at places that the
-        model does not have or that they cannot reach.
+      UserError: if the model is not a linen module, the leaves do not belong to this transform, or they are for sites
+        that the model does not have or that they cannot reach.
     """
     check_linen(model)
     variables = dict(variables)
@@ -100,14 +100,14 @@ def apply(
         path, module = path_of(context), context.module
         if path not in placed:
             return call(*args, **kwargs)
-        # A wrap may run a module of its own with `.apply`: its scope holds nothing, so it is left alone.
+        # A wrap may run its own module with `.apply`: nothing is stored in that scope, so it is left alone.
         if not module.has_variable("params", _HELD):
             missed.add(path)
             return call(*args, **kwargs)
         reached.add(path)
         held: _Held = module.get_variable("params", _HELD)
         if held.stack.shape != (0,):
-            raise UserError(f"the leaves at site {path!r} are stacked, and its parameters are not: use the model's own")
+            raise UserError(f"the leaves at site {path!r} are stacked, but its parameters are not: use the model's own")
         own_params = _without_held(module.variables.get("params", {}))
         args, kwargs = in_order(module, args, kwargs)
         site = site_of(path, module, args)._replace(params=own_params)
@@ -125,7 +125,7 @@ def apply(
         out = model.apply(variables, *args, rngs=rngs, **kwargs)
     for path in sorted(missed - reached):
         raise UserError(
-            f"a lift such as nn.scan or nn.vmap keeps the leaves from site {path!r}: pass it "
+            f"a lift such as nn.scan or nn.vmap does not pass the leaves to site {path!r}: pass it "
             "variable_axes={'params': 0} or, where the copies share parameters, variable_broadcast='params'"
         )
     _check_reached(set(placed) - reached, model, variables["params"], args, kwargs)
@@ -135,7 +135,7 @@ def apply(
 
 
 def _held(path: str, at_site: Mapping[str, Any], named: Mapping[str, Transform], key: Any, mask: Any) -> _Held:
-    """What to put beside the parameters of one site."""
+    """The data to store next to the parameters of one site."""
     stack: tuple[int, ...] = ()
     leaves: dict[str, Any] = {}
     for name, (own, shared) in at_site.items():
@@ -169,7 +169,7 @@ def _wrapped(member: Transform, own: Any, site: Any, inner: Call, ctx: Context) 
 
 
 def _insert(params: Params, parts: list[str], held: _Held) -> dict[str, Any]:
-    """The parameters with something held at the end of a path; modules without parameters get an entry."""
+    """The parameters with `held` inserted at a path; modules without parameters get an entry."""
     if not parts:
         return {**params, _HELD: held}
     return {**params, parts[0]: _insert(params.get(parts[0], {}), parts[1:], held)}
@@ -182,17 +182,17 @@ def _without_held(params: Any) -> Any:
 
 
 def _check_reached(unreached: set[str], model: nn.Module, params: Params, args: tuple, kwargs: dict) -> None:
-    # Under `nn.jit` a cached trace does not call the hook again, so a site that was not reached is only suspicious.
+    # Under `nn.jit` a cached trace does not call the hook again, so an unreached site is not always an error.
     if not unreached:
         return
     call = {name: x for name, x in kwargs.items() if name != "mutable"}
     have = _paths(model, args, call)
     for path in sorted(unreached - have):
-        # Another method may go elsewhere: it is enough that a module of the model is around the site.
+        # Another method may take another path: it is enough that the site lies in a module of the model.
         parent = path.rpartition("/")[0] or path
         if "method" in call and _has(params, parent):
             continue
-        raise UserError(f"the model has no site {path!r} that the leaves are for: {nearest(path, have)}")
+        raise UserError(f"there are leaves for site {path!r}, which the model does not have: {nearest(path, have)}")
 
 
 def _has(params: Params, path: str) -> bool:
@@ -204,14 +204,14 @@ def _has(params: Params, path: str) -> bool:
 
 
 def _paths(model: nn.Module, args: tuple, kwargs: dict) -> frozenset[str]:
-    """The paths of the model's sites, listed once for each model and shape of its arguments."""
+    """The paths of the model's sites, cached by model and argument shapes."""
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, (args, kwargs)
     )
     leaves, treedef = jax.tree.flatten(shapes)
     try:
         return _listed(model, tuple(leaves), treedef)
-    except TypeError:  # a model, or an argument, that cannot be hashed
+    except TypeError:  # an unhashable model or argument
         return _listed.__wrapped__(model, tuple(leaves), treedef)
 
 

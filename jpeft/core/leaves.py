@@ -1,6 +1,6 @@
-"""Making, merging and folding leaves site by site, for the `init`, `merge` and `fold` of transforms.
+"""Creates, merges and folds leaves site by site, for the `init`, `merge` and `fold` of transforms.
 
-Where `nn.scan` or `nn.vmap` stacks a site's parameters, functions written for one copy of the site are mapped over it.
+Where `nn.scan` or `nn.vmap` stacks a site's parameters, functions written for one copy are mapped over all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,24 +21,24 @@ __all__ = ["fold_sites", "init_sites", "merge_sites"]
 def init_sites(
     key: Array, where: Sequence[Site], make: Callable[..., Any], params: Params | None = None, stacks: bool = True
 ) -> Leaves:
-    """Makes leaves for each site: {path: make(site_key(key, path), site)}.
+    """Creates leaves for each site: {path: make(site_key(key, path), site)}.
 
-    At a site whose parameters are stacked, `make` is mapped over as many keys, and the leaves are stacked in turn.
+    At a site with stacked parameters, `make` is mapped over one key per copy, so its leaves are stacked as well.
 
     Args:
       key: a PRNG key.
       where: the sites.
-      make: (key, site) -> leaves; or (key, site, own parameters), float32 at least, if `params` are given.
+      make: (key, site) -> leaves; or (key, site, own parameters), at least float32, if `params` are given.
       params: the model's parameters.
-      stacks: whether the method can have stacked leaves.
+      stacks: whether the method supports stacked leaves.
 
     Raises:
-      UserError: if a site is stacked in a way that the method cannot follow.
+      UserError: if a site is stacked in a way that is not supported.
     """
 
     def at_site(site: Site) -> Any:
         if site.stack is None or (site.stack and not stacks):
-            why = "on another axis than the first" if site.stack is None else "which this method does not support"
+            why = "on an axis other than the first" if site.stack is None else "which this method does not support"
             advice = "pass variable_axes={'params': 0}" if site.stack is None else "choose other sites"
             raise UserError(f"nn.scan or nn.vmap stacks the parameters of site {site.path!r}, {why}: {advice}")
         own = () if params is None else (wide(tree.at(params, site.path)),)
@@ -57,7 +57,7 @@ def init_sites(
 def merge_sites(leaves: Leaves, params: Params, fn: Callable[[str, Any, Any], Any]) -> Params:
     """The parameters with those of every site replaced by fn(path, leaves, its own parameters).
 
-    Computed in float32 at least, and returned in the dtypes that the parameters have.
+    Computed in at least float32 and returned in the dtypes of the parameters.
     """
 
     def merged(path: str, own: Any, old: Any) -> Any:
@@ -82,7 +82,7 @@ def fold_sites(leaves: Leaves, fn: Callable[[Any], Any]) -> Leaves:
 
 
 def wide(params: Any) -> Any:
-    """Floats of half precision as float32: what follows from weights is computed in at least that."""
+    """Casts half-precision floats to float32: what depends on weights is computed in at least that."""
     return jax.tree.map(
         lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         params,

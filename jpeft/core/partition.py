@@ -1,4 +1,4 @@
-"""What trains, how fast, and what decays: all that an optimiser has to know about a method."""
+"""Which parameters train, how fast, and which decay: all that an optimiser needs to know about a method."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -16,13 +16,13 @@ __all__ = ["Partition", "decays", "is_matrix", "map_leaves", "partition", "penal
 
 
 class Partition(NamedTuple):
-    """The variables of a model in two parts, and how the first one trains.
+    """The variables of a model, split into a trainable and a frozen part.
 
     Attributes:
-      trainable: {"params": the parameters that train themselves, "peft": the leaves that train}.
-      frozen: {"params": the other parameters, "peft": the leaves that are fixed}. `jpeft.union(frozen, trainable)` are
-        the variables for `jpeft.apply`.
-      rates: like `trainable`, the factor on the learning rate of each leaf.
+      trainable: {"params": the base parameters that train, "peft": the leaves that train}.
+      frozen: {"params": the other parameters, "peft": the fixed leaves}. `jpeft.union(frozen, trainable)` gives the
+        variables for `jpeft.apply`.
+      rates: like `trainable`, the learning rate factor of each leaf.
       decays: like `trainable`, whether weight decay applies to a leaf: the `mask` of `optax.adamw` and others.
     """
 
@@ -33,12 +33,12 @@ class Partition(NamedTuple):
 
     @property
     def scale(self) -> optax.GradientTransformation:
-        """Multiplies the update of each leaf by its factor: learning rates by leaf. Put it last in `optax.chain`."""
+        """Per-leaf learning rates: multiplies the update of each leaf by its factor. Put it last in `optax.chain`."""
         return optax.stateless(lambda updates, params: jax.tree.map(lambda rate, u: rate * u, self.rates, updates))
 
 
 def partition(transform: Transform | Chain, params: Params, leaves: Leaves, trains: Iterable[str] = ()) -> Partition:
-    """Splits variables into what trains and what does not, with the learning rates and weight decay of the method.
+    """Splits variables into trainable and frozen ones, with the learning rates and weight decay of the method.
 
         parts = jpeft.partition(method, params, leaves, trains=["classifier"])
         optimizer = optax.chain(optax.adamw(1e-3, mask=parts.decays), parts.scale)
@@ -47,18 +47,18 @@ def partition(transform: Transform | Chain, params: Params, leaves: Leaves, trai
       transform: a method or a chain.
       params: the parameters of the model.
       leaves: the leaves of the transform.
-      trains: names at the top of `params` that train as well, such as the head.
+      trains: top-level names of `params` that train as well, such as the head.
 
     Returns:
-      The parts. Their arrays are those given, not copies: an optimiser step that donates them needs a copy.
+      The parts. Arrays are not copied: an optimiser step that donates them needs a copy.
 
     Raises:
-      UserError: if `params` has no such name.
+      UserError: if a name in `trains` is not in `params`.
     """
     trains = [trains] if isinstance(trains, str) else list(trains)
     for name in trains:
         if name not in params:
-            raise UserError(f"trains names {name!r}, which params do not have: {nearest(name, params)}")
+            raise UserError(f"trains names {name!r}, which is not in params: {nearest(name, params)}")
     own, rest = tree.split(params, lambda path: path[0] in trains)
     modified, fixed = split(leaves)
     trainable = {"params": own, "peft": modified}
@@ -79,12 +79,12 @@ def partition(transform: Transform | Chain, params: Params, leaves: Leaves, trai
 
 
 def split(leaves: Leaves) -> tuple[Leaves, Leaves]:
-    """The leaves that train, and those under a "fixed" key; `jpeft.union` puts them together again."""
+    """The leaves that train, and those under a "fixed" key. `jpeft.union` recombines them."""
     return tree.split(leaves, lambda path: FIXED not in path)
 
 
 def rates(transform: Transform | Chain) -> Callable[[tuple[str, ...]], float]:
-    """The function from a leaf's path, instance first, to its factor on the learning rate."""
+    """A function from a leaf's path, instance first, to its learning rate factor."""
     named = instances(transform)
 
     def rate(path: tuple[str, ...]) -> float:
@@ -95,10 +95,10 @@ def rates(transform: Transform | Chain) -> Callable[[tuple[str, ...]], float]:
 
 
 def decays(transform: Transform | Chain) -> Callable[[tuple[str, ...], Any], bool]:
-    """The function from a leaf's path, instance first, and the leaf to whether weight decay applies to it.
+    """A function from a leaf's path, instance first, and the leaf to whether weight decay applies to it.
 
-    Unless the method says otherwise, matrices decay. Biases, scales and other vectors do not: they would only be pulled
-    away from where they mean "no change". Axes that stack the leaves of a site's copies do not count.
+    Unless the method says otherwise, matrices decay. Biases, scales and other vectors do not: decay would only pull
+    them away from the values that mean "no change". Axes that stack the leaves of a site's copies do not count.
     """
     named = instances(transform)
 
@@ -115,19 +115,19 @@ def is_matrix(path: tuple[str, ...], leaf: Any) -> bool:
 
 
 def penalty(transform: Transform | Chain, logits: Array, again: Callable[[], Array]) -> Array:
-    """What the members add to the training loss of each example, [b]; zeros for all methods but AdaMix.
+    """The term that the members add to the training loss of each example, [b]; zeros for all methods but AdaMix.
 
     Args:
       transform: a method or a chain.
-      logits: [b, c], of this training pass.
-      again: gives the logits of another pass over the same batch, with another dropout key.
+      logits: [b, c], from this training pass.
+      again: returns the logits of another pass over the same batch, with another dropout key.
     """
     added = [member.penalty(logits, again) for member in members(transform) if member.penalty is not None]
     return sum(added, jnp.zeros(len(logits), jnp.float32))
 
 
 def map_leaves(fn: Callable[[tuple[str, ...], Any], Any], arrays: Any) -> Any:
-    """A tree like `arrays` with fn(path, leaf) at every leaf of it."""
+    """A tree like `arrays` with fn(path, leaf) at every leaf."""
 
     def at_leaf(keys: Any, x: Any) -> Any:
         return fn(tuple(key.key for key in keys), x)

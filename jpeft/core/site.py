@@ -1,4 +1,4 @@
-"""Sites: the submodule calls of a model, the places where a method can sit."""
+"""Sites: the submodule calls of a model, where a method can be placed."""
 
 import inspect
 import re
@@ -28,7 +28,7 @@ __all__ = [
     "stack_of",
 ]
 
-ALL = ".*"  # the pattern for every site that fits
+ALL = ".*"  # the pattern for every suitable site
 _LAYER = re.compile(r"(?:^|/)(?:layers?|blocks?|h)_(\d+)(?:/|$)")
 
 
@@ -37,14 +37,14 @@ class Site(NamedTuple):
 
     Attributes:
       path: the module's path, such as "encoder/layer_3/attention/query".
-      layer: the number of the layer that it is in, or None; read from path parts such as `layer_3` or `blocks_3`.
+      layer: the number of its layer, or None; read from path parts such as `layer_3` or `blocks_3`.
       kind: the module's class, such as "Dense".
       params: the site's own parameters as one call sees them, nested `jax.ShapeDtypeStruct`s.
-      args: its positional arguments, arrays as `jax.ShapeDtypeStruct`s.
-      out: its result, likewise.
-      stack: the axes that `nn.scan` or `nn.vmap` put before those parameters: (48,) for the body of a scan over 48
-        layers, () elsewhere. None if they are not in front.
-      head: whether it belongs to the model's head, which the model names in an attribute `HEAD`.
+      args: its positional arguments, with arrays as `jax.ShapeDtypeStruct`s.
+      out: its output, with arrays as `jax.ShapeDtypeStruct`s.
+      stack: the leading axes that `nn.scan` or `nn.vmap` adds to those parameters: (48,) for the body of a scan over 48
+        layers, () elsewhere. None if the added axes are not leading.
+      head: whether it belongs to the model's head, as named by the model's attribute `HEAD`.
     """
 
     path: str
@@ -64,9 +64,10 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
     """Lists every submodule call of a model, without computing anything.
 
     Args:
-      model: any linen module. Its attribute `HEAD`, if there is one, names the submodules that are its head.
-      *args: what the model's `__call__` takes: arrays or `jax.ShapeDtypeStruct`s.
-      **kwargs: likewise; flags such as `train=False` too, and `method` for another method than `__call__`.
+      model: any linen module. Its attribute `HEAD`, if present, names the submodules of its head.
+      *args: positional arguments of the model's `__call__`: arrays or `jax.ShapeDtypeStruct`s.
+      **kwargs: its keyword arguments, including flags such as `train=False`, and `method` for a method other than
+        `__call__`.
 
     Returns:
       The sites by path, in the order in which the forward pass reaches them. A module that is called twice is listed
@@ -77,7 +78,7 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
     """
     check_linen(model)
     found: dict[str, Site] = {}
-    seen: dict[str, Any] = {}  # the parameters of every module, as its own call sees them
+    seen: dict[str, Any] = {}  # the parameters of each module, as its own call sees them
 
     def spy(call: Callable[..., Any], args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         path, module = path_of(context), context.module
@@ -94,7 +95,7 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
         leaves = iter(arrays)
         filled = [next(leaves) if _is_array(x) else x for x in flat]
         a, k = jax.tree.unflatten(treedef, filled)
-        # Without jit, because `nn.jit` would trace the first of several equal modules only.
+        # Without jit, because `nn.jit` would trace only the first of several equal modules.
         with nn.intercept_methods(spy), jax.disable_jit():
             return model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, *a, **k)
 
@@ -122,7 +123,7 @@ def check_linen(model: Any) -> None:
 
 
 def in_order(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a call with those that it needs given by position, whichever way the caller gave them."""
+    """The arguments of a call, with the required ones by position however the caller passed them."""
     if not kwargs:
         return args, kwargs
     parameters = list(inspect.signature(type(module).__call__).parameters.values())[1 + len(args) :]
@@ -136,7 +137,7 @@ def in_order(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 
 
 def _stack(path: str, seen: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The axes before the parameters of a site: of its own, or where it has none, of the nearest module around it."""
+    """The axes stacked before the parameters of a site or, if it has none, of the nearest enclosing module."""
     while path and not jax.tree.leaves(seen.get(path, {})):
         path = path.rpartition("/")[0]
     if not path:
@@ -167,12 +168,12 @@ def path_of(context: nn.module.InterceptorContext) -> str:
 
 
 def site_of(path: str, module: nn.Module, args: tuple) -> Site:
-    """The site at a path, as far as the call tells: without its parameters and result."""
+    """The site at a path as known from the call: without its parameters and output."""
     return Site(path, layer_of(path), _kind(module), {}, _shapes(args))
 
 
 def _kind(module: nn.Module) -> str:
-    """The name of the class, and what keeps a DenseGeneral from being a matrix product over its last axes."""
+    """The name of the class; for a DenseGeneral also why it is not a matrix product over its last axes."""
     name = type(module).__name__
     if isinstance(module, nn.DenseGeneral):
         axes = module.axis if isinstance(module.axis, Sequence) else (module.axis,)
@@ -194,17 +195,17 @@ def layer_of(path: str) -> int | None:
 
 
 def layers(sites: Sites) -> tuple[int, ...]:
-    """The layer numbers that occur among the sites, in ascending order.
+    """The layer numbers of the sites, in ascending order.
 
     Raises:
-      UserError: if the model counts two stacks of layers, such as an encoder's and a decoder's.
+      UserError: if the model has two numbered stacks of layers, such as an encoder's and a decoder's.
     """
     _one_stack(sites.values())
     return tuple(sorted({site.layer for site in sites.values() if site.layer is not None}))
 
 
 def stack_of(path: str) -> str | None:
-    """What comes before the layer number in a path: "encoder/layer" for "encoder/layer_3/ffn", None for "pooler"."""
+    """The part of a path before the layer number: "encoder/layer" for "encoder/layer_3/ffn", None for "pooler"."""
     found = _LAYER.search(path)
     return path[: found.start(1) - 1] if found else None
 
@@ -212,11 +213,13 @@ def stack_of(path: str) -> str | None:
 def _one_stack(sites: Iterable[Site]) -> None:
     stacks = sorted({stack for site in sites if (stack := stack_of(site.path)) is not None})
     if len(stacks) > 1:
-        raise UserError(f"layers are counted in {' and '.join(map(repr, stacks[:3]))}: name one of them in the pattern")
+        raise UserError(
+            f"layers are numbered in {' and '.join(map(repr, stacks[:3]))}: name one of them in the pattern"
+        )
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a path, or its end in whole parts, matches a regular expression; a UserError if it is none."""
+    """Whether a path, or a suffix of whole parts, matches a regular expression; a UserError if that is invalid."""
     try:
         return re.fullmatch(rf"(?:.*/)?(?:{pattern})", path) is not None
     except re.error as error:
@@ -235,17 +238,17 @@ def find(
     Args:
       sites: the sites of the model.
       pattern: matched against whole path parts from the end: "query", "query|value", "layer_[0-3]/attention/query".
-        ".*" means every site outside of the head that fits.
-      layers: only in these layers; each of them must have a match. None means everywhere.
-      fits: which sites would do; None means any.
-      wanted: what error messages call those.
+        ".*" means every suitable site outside the head.
+      layers: the layers to search; each must have a match. None means everywhere.
+      fits: whether a site is suitable; None means all are.
+      wanted: the name of suitable sites in error messages.
 
     Returns:
       The matches in the order of the forward pass, at least one.
 
     Raises:
-      UserError: if nothing matches, everywhere or in one of the layers, or if a match does not fit: the message lists
-        the sites of this model that would do. A mistyped path is never silently a no-op.
+      UserError: if nothing matches, overall or in one of the layers, or if a match is not suitable: the message lists
+        the suitable sites of this model. A mistyped path is never silently a no-op.
     """
     hits = [site for path, site in sites.items() if matches(pattern, path)]
     suitable = [site for site in sites.values() if fits is None or fits(site)]
@@ -273,7 +276,7 @@ def find(
 
 
 def describe(site: Site) -> str:
-    """A site for an error message: its path, its kind, and the shapes that it maps."""
+    """A site for an error message: its path, its kind, and its input and output shapes."""
     shapes = [
         ", ".join(str(list(x.shape)) for x in jax.tree.leaves(tree) if _is_array(x)) for tree in (site.args, site.out)
     ]

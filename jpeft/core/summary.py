@@ -1,4 +1,4 @@
-"""What a method trains and what it leaves behind, by layer: the table that a run prints first."""
+"""What a method trains and what it adds at inference, by layer: the table that a run prints first."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ __all__ = ["Row", "Summary", "summary"]
 
 
 class Row(NamedTuple):
-    """One instance of a method in one layer, or what trains outside of the layers.
+    """One instance of a method in one layer, or a trained part outside the layers.
 
     Attributes:
-      layers: "3", "0-11" for neighbours that are alike, "encoder/layer 3" where a model has two stacks of layers,
-        "shared" for what all sites of an instance read, "" for what is in no layer.
-      method: the instance, such as "lora_0", or the name of a part of the base that trains, such as "classifier".
-      trainable: number of parameters that train.
-      added: number of entries that are there at inference and were not in the base: after `fold` and `merge`.
+      layers: "3", "0-11" for equal neighbours, "encoder/layer 3" where a model has two stacks of layers,
+        "shared" for leaves that all sites of an instance read, "" for those in no layer.
+      method: the instance, such as "lora_0", or the name of a trained part of the base, such as "classifier".
+      trainable: number of trained parameters.
+      added: number of entries at inference that are not in the base: after `fold` and `merge`.
       added_bytes: their size.
     """
 
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The rows and what the percentages are of; `str` makes a Markdown table of it."""
+    """The rows, and the base size that percentages refer to; `str` gives a Markdown table."""
 
     rows: tuple[Row, ...]
     base: int
@@ -59,13 +59,13 @@ class Summary(NamedTuple):
 
 
 def summary(transform: Transform | Chain, leaves: Leaves, params: Params, trained: Params | None = None) -> Summary:
-    """Counts by layer and method what trains, and what is left at inference after `fold` and `merge`.
+    """Counts, by layer and method, what trains and what is left at inference after `fold` and `merge`.
 
     Args:
       transform: a method or a chain.
       leaves: its leaves.
-      params: the base parameters; percentages are of their number.
-      trained: the part of `params` that trains itself, such as the head.
+      params: the base parameters; percentages are relative to their number.
+      trained: the part of `params` that trains as well, such as the head.
 
     Returns:
       A `Summary`, whose `str` is a Markdown table.
@@ -96,20 +96,20 @@ def summary(transform: Transform | Chain, leaves: Leaves, params: Params, traine
 
 
 def _deployed(transform: Transform | Chain, leaves: Leaves, params: Params) -> Leaves:
-    """The leaves that are there when the model serves, by the instance names of the whole transform."""
+    """The leaves that are left at inference, by the instance names of the whole transform."""
     folded = fold(transform, leaves)
     return dict(zip(stays(transform, folded), merge(transform, folded, params).leaves.values(), strict=True))
 
 
 class Place(NamedTuple):
-    """Where leaves are: in a numbered layer of a stack, such as 3 of "encoder/layer", or elsewhere (-1)."""
+    """The location of leaves: a numbered layer of a stack, such as 3 of "encoder/layer", or elsewhere (-1)."""
 
     stack: str
     layer: int
 
 
 def _by_layer(leaves: Mapping[str, Any]) -> dict[Place, dict[str, Any]]:
-    """Leaves by layer; those that sites share, and those in no layer, under places of their own."""
+    """Leaves by layer; shared leaves, and those in no layer, have their own places."""
     placed: dict[Place, dict[str, Any]] = {}
     for path, own in leaves.items():
         layer = layer_of(path)
@@ -119,7 +119,7 @@ def _by_layer(leaves: Mapping[str, Any]) -> dict[Place, dict[str, Any]]:
 
 
 def _joined(rows: Sequence[tuple[Place, Row]]) -> list[Row]:
-    """Neighbouring layers with the same numbers in one row, whose numbers are their sum."""
+    """Joins neighbouring layers with the same numbers into one row with their sum."""
     runs: list[tuple[list[Place], Row]] = []
     stacks = {place.stack for place, _ in rows if place.layer >= 0}
     for place, row in rows:

@@ -1,7 +1,7 @@
 """The core: a method is a NamedTuple of pure functions, and a hook runs it where the forward pass reaches its sites.
 
 The base model is never edited. Its `params` stay bit-identical; a method keeps its own small pytree beside them, keyed
-by instance and then by site, with a place for what several sites share:
+by instance and then by site, with a "shared" entry for what several sites share:
 
     variables = {
         "params": {...},                                                  # frozen, as loaded
@@ -11,10 +11,10 @@ by instance and then by site, with a place for what several sites share:
         },
     }
 
-From there to a forward pass is one call, `apply(model, transform, variables, *args)`. It places every site's leaves, by
-reference, beside that site's own parameters, enters `nn.intercept_methods` and calls `model.apply`. Leaves captured by
-a closure instead would be silently wrong under `nn.jit`, whose cache key ignores interceptors. Beside the parameters
-they go wherever those go: through jit, grad, vmap and remat, and through the scans and maps inside a model.
+A forward pass is one call, `apply(model, transform, variables, *args)`. It puts every site's leaves, by reference, next
+to that site's own parameters, enters `nn.intercept_methods` and calls `model.apply`. Leaves captured by a closure
+instead would be silently wrong under `nn.jit`, whose cache key ignores interceptors. Next to the parameters they go
+wherever those go: through jit, grad, vmap and remat, and through the scans and maps inside a model.
 
 Where `nn.scan` or `nn.vmap` stacks the parameters of a site, its leaves are stacked in the same way, under one
 "stacked" key for each such axis: {"layers/query": {"stacked": {"a": [48, in, r], "b": [48, r, out]}}}.
@@ -52,8 +52,8 @@ __all__ = [
     "stays",
 ]
 
-SHARED = "shared"  # the key, beside the sites of an instance, of the leaves that all its sites read
-STACKED = "stacked"  # the key, at a site, of leaves with an axis in front for each copy of the site's parameters
+SHARED = "shared"  # the key, next to an instance's sites, of the leaves that all of them read
+STACKED = "stacked"  # the key, at a site, of leaves with a leading axis over copies of the site's parameters
 FIXED = "fixed"  # the key, anywhere among the leaves, of those that are stored with the method but never train
 
 Params = Mapping[str, Any]
@@ -65,8 +65,8 @@ class Context(NamedTuple):
 
     Attributes:
       train: whether this is a training pass, that is, whether `apply` was given a dropout key.
-      key: the dropout key of this pass, the same at every site: use it as it is for one draw per step, `site_key` for
-        one per site. None unless `train`.
+      key: the dropout key of this pass, the same at every site: use it directly for one draw per step, with `site_key`
+        for one per site. None unless `train`.
       mask: the `mask` given to `apply`, such as [b, t] segment numbers with 0 for padding; None if none was given.
       params: the site's own frozen parameters.
       shared: the leaves that this instance's sites share; {} if there are none.
@@ -83,18 +83,18 @@ Call = Callable[..., Any]
 
 
 class Setting(NamedTuple):
-    """What a method may look at before training, when data decides its leaves.
+    """What a method may use before training, if its leaves depend on data.
 
     Attributes:
       loss: (variables, example) -> scalar loss of one example, without dropout.
-      logits: (variables, example) -> its float32 logits [c], likewise.
-      variables: {"params": all parameters, the head included, "peft": the leaves of the whole chain}.
-      instance: whose leaves are wanted: `variables["peft"][instance]` holds them as `init` made them.
+      logits: (variables, example) -> float32 logits [c] of one example, without dropout.
+      variables: {"params": all parameters, including the head, "peft": the leaves of the whole chain}.
+      instance: the instance to prepare: `variables["peft"][instance]` holds its leaves from `init`.
       sites: the sites of the model.
-      sample: (n) -> n examples from a seeded shuffle of the training set, fewer if there are fewer: a pytree of arrays
+      sample: (n) -> n examples from a seeded shuffle of the training set, or all if there are fewer: a pytree of arrays
         with a leading axis.
-      fisher: (fn, tree, n, *rest, labels=..., values=...) -> `jpeft.fisher` of `fn` over the examples that `sample(n)`
-        gives, sorted into a few lengths.
+      fisher: (fn, tree, n, *rest, labels=..., values=...) -> `jpeft.fisher` of `fn` over the examples of `sample(n)`,
+        grouped into a few lengths.
       key: a PRNG key.
     """
 
@@ -114,19 +114,19 @@ class Transform(NamedTuple):
     Attributes:
       name: the method's name; it names the instance in the leaves.
       init: (key, sites, params) -> {site path: leaves, "shared": leaves}.
-      wrap: (leaves, site, call, args, ctx) -> out. `call(*args)` runs what it wraps: the site, or the member of a chain
-        that was written before. None means that the leaves are merged into the parameters inside the forward pass.
+      wrap: (leaves, site, call, args, ctx) -> out. `call(*args)` runs what it wraps: the site, or the preceding member
+        of a chain. None means that the leaves are merged into the parameters inside the forward pass.
       merge: (leaves, params) -> params with the method folded into the base weights, a new pytree. None if impossible.
-      fold: (leaves) -> leaves without what only training needs. None if there is nothing of the kind.
-      rate: (path of a leaf) -> factor on the learning rate, as LoRA+ wants for B. None means 1 throughout. The path
-        starts at the site: ("encoder/layer_1/attention/query", "b").
+      fold: (leaves) -> leaves without what only training needs. None if all are needed.
+      rate: (path of a leaf) -> learning rate factor, as in LoRA+ for B. None means 1 for all. The path starts at the
+        site: ("encoder/layer_1/attention/query", "b").
       decay: (path of a leaf, leaf) -> whether weight decay applies to it. None means the rule of `decays`.
-      prepare: (setting) -> leaves, instead of those that `init` made, for what data decides before training, such as
-        the mask of FISH. None if data decides nothing.
-      penalty: (logits [b, c], again) -> [b], added to the training loss of each example. `again()` is another training
-        pass over the batch with fresh randomness and gives its logits, as AdaMix compares. None means nothing is added.
+      prepare: (setting) -> leaves that replace those from `init`, if they depend on data, such as the mask of FISH.
+        None if they do not.
+      penalty: (logits [b, c], again) -> [b], added to the training loss of each example. `again()` returns the logits
+        of another training pass over the batch with fresh randomness, for AdaMix to compare. None adds nothing.
       reads_params: whether `wrap` reads the site's own parameters, as DoRA does for their norms. `merge` then leaves
-        them as they are wherever something else was written before it.
+        them unchanged wherever another member comes before it.
     """
 
     name: str
@@ -142,13 +142,13 @@ class Transform(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Transforms in the order in which they act; made by `chain`."""
+    """Transforms in the order in which they act; created by `chain`."""
 
     members: tuple[Transform, ...]
 
 
 class Merged(NamedTuple):
-    """The result of `merge`: new parameters, and what could not be merged with its leaves."""
+    """The result of `merge`: new parameters, and the members that could not be merged, with their leaves."""
 
     params: Params
     transform: Chain
@@ -161,7 +161,7 @@ def chain(*transforms: Transform | Chain) -> Chain:
 
 
 def members(transform: Transform | Chain) -> tuple[Transform, ...]:
-    """The transforms that a chain is made of, in order; a single one is its own only member."""
+    """The transforms of a chain, in order; a single transform is its own only member."""
     return transform.members if isinstance(transform, Chain) else (transform,)
 
 
@@ -175,16 +175,16 @@ def instances(transform: Transform | Chain) -> dict[str, Transform]:
 
 
 def site_key(key: Array, path: str) -> Array:
-    """A key for one site: it depends on the path alone, so that leaving a layer out changes no other layer's draw."""
+    """A key for one site. It depends only on the path, so leaving out a layer does not change the others' draws."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def init(transform: Transform | Chain, key: Array, sites: Sites, params: Params | None = None) -> Leaves:
-    """Makes the leaves of a transform.
+    """Creates the leaves of a transform.
 
     Args:
       transform: a method or a chain.
-      key: a PRNG key; each instance and site folds its name in, so what else is in the chain does not matter.
+      key: a PRNG key; each instance and site folds in its name, so the rest of the chain does not matter.
       sites: the sites of the model, from `sites`.
       params: the model's frozen parameters, for methods that start from them.
 
@@ -192,18 +192,18 @@ def init(transform: Transform | Chain, key: Array, sites: Sites, params: Params 
       {instance: {site path: leaves, "shared": leaves}}.
 
     Raises:
-      UserError: if a method finds no place for itself.
+      UserError: if a method finds no suitable site.
     """
     named = instances(transform)
     return {name: member.init(site_key(key, name), sites, params) for name, member in named.items()}
 
 
 def prepare(transform: Transform | Chain, setting: Setting) -> Leaves:
-    """Lets each member that asks for it choose its leaves by data, in the order of the chain.
+    """Lets each member with a `prepare` compute its leaves from data, in the order of the chain.
 
     Args:
       transform: a method or a chain.
-      setting: as in `Setting`, with the fresh leaves of all members; `instance` is set by this function.
+      setting: a `Setting` with the fresh leaves of all members; `instance` is set by this function.
 
     Returns:
       The leaves of all members.
@@ -218,12 +218,12 @@ def prepare(transform: Transform | Chain, setting: Setting) -> Leaves:
 
 
 def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merged:
-    """Folds into the base weights what can be folded. The base is not touched, so unmerging is keeping the old tree.
+    """Folds what it can into the base weights. The base is not modified, so to unmerge, keep the old tree.
 
     Members without a wrap come first, as in the forward pass, then the others in the order of the chain. A member
     stays if it cannot be merged, or if it wraps one that stays: folded into the weights, it would act before that one.
-    One that reads the site's own parameters stays wherever it wraps another, and so does what it wraps. Matrix products
-    are taken in full float32 precision, and the result has the dtypes of the base.
+    If a member that reads the site's own parameters wraps another, both stay. Matrix products are computed in full
+    float32 precision, and the result has the dtypes of the base.
 
     Args:
       transform: a method or a chain.
@@ -262,6 +262,6 @@ def stays(transform: Transform | Chain, leaves: Leaves) -> list[str]:
 
 
 def fold(transform: Transform | Chain, leaves: Leaves) -> Leaves:
-    """Drops what only training needs, such as the MLP of a prefix; the transform stays and reads the smaller leaves."""
+    """Drops what only training needs, such as the MLP of a prefix; the same transform reads the smaller leaves."""
     folded = {name: member.fold for name, member in instances(transform).items()}
     return {name: leaves[name] if fn is None else fn(leaves[name]) for name, fn in folded.items()}

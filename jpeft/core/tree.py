@@ -10,7 +10,7 @@ __all__ = ["at", "count", "empty_paths", "flatten", "num_bytes", "replace", "spl
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """{"a": {"b": x}} to {("a", "b"): x}; a tuple, because the keys of peft leaves are paths themselves.
+    """{"a": {"b": x}} to {("a", "b"): x}; tuples, because the keys of peft leaves are themselves paths.
 
     Empty dicts are left out: `empty_paths` lists them.
     """
@@ -23,7 +23,7 @@ def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def empty_paths(tree: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The paths of the empty dicts below the root, which have a meaning: a site may have shared leaves alone."""
+    """The paths of the empty dicts below the root. They have a meaning: a site may have only shared leaves."""
     if not tree:
         return []
     return [path for path, x in flatten_dict(tree, keep_empty_nodes=True).items() if x is empty_node]
@@ -37,7 +37,7 @@ def at(tree: Mapping[str, Any], path: str) -> Any:
 
 
 def replace(tree: Mapping[str, Any], path: str, fn: Callable[[Any], Any]) -> dict[str, Any]:
-    """A new tree in which fn was applied to the leaf or subtree at "a/b/c"; everything else is shared."""
+    """A new tree with fn applied to the leaf or subtree at "a/b/c"; everything else is shared."""
     head, _, rest = path.partition("/")
     return {**tree, head: replace(tree[head], rest, fn) if rest else fn(tree[head])}
 
@@ -52,7 +52,7 @@ def split(tree: Mapping[str, Any], belongs: Callable[[tuple[str, ...]], bool]) -
 
 
 def union(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree that holds the leaves of both; the inverse of `split`. Where both hold a path, the second wins."""
+    """The tree with the leaves of both; the inverse of `split`. Where both have a path, the second wins."""
     merged = dict(first)
     for name, x in second.items():
         old = merged.get(name)

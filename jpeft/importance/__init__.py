@@ -1,1 +1,1 @@
-"""What gradients say: Fisher information, masks of single entries, averages of models."""
+"""Importance from gradients: Fisher information, masks of single entries, averages of models."""

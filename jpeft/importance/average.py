@@ -1,13 +1,13 @@
-"""One model from several of the same shape: the average of their parameters, weighted by Fisher information.
+"""Merges models of the same shape: the average of their parameters, weighted by Fisher information.
 
-Matena and Raffel 2022, arXiv:2111.09832. Take the posterior of each model for a normal distribution around its
+Matena and Raffel 2022, arXiv:2111.09832. Approximate the posterior of each model by a normal distribution around its
 parameters, with the diagonal Fisher information as its precision. The product of the posteriors is then largest at
 
     theta = sum_k weight_k F_k theta_k / sum_k weight_k F_k
 
 entry by entry. As in the reference (mmatena/model_merging), F_k is divided by its norm over all entries, so that no
-model counts more because its gradients are larger, and the first model, the target, has a least information: an entry
-that no model has information about keeps the target's value.
+model counts more because its gradients are larger. The information of the first model, the target, has a lower bound:
+an entry that no model has information about keeps the target's value.
 """
 
 import math
@@ -30,27 +30,27 @@ def fisher_average(
     floor: float = 1e-10,
     normalize: bool = True,
 ) -> Any:
-    """Merges models, or modules, that were trained apart from the same start.
+    """Merges models, or modules, that were trained separately from the same start.
 
     Args:
-      models: pytrees of one structure: parameters, or the leaves of one transform. Leave out what the tasks do not
+      models: pytrees of the same structure: parameters, or the leaves of one transform. Leave out what the tasks do not
         share, such as the head. The first one is the target.
-      fishers: the Fisher information of each, as `jpeft.fisher` gives it at the trained parameters.
-      weights: what each counts, 0 or more, and the target more than 0; None means 1 each.
-      floor: the least information of an entry of the target, as a fraction of the norm of its information.
+      fishers: the Fisher information of each, from `jpeft.fisher` at the trained parameters.
+      weights: the weight of each model: above 0 for the target, 0 or more for the others. None means 1 each.
+      floor: the lower bound on the target's information, as a fraction of the norm of that information.
       normalize: whether the information of each model is divided by its norm first.
 
     Returns:
-      A pytree like one of the models, with the dtypes of the first.
+      A pytree like the models, with the dtypes of the first.
 
     Raises:
       UserError: if there are no models, their shapes differ, the numbers of models, Fishers and weights differ, or the
-        information of a model is zero throughout or not finite.
+        information of a model is all zero or not finite.
     """
     models, fishers = list(models), list(fishers)
     weights = [1.0] * len(models) if weights is None else list(weights)
     if not models or not len(models) == len(fishers) == len(weights):
-        raise UserError(f"expected one Fisher and one weight a model, got {len(models)} models, {len(fishers)} Fishers "
+        raise UserError(f"expected a Fisher and a weight per model, got {len(models)} models, {len(fishers)} Fishers "
                         f"and {len(weights)} weights")  # fmt: skip
     if not all(0 <= weight < math.inf for weight in weights) or not weights[0] > 0 or not floor > 0:
         raise UserError(
@@ -58,7 +58,7 @@ def fisher_average(
         )
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (*models, *fishers)]
     if any(shape != shapes[0] for shape in shapes):
-        raise UserError("the models and their Fisher information must have one structure and one set of shapes")
+        raise UserError("the models and their Fisher information must all have the same structure and shapes")
     norms = [_norm(information) for information in fishers]
     for i, norm in enumerate(norms):
         if not 0 < norm < math.inf:
@@ -76,6 +76,6 @@ def fisher_average(
 
 
 def _norm(information: Any) -> float:
-    """Over all entries, in float64: the square of a small entry is 0 in float32."""
+    """The norm over all entries, in float64: the square of a small entry is 0 in float32."""
     flat = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(information)]
     return float(np.linalg.norm(np.concatenate(flat))) if flat else 0.0

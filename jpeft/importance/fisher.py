@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information, from the gradients of single examples."""
+"""The diagonal of the Fisher information, from per-example gradients."""
 
 import functools
 import math
@@ -22,8 +22,8 @@ __all__ = ["LABELS", "VALUES", "Running", "accumulate", "fisher", "mean"]
 Tree = TypeVar("Tree")
 LABELS = ("empirical", "expected", "sampled")
 VALUES: dict[str, Callable[[Array], Array]] = {"square": jnp.square, "absolute": jnp.abs}
-SHARE = 0.25  # of the device's memory, for what single examples need beside the result
-MOST = {"cpu": 8}  # examples at a time; a larger product is no faster there
+SHARE = 0.25  # of the device's memory, for the temporaries of single examples
+MOST = {"cpu": 8}  # examples at a time; larger products are not faster there
 MOST_ELSEWHERE = 64
 
 
@@ -31,9 +31,9 @@ class Running(NamedTuple, Generic[Tree]):
     """A sum over some of the examples.
 
     Attributes:
-      done: the number of examples that are in it.
+      done: the number of examples summed so far.
       parts: like the tree; with a leading axis over devices if `sharded`.
-      sharded: whether several devices hold a part each.
+      sharded: whether each of several devices holds a part.
     """
 
     done: int
@@ -64,44 +64,44 @@ def fisher(
 
     - "empirical": (1/n) sum_i (d loss_i / d tree)^2 with fn the loss -log p(y_i | x_i) at the true label (Kirkpatrick
       et al. 2017, arXiv:1612.00796; Sung et al. 2021, arXiv:2111.09839).
-    - "expected": (1/n) sum_i sum_c p(c | x_i) (d log p(c | x_i) / d tree)^2 with fn the logits. Exact in c, from one
-      forward pass an example and one backward pass a class.
-    - "sampled": as the expected one, with one class an example drawn from p(c | x_i) in place of the sum.
+    - "expected": (1/n) sum_i sum_c p(c | x_i) (d log p(c | x_i) / d tree)^2 with fn the logits. Exact in c, with one
+      forward pass per example and one backward pass per class.
+    - "sampled": like "expected", with one class per example sampled from p(c | x_i) in place of the sum.
 
     A single logit is the mean of a normal distribution of variance 1/2, whose -log p is the squared error up to a
     constant; its information is 2 (d logit / d tree)^2. Only "empirical" reads the labels.
 
     A mean of squares is not the square of a mean: gradients of different examples are never added before they are
-    squared. How that is done at about the cost of a plain gradient is the subject of `jpeft.importance.per_example`.
+    squared. `jpeft.importance.per_example` explains how this costs about as much as a plain gradient.
 
     Args:
-      fn: (tree, example, *rest) -> scalar loss, or logits [c]; without randomness. `example` is `examples` without its
+      fn: (tree, example, *rest) -> scalar loss, or logits [c]; deterministic. `example` is `examples` without its
         leading axis.
       tree: the pytree of float arrays to differentiate with respect to.
       examples: a pytree of arrays with a common leading axis n. If `grouped`, a sequence of such pytrees.
-      *rest: further arguments of `fn`, such as frozen parameters; handed to the compiled function as arguments, so that
-        they are not baked into it as constants.
+      *rest: further arguments of `fn`, such as frozen parameters; passed to the compiled function as arguments, so that
+        they do not become constants in it.
       labels: "empirical", "expected" or "sampled".
       values: "square" of the gradients, or their "absolute" value as in FISH mask's variant.
-      key: for "sampled": each example draws from it folded with its number.
-      ids: the examples' numbers, n of them, for draws and messages. None means 0 to n - 1 in the order given.
+      key: for "sampled": the number of each example is folded into it.
+      ids: the numbers of the n examples, for sampling and messages. None means 0 to n - 1 in the order given.
       microbatch: examples at a time on each device. None means as many as `memory_limit_bytes` allows, at most 8 on CPU
         and 64 elsewhere.
-      memory_limit_bytes: for what single examples need, beside `tree`, `rest` and the result. None means a quarter of
-        the device's memory. One example is always taken.
-      mesh: devices to share the examples among, along all axes of the mesh. None means one device.
+      memory_limit_bytes: limit on the temporaries of single examples, not counting `tree`, `rest` and the result. None
+        means a quarter of the device's memory. At least one example is always processed.
+      mesh: devices to split the examples over, along all axes of the mesh. None means one device.
       grouped: whether `examples` is a sequence of pytrees whose other axes may differ from one to the next, such as
         batches of different lengths.
 
-    Float32 matrix products, those of `fn` and of the sums, are computed in full float32 precision on every device,
-    unless `fn` or JAX's configuration (`jax_default_matmul_precision`) asks for another one.
+    Float32 matrix products, in `fn` and in the sums, are computed in full float32 precision on every device,
+    unless `fn` or JAX's configuration (`jax_default_matmul_precision`) asks for a different one.
 
     Returns:
       A pytree like `tree`, float32 (float64 where `tree` is).
 
     Raises:
-      UserError: if there are no examples or their shapes do not match, an option is unknown, `fn` gives something else
-        than `labels` asks for, or a gradient is not finite: it names the example, by its number in `ids`, and the leaf.
+      UserError: if there are no examples or their shapes do not match, an option is unknown, `fn` does not return what
+        `labels` needs, or a gradient is not finite: it names the example, by its number in `ids`, and the leaf.
 
     >>> import jax.numpy as jnp
     >>> fisher(lambda w, x: w * x, jnp.float32(2.0), jnp.array([1.0, 3.0])).item()  # (1 + 9) / 2
@@ -149,25 +149,25 @@ def accumulate(
     grouped: bool = False,
     start: Running[Tree] | None = None,
 ) -> Iterator[Running[Tree]]:
-    """The running sums that `fisher` is made of, one after each microbatch; for a bar, or to save and resume later.
+    """The running sums of `fisher`, one after each microbatch, to show progress or to save and resume.
 
     Args:
-      fn: as all others, see `fisher`.
-      tree: likewise.
-      examples: likewise.
-      *rest: likewise.
-      labels: likewise.
-      values: likewise.
-      key: likewise.
-      ids: likewise.
-      microbatch: likewise.
-      memory_limit_bytes: likewise.
-      mesh: likewise.
-      grouped: likewise.
+      fn: as in `fisher`.
+      tree: as in `fisher`.
+      examples: as in `fisher`.
+      *rest: as in `fisher`.
+      labels: as in `fisher`.
+      values: as in `fisher`.
+      key: as in `fisher`.
+      ids: as in `fisher`.
+      microbatch: as in `fisher`.
+      memory_limit_bytes: as in `fisher`.
+      mesh: as in `fisher`.
+      grouped: as in `fisher`.
       start: an earlier sum over the first `start.done` of the same examples, not sharded, to resume from.
 
     Yields:
-      The sum so far. Its arrays are donated when the next one is asked for.
+      The sum so far. Its arrays are donated when the next one is requested.
 
     Raises:
       UserError: as `fisher`.
@@ -203,9 +203,9 @@ def accumulate(
             compiled[static] = step, most, constants if mesh is None else jax.device_put(constants, copied)
         step, most, constants = compiled[static]
         share = math.ceil(left.size / devices)
-        size = devices * math.ceil(share / math.ceil(share / most))  # even microbatches, so that little is filled up
+        size = devices * math.ceil(share / math.ceil(share / most))  # even microbatches, so that padding is small
         for rows in (left[i : i + size] for i in range(0, left.size, size)):
-            # The last microbatch repeats a row with weight 0, so that a group is compiled once.
+            # The last microbatch is padded with a row of weight 0, so that a group is compiled once.
             filled = np.concatenate([rows, np.full(size - rows.size, rows[0])])
             chunk = jax.tree.map(lambda x, at=filled - offset: jnp.asarray(np.asarray(x)[at]), group)
             weights = jnp.asarray(np.arange(size) < rows.size, jnp.float32)
@@ -213,7 +213,7 @@ def accumulate(
             if mesh is not None:
                 numbered, weights = jax.device_put((numbered, weights), over)
             total, finite = step(total, tree, numbered, weights, rest, constants)
-            if unchecked is not None:  # the one before, so that the device is not waited for
+            if unchecked is not None:  # the previous one, so as not to wait for the device
                 _check_finite(*unchecked, one, tree, rest)
             unchecked = finite, numbers[rows], chunk
             done += rows.size
@@ -242,9 +242,9 @@ def _check(
         if value not in known:
             raise UserError(f"{name} {value!r} is unknown: {nearest(str(value), known)}")
     if labels == "sampled" and key is None:
-        raise UserError("labels 'sampled' are drawn: give `key`")
+        raise UserError("labels 'sampled' need a PRNG key: pass `key`")
     if ids is not None and len(ids) != n:
-        raise UserError(f"{len(ids)} ids were given for {n} examples: one each is needed")
+        raise UserError(f"{len(ids)} ids were given for {n} examples: expected one per example")
     if done > n:
         raise UserError(f"the sum to resume from has {done} examples, but there are {n}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -257,12 +257,12 @@ def _check(
 
 
 def _check_output(out: Any, labels: str) -> None:
-    """Whether a function gives what its labels need: a loss, or logits."""
+    """Checks that the output is what the labels need: a loss, or logits."""
     wanted, dims = ("a scalar loss", 0) if labels == "empirical" else ("logits [num_labels]", 1)
     shape, kind = getattr(out, "shape", None), getattr(out, "dtype", None)
     if shape is None or kind is None or len(shape) != dims or not jnp.issubdtype(kind, jnp.floating):
         found = type(out).__name__ if shape is None else f"{kind} {list(shape)}"
-        raise UserError(f"with labels {labels!r}, fn must give {wanted} of one example in floats, and it gives {found}")
+        raise UserError(f"with labels {labels!r}, fn must return {wanted} of one example as floats, got {found}")
 
 
 def _name(path: Any) -> str:
@@ -270,7 +270,7 @@ def _name(path: Any) -> str:
 
 
 def _one(fn: Callable[..., Array], labels: str, key: Array) -> Callable[..., tuple[Any, Any]]:
-    """The function (tree, (example, its number), direction, *rest) -> (weight, gradients)."""
+    """A function (tree, (example, its number), direction, *rest) -> (weight, gradients)."""
 
     def one(tree: Any, numbered: Any, direction: Array, *rest: Any) -> tuple[Any, Any]:
         example, number = numbered
@@ -297,7 +297,7 @@ def _compiled(
     one: Callable, fn: Callable, tree: Any, shapes: Any, rest: tuple, labels: str, value: Callable[[Array], Array],
     microbatch: int | None, limit: int | None, mesh: Mesh | None,
 ) -> tuple[Callable, int, list[Any]]:  # fmt: skip
-    """The jitted step for examples of some shapes, how many it takes on a device, and its constants."""
+    """The jitted step for examples of these shapes, the microbatch per device, and the constants."""
     numbered = (shapes, jax.ShapeDtypeStruct((), "int32"))
     directions = 1
     if labels == "expected":
@@ -330,13 +330,13 @@ def _compiled(
 
 
 def _full_precision() -> AbstractContextManager[None]:
-    """Float32 products in float32, where accelerators would take TF32 or bfloat16, unless the user chose."""
+    """Computes float32 products in float32, not in TF32 or bfloat16, unless the user chose a precision."""
     chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return nullcontext() if chosen is not None else jax.default_matmul_precision("highest")
 
 
 def _memory() -> int:
-    """The share of the device's memory that single examples may take."""
+    """The part of the device's memory that single examples may use, in bytes."""
     stats = jax.local_devices()[0].memory_stats()
     if stats is not None and "bytes_limit" in stats:
         return int(SHARE * stats["bytes_limit"])

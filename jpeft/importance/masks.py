@@ -1,7 +1,7 @@
-"""Masks of single entries: the best k of a pytree, an optax wrapper that trains only those, and files as small as they.
+"""Masks of single entries: the top k of a pytree, an optax wrapper that trains only those, and compact mask files.
 
-A mask is a pytree like the one that it selects from, with one of three things for each leaf: True, all of it trains;
-False, none of it; or int32 [k], ascending, the entries of the flattened leaf that train.
+A mask is a pytree like the one that it selects from. Each leaf is True, all of it trains; False, none of it trains; or
+int32 [k], ascending, the entries of the flattened leaf that train.
 
     scores = jpeft.fisher(loss, params, examples)
     mask = jpeft.top(scores, k=1000)
@@ -24,21 +24,21 @@ from jpeft.core.files import write_leaves
 
 __all__ = ["magnitude", "pack", "packed", "random", "read_mask", "top", "write_mask"]
 
-MODEL = "model"  # the metadata entry that names what a mask was made for
+MODEL = "model"  # the metadata entry that names the model of a mask
 
 
 def top(scores: Any, k: int) -> Any:
     """The mask of the k largest scores over all leaves together.
 
-    It is made on the host, in NumPy, by selection: the scores are not sorted.
+    Computed on the host, in NumPy, by selection: the scores are not sorted.
 
     Args:
       scores: a pytree of float arrays, without NaN.
-      k: how many entries, from 0 to all. Of equal scores the earlier ones win, in the order of the leaves and then of
-        the flattened leaf.
+      k: the number of entries, from 0 to all. Ties go to the earlier entry, in the order of the leaves and then of the
+        flattened leaf.
 
     Returns:
-      A pytree like `scores` with int32 arrays of sorted flat indices; empty ones where nothing was selected.
+      A pytree like `scores` with int32 arrays of sorted flat indices, empty where nothing is selected.
 
     Raises:
       UserError: if k is out of range or not an integer, or a score is NaN.
@@ -52,13 +52,13 @@ def top(scores: Any, k: int) -> Any:
     _check_budget(k, [math.prod(x.shape) for x in leaves])
     leaves = [np.asarray(x) for x in leaves]
     if any(np.isnan(x).any() for x in leaves):
-        raise UserError("scores to choose by hold NaN")
+        raise UserError("the scores contain NaN")
     if k == 0:
         return treedef.unflatten([np.zeros(0, np.int32) for _ in leaves])
-    wide = any(x.dtype == np.float64 for x in leaves)  # bits are compared, so all must have the same meaning
+    wide = any(x.dtype == np.float64 for x in leaves)  # bits are compared, so all leaves need the same dtype
     orders = [_order(x.ravel().astype(np.float64 if wide else np.float32)) for x in leaves]
     limit = np.partition(np.concatenate(orders), -k)[-k]
-    ties = k - sum(int((order > limit).sum()) for order in orders)  # that many of those equal to the k-th largest
+    ties = k - sum(int((order > limit).sum()) for order in orders)  # how many of the ties for k-th largest to take
     chosen = []
     for order in orders:
         equal = np.flatnonzero(order == limit)[:ties]
@@ -68,7 +68,7 @@ def top(scores: Any, k: int) -> Any:
 
 
 def magnitude(values: Any, k: int) -> Any:
-    """The mask of the k entries that are largest in absolute value: a control that looks at no data.
+    """The mask of the k entries that are largest in absolute value: a control that uses no data.
 
     Args:
       values: a pytree of float arrays.
@@ -81,7 +81,7 @@ def magnitude(values: Any, k: int) -> Any:
 
 
 def random(key: Array, like: Any, k: int) -> Any:
-    """The mask of k entries drawn at random: the control of Sung et al. 2021, arXiv:2111.09839.
+    """The mask of k random entries: the control of Sung et al. 2021, arXiv:2111.09839.
 
     Args:
       key: a PRNG key.
@@ -94,7 +94,7 @@ def random(key: Array, like: Any, k: int) -> Any:
     leaves, treedef = jax.tree.flatten(like)
     sizes = [math.prod(x.shape) for x in leaves]
     _check_budget(k, sizes)
-    # How many entries a leaf gets decides shapes, so this happens outside of tracing.
+    # The number of entries per leaf determines shapes, so this cannot be traced.
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
     drawn = np.sort(rng.choice(sum(sizes), k, replace=False, shuffle=False)) if k else np.zeros(0, np.int64)
     if not leaves:
@@ -105,27 +105,27 @@ def random(key: Array, like: Any, k: int) -> Any:
 
 
 def pack(mask: Any, values: Any) -> list[Array]:
-    """The selected entries, one array a leaf: [k], the leaf itself where the mask is True, [0] where it is False."""
+    """The selected entries, one array per leaf: [k], the leaf itself where the mask is True, [0] where it is False."""
     return [_pack(m, x) for m, x in zip(jax.tree.leaves(mask), jax.tree.leaves(values), strict=True)]
 
 
 def packed(inner: optax.GradientTransformation, mask: Any) -> optax.GradientTransformationExtraArgs:
-    """Runs an optimiser on the selected entries alone.
+    """Runs an optimiser on the selected entries only.
 
-    Gradients and parameters are packed into one vector a leaf, `inner` updates these, and its updates are scattered. So
-    its state has their size, and weight decay, clipping by the global norm and schedules see nothing else. What is not
-    selected stays bit-identical: its update is -0.0, the one number that leaves every other unchanged, 0.0 included.
-    Leaves that the mask selects whole keep their shape and cost nothing extra; those that it leaves out cost nothing.
+    Gradients and parameters are packed into one vector per leaf, `inner` updates these, and its updates are scattered.
+    So its state has their size, and weight decay, clipping by the global norm and schedules see nothing else. Entries
+    that are not selected stay bit-identical: their update is -0.0, which leaves every number unchanged, including 0.0.
+    Fully selected leaves keep their shape and cost nothing extra; leaves without selected entries cost nothing.
 
     Args:
-      inner: any optax optimiser. Where it looks at shapes, as Adafactor does, it sees vectors.
-      mask: a mask as described above, fixed: it may not be traced.
+      inner: any optax optimiser. If it depends on shapes, as Adafactor does, it sees vectors.
+      mask: a mask as described above. It must be concrete, not traced.
 
     Returns:
       An optimiser for the whole pytree.
 
     Raises:
-      UserError: if a leaf of the mask is none of the three; when it is used, if it does not fit the parameters.
+      UserError: if a leaf of the mask is invalid or, when the optimiser is used, if it does not fit the parameters.
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "b": jnp.array([1.0])}
@@ -153,15 +153,15 @@ def packed(inner: optax.GradientTransformation, mask: Any) -> optax.GradientTran
 
 
 def write_mask(path: Path, mask: Any, model: str) -> None:
-    """Writes a mask of a nested dict: indices alone, 4 bytes an entry.
+    """Writes a mask of a nested dict: only the indices, 4 bytes per entry.
 
     Args:
-      path: of the safetensors file; its folder is made if need be, and an older file replaced atomically.
-      mask: a mask as described above; leaves that it leaves out are not written.
-      model: what it is for, such as the `jpeft.models.pretrained.fingerprint` of its parameters.
+      path: the safetensors file; its folder is created if needed, and an existing file is replaced atomically.
+      mask: a mask as described above; leaves without selected entries are not written.
+      model: an identifier of the model, such as the `jpeft.models.pretrained.fingerprint` of its parameters.
 
     Raises:
-      UserError: if a leaf of the mask is none of the three.
+      UserError: if a leaf of the mask is invalid.
     """
     mask = jax.tree_util.tree_map_with_path(_selection, mask)
     kept = {name: np.asarray(m) for name, m in tree.flatten(mask).items() if m is not False and np.size(m)}
@@ -172,15 +172,15 @@ def read_mask(path: Path, params: Any, model: str) -> Any:
     """Reads a mask.
 
     Args:
-      path: of the file.
-      params: the nested dict that it selects from.
-      model: what it must be for.
+      path: the file to read.
+      params: the nested dict that the mask selects from.
+      model: the identifier that the mask must have been written with.
 
     Returns:
       A mask like `params`.
 
     Raises:
-      UserError: if it is for another model, or not a mask.
+      UserError: if it is for another model, or is not a mask.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load_file
@@ -208,7 +208,7 @@ def _check_budget(k: int, sizes: list[int]) -> None:
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 0 <= k <= sum(sizes):
         raise UserError(f"k must be an integer from 0 to {sum(sizes):,}, the number of entries, got {k!r}")
     if max(sizes, default=0) >= 2**31:
-        raise UserError(f"a leaf has {max(sizes):,} entries, and masks count up to {2**31 - 1:,}")
+        raise UserError(f"a leaf has {max(sizes):,} entries, but masks support at most {2**31 - 1:,}")
 
 
 def _selection(path: Any, m: Any) -> bool | np.ndarray:
@@ -227,9 +227,9 @@ def _selection(path: Any, m: Any) -> bool | np.ndarray:
 
 
 def _order(x: np.ndarray) -> np.ndarray:
-    """Integers in the order of floating point numbers: the bits, of negative numbers all but the sign inverted.
+    """Integers ordered like the floats: their bits, with all but the sign bit inverted for negative numbers.
 
-    Both zeros are 0, and so is what is too small to be normal, as most of XLA's arithmetic has it.
+    Both zeros map to 0, and so do subnormal numbers, as in most of XLA's arithmetic.
     """
     kind = np.int64 if x.dtype == np.float64 else np.int32
     bits, exponent = x.view(kind), np.array(np.inf, x.dtype).view(kind)

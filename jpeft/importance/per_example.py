@@ -1,17 +1,17 @@
-"""Sums over the gradients of single examples, at about the cost of one gradient of their batch.
+"""Sums over per-example gradients, at about the cost of one gradient of their batch.
 
-The gradient of a weight is a product: of a layer's inputs and the cotangents of its outputs. `vmap(grad)` makes these
-products batched ones, which are slow on CPU, and holds the gradients of all examples at once. Here the jaxpr of one
+The gradient of a weight is a product: of a layer's inputs and the cotangents of its outputs. `vmap(grad)` turns these
+into batched products, which are slow on CPU, and holds the gradients of all examples at once. Here the jaxpr of one
 example's gradient is cut just before those products:
 
     one example:   (tree, example) -> head -> x [t, in], d [t, out], ... -> tails -> x^T d [in, out], ...
 
 The head, which is all of the forward and the backward pass, runs under `vmap`: its weights are shared, so its products
-stay large ones. Each tail then runs for its own leaf alone, example after example, and adds its function of the
-gradient to a running total that stays in the cache. Looked-up tables are better off still: an example touches few rows,
-and only these are added to. What is not such a product, as the gradients of biases, is small and comes out of the head.
+stay large. Each tail then runs for one leaf at a time, example by example, and adds its function of the gradient to a
+running total that stays in the cache. Embedding tables are cheaper still: they are updated only in the few rows that
+an example looked up. Other gradients, such as those of biases, are small and come directly from the head.
 
-Nothing is approximated, and any function can be differentiated: where no cut pays, the head ends with the gradient.
+Nothing is approximated, and any function is supported: where a cut would not help, the head computes the gradient.
 """
 
 import math
@@ -32,7 +32,7 @@ INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "checkp
 
 
 class Tail(NamedTuple):
-    """How the gradient of one leaf follows from values of the head: `equations` from `inputs` to `output`."""
+    """Computes the gradient of one leaf from values of the head: `equations` from `inputs` to `output`."""
 
     equations: list[Any]
     inputs: list[Any]
@@ -44,12 +44,12 @@ class Cut(NamedTuple):
 
     Attributes:
       inputs: the variables of the leaves of (tree, example, rest, direction), in that order.
-      sizes: how many they are of each of the four.
-      constants: variables of what the function closes over, and their values.
+      sizes: the number of leaves of each of the four.
+      constants: the variables of the function's closed-over constants, and their values.
       head: the equations that run for all examples at once.
       weight: the variable of the direction's weight.
-      tails: by leaf of the tree.
-      varies: for each variable, whether it depends on the example, and whether on the direction.
+      tails: one per leaf of the tree.
+      varies: for each variable, whether it depends on the example and whether on the direction.
       directions: m.
     """
 
@@ -74,14 +74,14 @@ def cut(one: Callable[..., tuple[Array, Any]], tree: Any, example: Any, rest: tu
 
     Args:
       one: (tree, example, direction, *rest) -> (weight, gradients like `tree`); `direction` is an int32 scalar.
-      tree: arrays, or their shapes and dtypes; and so are the others.
-      example: a single one.
-      rest: further arguments.
-      directions: m; `one` will be asked for the directions 0 to m - 1.
+      tree: arrays, or their shapes and dtypes.
+      example: a single example, as arrays or shapes and dtypes.
+      rest: further arguments of `one`, as arrays or shapes and dtypes.
+      directions: m; `one` is called with the directions 0 to m - 1.
     """
     parts = (tree, example, rest, jax.ShapeDtypeStruct((), "int32"))
     flat, treedef = jax.tree.flatten(parts)
-    # Shapes alone: arrays that lie on several devices would write them into the equations.
+    # Only shapes: arrays on several devices would write these devices into the equations.
     flat = [jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x for x in flat]
 
     def outputs(*leaves: Any) -> list[Any]:
@@ -115,18 +115,18 @@ def add(
     """Adds sum_i weights_i sum_c w_ic value(gradient of example i in direction c) to `total`.
 
     Args:
-      cut: of the function whose gradients are wanted.
+      cut: the cut of the function to differentiate.
       value: elementwise, such as the square; 0 at 0.
       total: a pytree like `tree`.
       tree: as given to `cut`.
-      chunk: b examples, a leading axis before the shapes of the one given to `cut`.
+      chunk: b examples: shaped like the one given to `cut`, with a leading axis.
       weights: [b], of the examples.
       rest: as given to `cut`.
-      constants: `cut.constants[1]`, an argument so that they are not baked into what is compiled.
-      one_by_one: whether the tails run example after example, as is best on CPU, or for all at once.
+      constants: `cut.constants[1]`, passed as an argument so that they are not compiled in.
+      one_by_one: whether the tails run example by example, as is best on CPU, or for all at once.
 
     Returns:
-      The new total, and [b] bool, whether all of an example's values are finite.
+      The new total, and [b] bool, whether all values of an example are finite.
     """
     b, m = len(weights), cut.directions
     front = cut.front
@@ -160,12 +160,12 @@ def add(
 
 
 def bytes_per_example(cut: Cut, one_by_one: bool) -> int:
-    """The most bytes that the head holds at a time for one example, as if nothing were fused.
+    """The peak memory of the head for one example, in bytes, as if nothing were fused.
 
-    An upper bound of what XLA plans with jax 0.10; with jax 0.12 it plans 4 % more for one function of the tests.
+    An upper bound on what XLA plans with jax 0.10; with jax 0.12 it plans 4 % more for one function of the tests.
 
-    What the most demanding tail makes comes on top: a gradient and its square, where all examples have theirs at once;
-    a few times a table's rows.
+    The largest tail is added: a gradient and its square, where those of all examples exist at once; a few times the
+    rows of an embedding table.
     """
 
     def size(v: Any) -> int:
@@ -186,7 +186,7 @@ def bytes_per_example(cut: Cut, one_by_one: bool) -> int:
 
     def tail_bytes(tail: Tail) -> int:
         scatter = _rows(tail)
-        if scatter is not None:  # which row is which, as booleans and as numbers, and three times the rows
+        if scatter is not None:  # which rows are equal, as booleans and as numbers, and three times the rows
             rows, item = scatter.invars[2].aval, tail.output.aval.dtype.itemsize
             d, s = rows.shape[-1], rows.size // rows.shape[-1]
             return s * s * (1 + item) + 3 * s * d * item
@@ -196,10 +196,10 @@ def bytes_per_example(cut: Cut, one_by_one: bool) -> int:
 
 
 def _tail(gradient: Any, producers: dict[Any, tuple[int, Any]]) -> Tail:
-    """From a gradient back to the inputs of the product that it is, past changes of layout and sums of products.
+    """Traces a gradient back to the inputs of its product, past changes of layout and sums of products.
 
-    If those are not smaller than the gradient itself, nothing is deferred. `producers` has the equation of each
-    variable and its place in the program.
+    If those are not smaller than the gradient itself, nothing is deferred. `producers` maps each variable to its
+    position in the program and its equation.
     """
     equations: dict[int, Any] = {}
     inputs: dict[Any, None] = {}
@@ -219,7 +219,7 @@ def _tail(gradient: Any, producers: dict[Any, tuple[int, Any]]) -> Tail:
             inputs[v] = None
             continue
         further = variables
-        if name in PRODUCTS:  # of what goes into a product, only constants such as a table of zeros are made again
+        if name in PRODUCTS:  # of a product's inputs, only constants such as a table of zeros are recomputed
             further = [x for x in variables if _constant(x, producers)]
         elif scaled:
             further = [max(variables, key=_size)]
@@ -239,7 +239,7 @@ def _add_leaf(
     total: Array, tail: Tail, env: dict[Any, Array], varies: dict[Any, tuple[bool, bool]], weights: Array,
     value: Callable[[Array], Array], one_by_one: bool,
 ) -> Array:  # fmt: skip
-    """Adds what the examples have to say of one leaf; `weights` are [b, m]."""
+    """Adds the weighted values of one leaf's gradients over all examples; `weights` are [b, m]."""
     weights = weights.astype(total.dtype)
 
     def gradient(values: Iterable[Any]) -> Array:
@@ -249,7 +249,7 @@ def _add_leaf(
         return value(jnp.asarray(out).astype(total.dtype))
 
     values = [env[v] for v in tail.inputs]
-    if not any(any(varies[v]) for v in tail.inputs):  # the same for all, as the zeros of what a loss does not use
+    if not any(any(varies[v]) for v in tail.inputs):  # the same for all, such as zeros where the loss ignores a leaf
         return total + weights.sum() * gradient(values)
     scatter = _rows(tail)
     if scatter is not None:
@@ -276,7 +276,7 @@ def _add_leaf(
 
 
 def _rows(tail: Tail) -> Any:
-    """The scatter of a looked-up table's gradient, if the tail is that and nothing else."""
+    """The scatter of an embedding table's gradient, if the tail is just that."""
     names = [e.primitive.name for e in tail.equations]
     if "scatter-add" not in names or set(names) - {"scatter-add", "broadcast_in_dim", "convert_element_type"}:
         return None
@@ -302,7 +302,7 @@ def _add_rows(
     total: Array, scatter: Any, env: dict[Any, Array], varies: dict[Any, tuple[bool, bool]], weights: Array,
     value: Callable[[Array], Array],
 ) -> Array:  # fmt: skip
-    """Adds to the rows that an example looked up. A row that it looked up twice has the sum of both as its gradient."""
+    """Adds to the rows that an example looked up. The gradient of a row that was looked up twice is the sum of both."""
     _, indices, updates = scatter.invars
     (b, m), d = weights.shape, total.shape[-1]
     ids = jnp.broadcast_to(_spread(env, indices, varies), (b, m, *indices.aval.shape)).reshape(b * m, -1)
@@ -316,7 +316,7 @@ def _add_rows(
 
 
 def _spread(env: dict[Any, Array], v: Any, varies: dict[Any, tuple[bool, bool]]) -> Array:
-    """A value with axes for examples and directions in front, of size 1 where it does not vary."""
+    """A value with leading axes for examples and directions, of size 1 where it does not vary."""
     if isinstance(v, Literal):
         return jnp.asarray(v.val)[None, None]
     example, direction = varies[v]
@@ -326,7 +326,7 @@ def _spread(env: dict[Any, Array], v: Any, varies: dict[Any, tuple[bool, bool]])
 
 
 def _inline(closed: Any, leaves: Sequence[Any]) -> list[Any]:
-    """Evaluates a jaxpr, and those inside its calls as if they were written out."""
+    """Evaluates a jaxpr with its inner calls inlined."""
     jaxpr = getattr(closed, "jaxpr", closed)
     env = dict(zip(jaxpr.invars, leaves, strict=True))
     env |= dict(zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True))
@@ -340,7 +340,7 @@ def _inline(closed: Any, leaves: Sequence[Any]) -> list[Any]:
 
 
 def _run(equations: Iterable[Any], env: dict[Any, Any]) -> None:
-    """Evaluates equations in order, from the variables in `env` and into it."""
+    """Evaluates equations in order, reading from and writing to `env`."""
     for e in equations:
         out = e.primitive.bind(*(_read(x, env) for x in e.invars), **e.primitive.get_bind_params(e.params))
         env.update(zip(e.outvars, out if e.primitive.multiple_results else [out], strict=True))

@@ -1,4 +1,4 @@
-"""Encoders of our own, and their pretrained weights."""
+"""Encoders and their pretrained weights."""
 
 from jpeft.models.bert import Bert, BertConfig, Intermediates
 

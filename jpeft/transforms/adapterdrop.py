@@ -16,7 +16,7 @@ from jpeft.transforms.parts.places import find_residual
 
 __all__ = ["adapterdrop", "drop_layers"]
 
-_DRAW = 0xAD  # folded into the step's key, so that no other method makes the same draw
+_DRAW = 0xAD  # folded into the step's key, so that the draw is independent of other methods
 
 
 def adapterdrop(
@@ -28,35 +28,35 @@ def adapterdrop(
     layers: Sequence[int] | None = None,
     targets: str = "ffn_add_norm",
 ) -> Transform:
-    """Pfeiffer adapters that work without those of the first layers.
+    """Pfeiffer adapters that also work without those of the first layers.
 
-    Robust training draws n from 0 ... L - 1 in every step, L being the number of layers of the model, and the layers
-    below n then act as if they had no adapter; so one module serves with any `drop`. At inference the first `drop`
-    layers have none: they are left out of the graph, and `fold` removes their leaves.
+    Robust training samples n from 0 ... L - 1 in every step, where L is the number of layers of the model, and the
+    layers below n act as if they had no adapter. So one module works with any `drop`. At inference the first `drop`
+    layers have no adapters: they are left out of the graph, and `fold` removes their leaves.
 
-    n is drawn inside the compiled step and layers are masked, so that nothing is compiled twice. It saves no training
-    time: the masked adapters are still computed, and the backward pass goes down to the lowest layer. A step compiled
-    for each n could stop above layer n - 1, which is (L - 1) / 2L of the encoder's backward pass on average, for L
-    compilations. With `robust=False` that is what happens for the single n = `drop` ("specialised" in the paper): those
-    layers have no leaves, in training neither, and XLA drops their backward pass.
+    n is sampled inside the compiled step and layers are masked, so nothing is compiled twice. This saves no training
+    time: the masked adapters are still computed, and the backward pass reaches the lowest layer. A step compiled for
+    each n could stop above layer n - 1, saving (L - 1) / 2L of the encoder's backward pass on average, for L
+    compilations. `robust=False` does that for the single n = `drop` ("specialised" in the paper): those layers have no
+    leaves even in training, and XLA drops their backward pass.
 
-    At inference an adapter costs 4 d b floating-point operations a token, those of dropped layers nothing; Pfeiffer's
-    second LayerNorm is saved with them. It cannot be merged.
+    At inference an adapter costs 4 d b floating-point operations per token. Dropped layers cost nothing, and save
+    Pfeiffer's second LayerNorm. It cannot be merged.
 
     Args:
       bottleneck: b; None means d / `reduction_factor`.
-      reduction_factor: d / b, read when `bottleneck` is None.
+      reduction_factor: d / b, used when `bottleneck` is None.
       activation: f, a name in `jpeft.models.bert.ACTIVATIONS`.
-      drop: how many of the model's first layers have no adapter at inference, and without `robust` in training too.
-      robust: whether training draws how many layers to leave out.
+      drop: the number of first layers without an adapter at inference; without `robust`, also in training.
+      robust: whether training samples the number of layers to leave out.
       layers: adapters only in these layers; None means all.
       targets: pattern of sites with arguments (hidden, residual) in layers, see `jpeft.find`.
 
     Returns:
-      A transform with leaves as those of `jpeft.pfeiffer`; if robust, with L as {"fixed": {"num_layers": int32}}.
+      A transform with the leaves of `jpeft.pfeiffer`; if robust, with L as {"fixed": {"num_layers": int32}}.
 
     Raises:
-      UserError: if an option is out of range; in `init`, if a target is missing or in no layer, or none is left.
+      UserError: if an option is out of range; in `init`, if a target is missing or not in a layer, or none is left.
     """
     spec = checked(Bottleneck(bottleneck, reduction_factor, activation))
     if isinstance(drop, bool) or not isinstance(drop, int) or drop < 0:
@@ -67,7 +67,7 @@ def adapterdrop(
         where = find_residual(sites, targets, layers)
         for site in where:
             if site.layer is None:
-                raise UserError(f"site {site.path!r} is in no layer: adapterdrop counts layers")
+                raise UserError(f"site {site.path!r} is not in a numbered layer, which adapterdrop needs")
         num_layers = max(layers_of(sites)) + 1
         if not any(site.layer >= drop for site in where if site.layer is not None):
             raise UserError(f"drop {drop} leaves no adapter: the last one is in layer {where[-1].layer}")
@@ -99,17 +99,17 @@ def adapterdrop(
 
 
 def drop_layers(leaves: Leaves, n: int) -> Leaves:
-    """The leaves of an instance without those in the model's first n layers; what is in no layer stays.
+    """The leaves of an instance without those in the model's first n layers; leaves in no layer stay.
 
     >>> drop_layers({"encoder/layer_0/ffn_add_norm": {}, "encoder/layer_1/ffn_add_norm": {}}, 1)
     {'encoder/layer_1/ffn_add_norm': {}}
 
     Args:
       leaves: {site path: leaves} of one instance of any method.
-      n: how many layers.
+      n: the number of layers.
 
     Returns:
-      A new dict that holds what is left by reference.
+      A new dict that refers to the remaining leaves.
     """
     where = {path: None if path == SHARED else layer_of(path) for path in leaves}
     return {path: own for path, own in leaves.items() if (layer := where[path]) is None or layer >= n}

@@ -11,7 +11,7 @@ __all__ = ["bitfit"]
 
 
 def bitfit(layers: Sequence[int] | None = None, targets: str = ALL) -> Transform:
-    """Trains every bias, those of LayerNorms and pooler included (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199).
+    """Trains every bias, including those of LayerNorms and pooler (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199).
 
     Args:
       layers: only in these layers; None means everywhere.
@@ -21,6 +21,6 @@ def bitfit(layers: Sequence[int] | None = None, targets: str = ALL) -> Transform
       A transform with leaves {path: {"bias": [n]}}.
 
     Raises:
-      UserError: in `init`, if a target is missing, there is no bias, or no parameters are given.
+      UserError: in `init`, if a target is missing, no target has a bias, or no parameters are given.
     """
     return retrain("bitfit", lambda sites: find_with_params(sites, targets, layers), lambda name: name == "bias")

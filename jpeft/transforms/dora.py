@@ -37,30 +37,29 @@ def dora(
 ) -> Transform:
     """y = x W' diag(m / |W'|) + bias with W' = W + (alpha / rank) A B and |W'| the norms of its columns.
 
-    LoRA turns the columns of W, the magnitude m [out] sets their lengths. m starts as |W| and B as 0, so a fresh DoRA
-    leaves the output unchanged. As in section 4.3 of the paper (and in peft), |W'| is taken for a constant when
-    gradients are made. The norm needs A B once a forward pass, [in, out] and independent of the input; the output is
-    put together from x W and (x A) B. `merge` makes inference free.
+    LoRA sets the directions of the columns of W, the magnitude m [out] their lengths. m starts as |W| and B as 0, so a
+    fresh DoRA leaves the output unchanged. As in section 4.3 of the paper (and in peft), gradients treat |W'| as a
+    constant. The norm needs A B, [in, out] and independent of the input, once per forward pass; the output is computed
+    from x W and (x A) B. After `merge`, inference costs nothing.
 
-    |W'| is that of the base's W alone. So where it comes after another member of a chain, such as a LoRA at the same
-    site, neither of the two can be merged; written first, it can.
+    |W'| uses only the base's W. So where DoRA comes after another member of a chain, such as a LoRA at the same site,
+    neither of the two can be merged; if it comes first, it can.
 
     Args:
       rank: r, the inner dimension.
       alpha: the scale's numerator.
       targets: pattern of the Dense layers, see `jpeft.find`.
       layers: only in these layers; None means all.
-      dropout: rate at which entries of x are dropped on their way into A, in training. (In peft, x is dropped in
-        (m / |W'| - 1) x W as well.)
+      dropout: rate of dropout on the input of A, in training. (In peft, x is also dropped in (m / |W'| - 1) x W.)
       rank_pattern: {pattern: rank}, as in `lora`.
       alpha_pattern: {pattern: alpha}, as in `lora`.
-      learning_rate_ratio: B's learning rate over the others'.
+      learning_rate_ratio: B's learning rate divided by that of the other leaves.
 
     Returns:
       A transform with leaves {path: {"a": [in, rank], "b": [rank, out], "magnitude": [out]}}.
 
     Raises:
-      UserError: as `lora`; in `init`, if it is not given the parameters to start from.
+      UserError: as `lora`; in `init`, if no parameters are given.
     """
     spec = low_rank(rank, alpha, targets, layers, dropout, rank_pattern, alpha_pattern)
 
@@ -80,7 +79,7 @@ def dora(
         factor = (leaves["magnitude"] / norms).reshape(row)
         linear = y - base["bias"].astype(y.dtype).reshape(row) if "bias" in base else y
         update = product(spec, x, leaves["a"], leaves["b"], site, ctx, y)
-        # Written as changes to y, so that a fresh one changes nothing.
+        # Written as changes to y, so that a fresh DoRA changes nothing.
         scale = scale_at(spec, site.path, leaves)
         return y + linear * (factor - 1).astype(y.dtype) + update * (scale * factor).astype(y.dtype)
 
@@ -96,13 +95,13 @@ def dora(
 
 
 def _updated(spec: LowRank, path: str, leaves: Leaves, kernel: Array) -> Array:
-    """W + scale A B as a matrix [in, out], exact in float32 wherever it runs: a norm of it divides the output."""
+    """W + scale A B as a matrix [in, out], in full float32 on every device: the output is divided by its norm."""
     update = jnp.matmul(leaves["a"], leaves["b"], precision=jax.lax.Precision.HIGHEST)
     return kernel.reshape(update.shape) + scale_at(spec, path, leaves) * update
 
 
 def _axes(leaves: Leaves, kernel: Array) -> int:
-    """How many of the kernel's last axes are the output's."""
+    """The number of the kernel's last axes that belong to the output."""
     n = next(n for n in range(1, kernel.ndim) if math.prod(kernel.shape[-n:]) == leaves["b"].shape[-1])
     return n
 

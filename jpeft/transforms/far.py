@@ -1,18 +1,18 @@
-"""Freeze and reconfigure: the feed-forward nodes that move most in a short priming train on, the others freeze.
+"""Freeze and reconfigure: only the feed-forward nodes that move most in a short priming phase are trained.
 
 Vucetic et al. 2022, arXiv:2205.01541. A node of a feed-forward network is a column of the first kernel with its bias
-and the row of the second kernel that reads it. Priming trains the feed-forward networks for a few steps; each node is
-ranked by the L1 distance that its weights went; the top ones of each layer become a smaller feed-forward network that
-trains, and the rest, with everything else, stays frozen.
+and the row of the second kernel that reads it. Priming trains the feed-forward networks for a few steps and ranks each
+node by the L1 distance that its weights moved. The top nodes of each layer become a smaller feed-forward network that
+trains; everything else stays frozen.
 
-Here the base is not rearranged. The frozen network runs as it is, and the trained nodes add how far they have gone:
+Here the base is not rearranged. The frozen network runs as is, and the trained nodes add their change:
 
     first:   h = x W1 + b1,     h[nodes] += x A1 + c1
     second:  y = h W2 + b2,     y        += h[nodes] A2
 
 with leaves {first: {"kernel": A1 [d, k], "bias": c1 [k]}, second: {"kernel": A2 [k, d]}}, which start at zero. The sum
-over nodes needs no permutation, and only gradients of the k nodes are computed. As differences, they decay towards the
-pretrained weights rather than towards zero. `merge` adds them to the base.
+over nodes needs no permutation, and gradients are computed only for the k nodes. Since the leaves are differences,
+weight decay pulls towards the pretrained weights, not towards zero. `merge` adds them to the base.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,20 +43,20 @@ def far(
     layers: Sequence[int] | None = None,
     targets: str = "ffn",
 ) -> Transform:
-    """Trains the feed-forward nodes that move most in a priming of `num_examples / batch_size` steps.
+    """Trains the feed-forward nodes that move most in a priming phase of `num_examples / batch_size` steps.
 
-    `init` takes the first nodes of each layer; `prepare` primes on data and takes the ones that moved most.
+    `init` selects the first nodes of each layer; `prepare` primes on data and selects those that moved most.
 
     Args:
-      ratio: share of the nodes of each feed-forward network that trains, at least one.
-      num_examples: how many examples the priming sees, once each.
+      ratio: fraction of the nodes of each feed-forward network to train; at least one is trained.
+      num_examples: the number of examples for priming, each used once.
       batch_size: of the priming.
       learning_rate: of the priming, with Adam.
       layers: only in these layers; None means all.
-      targets: pattern of modules that hold two Dense layers, "intermediate" and "output", see `jpeft.find`.
+      targets: pattern of modules with two Dense layers, "intermediate" and "output", see `jpeft.find`.
 
     Returns:
-      A transform with leaves as above, each with the numbers of its nodes under "fixed".
+      A transform with leaves as above, each with the indices of its nodes under "fixed".
 
     Raises:
       UserError: if an option is out of range; in `init`, if a target is missing.
@@ -107,7 +107,7 @@ def far(
 
 
 def distances(before: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarray:
-    """How far each node of a feed-forward network went, in L1: its column, its bias and its row; [nodes]."""
+    """The L1 distance that each node of a feed-forward network moved: its column, bias and row; [nodes]."""
     gone = jax.tree.map(lambda a, b: np.abs(np.asarray(b, np.float64) - np.asarray(a, np.float64)), before, after)
     return gone[FIRST]["kernel"].sum(0) + gone[FIRST]["bias"] + gone[SECOND]["kernel"].sum(1)
 
@@ -115,7 +115,7 @@ def distances(before: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarray
 def _prime(setting: Setting, nets: Leaves, num_examples: int, batch_size: int, rate: float) -> dict[str, np.ndarray]:
     """The distances of every node of the networks {path: parameters} after training them for a few steps."""
     optimizer, examples = optax.adam(rate), setting.sample(num_examples)
-    # Without its own leaves, which would hold the nodes that were taken at first to where they are.
+    # Without its own leaves, which `init` put at the first nodes.
     bare = {**setting.variables, "peft": {**setting.variables["peft"], setting.instance: {}}}
     n = len(jax.tree.leaves(examples)[0])
 
@@ -138,7 +138,7 @@ def _prime(setting: Setting, nets: Leaves, num_examples: int, batch_size: int, r
 
 
 def _is_network(sites: Sites, site: Site) -> bool:
-    """Whether a module holds two Dense layers of the names that FAR reads, which no scan stacks."""
+    """Whether a module has the two Dense layers that FAR needs, not stacked by a scan."""
     pair = [sites.get(f"{site.path}/{name}") for name in (FIRST, SECOND)]
     return all(site is not None and {"kernel", "bias"} <= set(site.params) and site.stack == () for site in pair)
 
@@ -148,7 +148,7 @@ def _num_nodes(sites: Sites, path: str) -> int:
 
 
 def _take(sites: Sites, nodes: Mapping[str, Any]) -> Leaves:
-    """Leaves at zero for the given nodes of the feed-forward networks at the given paths."""
+    """Zero leaves for the given nodes of the feed-forward networks at the given paths."""
     leaves: Leaves = {}
     for path, index in nodes.items():
         first, second = f"{path}/{FIRST}", f"{path}/{SECOND}"

@@ -28,25 +28,25 @@ def fish(
     """FISH mask: trains the entries with the largest Fisher information (Sung et al. 2021, arXiv:2111.09839).
 
     The budget is int(ratio * all parameters of the model), or `count`. The head always trains and is part of it, as in
-    the reference (varunnair18/FISH); the rest goes to the entries whose Fisher information is largest, over all targets
-    together. `init` draws entries at random; `prepare` chooses them by data.
+    the reference (varunnair18/FISH); the rest goes to the entries with the largest Fisher information, over all targets
+    together. `init` chooses entries at random; `prepare` chooses them from data.
 
     Args:
-      ratio: trained share of all parameters.
+      ratio: trained fraction of all parameters.
       count: the number of trained entries, in place of `ratio`.
-      num_examples: how many training examples the information is averaged over.
-      labels: "empirical" takes the true label of each example, "expected" all labels as probable as the model holds
-        them, "sampled" one drawn from the model.
+      num_examples: the number of training examples to average the information over.
+      labels: "empirical" uses the true label of each example, "expected" all labels, weighted by the model's
+        probabilities, "sampled" one label sampled from the model.
       values: "square" or "absolute" values of the gradients.
-      head_counts: whether the head is part of the budget; otherwise it trains on top of it.
+      head_counts: whether the head is part of the budget; otherwise it trains in addition to it.
       targets: pattern of the sites whose entries can be chosen, see `jpeft.find`.
 
     Returns:
-      A transform with leaves as above.
+      A transform with leaves as in `jpeft.transforms.parts.entries`.
 
     Raises:
-      UserError: if an option is out of range; in `init`, if the budget does not even hold the head, or is larger than
-        all there is.
+      UserError: if an option is out of range; in `init`, if the budget is smaller than the head or larger than the
+        number of entries that can train.
     """
     sizes(num_examples=num_examples)
     for name, value, known in (("labels", labels, LABELS), ("values", values, VALUES)):
@@ -58,7 +58,7 @@ def fish(
         params = setting.variables["params"]
         candidates = candidates_of(params, setting.sites, targets)
         part = unflatten({(*path.split("/"), name): x for (path, name), x in candidates.items()})
-        # Without its own leaves, which would stand in the place of the entries that were drawn at first.
+        # Without its own leaves, which would replace the entries that `init` chose at random.
         rest = {"params": params, "peft": {**setting.variables["peft"], setting.instance: {}}}
         of = setting.loss if labels == "empirical" else setting.logits
 

@@ -1,4 +1,4 @@
-"""Houlsby adapters: two bottlenecks a layer, after attention and after the feed-forward (arXiv:1902.00751)."""
+"""Houlsby adapters: two bottlenecks per layer, after attention and after the feed-forward (arXiv:1902.00751)."""
 
 from collections.abc import Sequence
 
@@ -32,23 +32,23 @@ def houlsby(
 
     Args:
       bottleneck: b; None means d / `reduction_factor`.
-      reduction_factor: d / b, read when `bottleneck` is None.
+      reduction_factor: d / b, used when `bottleneck` is None.
       activation: f, a name in `jpeft.models.bert.ACTIVATIONS`.
       layers: only in these layers; None means all.
       targets: pattern of sites with arguments (hidden, residual), see `jpeft.find`.
-      scale: a constant factor on what the adapter adds, or where a learned one starts.
+      scale: a constant factor on the adapter's output, or the initial value of a learned one.
       learned_scale: whether the factor is trained.
-      gate: whether a gate opens the adapter for each example, as in UniPELT, see `jpeft.transforms.parts.gate`.
-      ln_before: whether the adapter has a LayerNorm of its own before `down`.
-      ln_after: whether it has one on what it adds.
+      gate: whether a gate scales the adapter for each example, as in UniPELT, see `jpeft.transforms.parts.gate`.
+      ln_before: whether the adapter has its own LayerNorm before `down`.
+      ln_after: whether it has its own LayerNorm on its output.
 
     Returns:
       A transform with leaves {path: {"down": {"kernel": [d, b], "bias": [b]}, "up": {"kernel": [b, d], "bias": [d]}}},
-      and as chosen "scale" [1], "gate" {"kernel": [d, 1], "bias": [1]}, "ln_before" and "ln_after" {"scale": [d],
+      and optionally "scale" [1], "gate" {"kernel": [d, 1], "bias": [1]}, "ln_before" and "ln_after" {"scale": [d],
       "bias": [d]}.
 
     Raises:
-      UserError: if a size is out of range or the activation unknown; in `init`, if a target is missing.
+      UserError: if a size is out of range or the activation is unknown; in `init`, if a target is missing.
     """
     spec = checked(
         Bottleneck(bottleneck, reduction_factor, activation, scale, learned_scale, gate, ln_before, ln_after)

@@ -18,18 +18,18 @@ from jpeft.transforms.parts.low_rank import dense_shape, find_dense, flat
 __all__ = ["ia3"]
 
 PLACES = {"after": "ffn/output", "before": "ffn/intermediate"}
-_READS = re.compile(r"(?:.*/)?output")  # Dense layers whose input is scaled; of all others it is the output
+_READS = re.compile(r"(?:.*/)?output")  # Dense layers whose input is scaled; for all others it is the output
 
 
 def ia3(placement: str = "after", targets: str | None = None, layers: Sequence[int] | None = None) -> Transform:
-    """Scales keys and values by vectors of ones, and the feed-forward's inner activations before or after the GELU.
+    """Scales keys, values and the feed-forward's inner activations, before or after the GELU, by trained vectors.
 
-    y = (x W + b) * l at key, value and `ffn/intermediate`; y = (x * l) W + b at `ffn/output`. A fresh one changes
-    nothing, bit by bit. It merges into kernels and biases, and then costs nothing at inference.
+    y = (x W + b) * l at key, value and `ffn/intermediate`; y = (x * l) W + b at `ffn/output`. l starts at 1, so a fresh
+    (IA)3 leaves the output bit-identical. Merged into kernels and biases, it costs nothing at inference.
 
     Args:
-      placement: "after" the activation, as the paper and Hugging Face peft have it, or "before" it, as AdapterHub.
-      targets: pattern of the Dense layers, see `jpeft.find`, in the place of key, value and `placement`. Layers named
+      placement: "after" the activation, as in the paper and Hugging Face peft, or "before" it, as in AdapterHub.
+      targets: pattern of the Dense layers, see `jpeft.find`, in place of key, value and `placement`. Layers named
         "output" are scaled at their input, all others at their output. peft's own default for BERT is
         "key|value|attention/output|ffn/output".
       layers: only in these layers; None means all.
@@ -66,7 +66,7 @@ def ia3(placement: str = "after", targets: str | None = None, layers: Sequence[i
             if _READS.fullmatch(path):
                 rows = old["kernel"].reshape(len(scale), -1) * scale[:, None]
                 return {**old, "kernel": rows.reshape(old["kernel"].shape)}
-            # kernel and bias, if there is one, end in the axes that are scaled
+            # the last axes of kernel and bias, if any, are the scaled ones
             return {name: _scaled(x, scale) for name, x in old.items()}
 
         return merge_sites(leaves, params, merged)

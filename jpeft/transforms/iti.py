@@ -1,10 +1,10 @@
 """Inference-time intervention: shift the output of a few attention heads along a direction that a probe found.
 
 Li et al. 2023, arXiv:2306.03341; reference: likenneth/honest_llama. No training: a logistic probe on the output of
-every attention head tells two classes of examples apart; the heads whose probes do best are shifted along the
-difference of their class means, at every token, where the heads enter the attention's output projection. There the
-shift is a constant vector, so it folds into the projection's bias and costs nothing. Probes read the first token, as
-the classifiers here do; the reference, a language model, reads the last.
+each attention head separates two classes of examples. The heads with the most accurate probes are shifted along the
+difference of their class means, at every token, before the attention's output projection. The shift is a constant
+vector, so it folds into the projection's bias and costs nothing. Probes read the first token, as the classifiers here
+do; the reference, a language model, reads the last.
 
     heads = activations(model, params, ids, mask)
     found = probe(heads[train], labels[train], heads[held_out], labels[held_out])
@@ -34,7 +34,7 @@ CORE, OUTPUT = "attention/core", "attention/output"
 
 
 class Probes(NamedTuple):
-    """What the probes of all heads found.
+    """The results of the probes of all heads.
 
     Attributes:
       accuracy: [L, h], on held-out examples.
@@ -59,16 +59,16 @@ def activations(
 ) -> np.ndarray:
     """The outputs of every attention head at the first token.
 
-    With a prompt the first token is a virtual one, which is what the head reads then.
+    With a prompt, the first token is a virtual one, which the head then reads.
 
     Args:
       model: a `jpeft.models.Bert`, or any model with sites "attention/core" that return [b, h, t, k].
       params: its parameters.
       input_ids: [n, t].
       mask: [n, t], 0 for padding.
-      token_type_ids: [n, t], which text of a pair a token is of; None means 0.
+      token_type_ids: [n, t], the text of a pair that a token belongs to; None means 0.
       batch_size: rows at a time.
-      transform: the method that the model was trained with, where it was not merged.
+      transform: the method that the model was trained with, if not merged.
       leaves: its leaves.
 
     Returns:
@@ -80,7 +80,7 @@ def activations(
 
     @jax.jit
     def run(params: Params, leaves: Leaves, ids: Array, mask: Array, types: Array) -> Array:
-        # A wrap that kept what it sees would leak tracers under remat; linen's own collection gets out.
+        # A wrap that stored its arguments would leak tracers under remat; linen's own collection does not.
         _, kept = apply(
             model,
             method,
@@ -100,12 +100,12 @@ def activations(
 
 
 def probe(train: np.ndarray, train_labels: np.ndarray, held_out: np.ndarray, held_out_labels: np.ndarray) -> Probes:
-    """Fits a logistic probe to every head, and measures the direction between the classes.
+    """Fits a logistic probe to every head and computes the direction between the classes.
 
     Args:
       train: [n, L, h, k], from `activations`.
       train_labels: [n], 0 or 1.
-      held_out: [m, L, h, k], to tell how well the probes do.
+      held_out: [m, L, h, k], to measure the accuracy of the probes.
       held_out_labels: [m].
 
     Raises:
@@ -114,7 +114,7 @@ def probe(train: np.ndarray, train_labels: np.ndarray, held_out: np.ndarray, hel
     from sklearn.linear_model import LogisticRegression
 
     if set(np.unique(train_labels)) != {0, 1}:
-        raise UserError(f"probes tell labels 0 and 1 apart, got {sorted(set(np.unique(train_labels).tolist()))}")
+        raise UserError(f"probes need the labels 0 and 1, got {sorted(set(np.unique(train_labels).tolist()))}")
     if (
         train.shape[1:] != held_out.shape[1:]
         or len(train) != len(train_labels)
@@ -132,21 +132,20 @@ def probe(train: np.ndarray, train_labels: np.ndarray, held_out: np.ndarray, hel
 
 
 def iti(probes: Probes, num_heads: int = 48, strength: float = 15.0, targets: str = OUTPUT) -> Transform:
-    """Shifts the heads whose probes do best towards class 1: x + strength * deviation * direction.
+    """Shifts the heads with the most accurate probes towards class 1: x + strength * deviation * direction.
 
     Args:
       probes: from `probe`.
-      num_heads: how many heads are shifted; all of them if there are fewer. The first of equally good ones win.
-      strength: alpha; negative towards class 0.
-      targets: pattern of the attention's output projections, one a layer, see `jpeft.find`.
+      num_heads: the number of heads to shift, or all if there are fewer. Ties go to the earlier head.
+      strength: alpha; negative values shift towards class 0.
+      targets: pattern of the attention's output projections, one per layer, see `jpeft.find`.
 
     Returns:
       A transform with leaves {path: {"fixed": {"shift": [d]}}} where a head is shifted; nothing trains. It merges into
       the bias of the projection.
 
     Raises:
-      UserError: if `num_heads` is not a positive integer; in `init`, if the projections are not those of the probed
-        layers.
+      UserError: if `num_heads` is not a positive integer; in `init`, if the projections do not match the probed layers.
     """
     sizes(num_heads=num_heads)
     positive(strength=abs(strength))

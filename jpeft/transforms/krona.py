@@ -1,4 +1,4 @@
-"""KronA: a Kronecker product beside any Dense layer (Edalati et al. 2022, arXiv:2212.10650)."""
+"""KronA: a Kronecker product added to any Dense layer (Edalati et al. 2022, arXiv:2212.10650)."""
 
 import math
 from collections.abc import Sequence
@@ -26,27 +26,27 @@ def krona(
 ) -> Transform:
     """y = x W + s x (A kron B), with W frozen.
 
-    A [a1, a2] starts from U(-1/sqrt(a1), 1/sqrt(a1)) and B [in / a1, out / a2] from 0, so a fresh one leaves the
+    A [a1, a2] starts from U(-1/sqrt(a1), 1/sqrt(a1)) and B [in / a1, out / a2] from 0, so a fresh KronA leaves the
     output bit-identical. The rank of the update is the product of the factors' ranks: with as many parameters as a
     LoRA of rank 1, it can be full. With x as an [a1, in / a1] matrix X, x (A kron B) is A' X B, so two small products
-    do and the [in, out] product is made by `merge` alone; after that inference costs nothing.
+    are enough. Only `merge` computes the [in, out] product; after that inference costs nothing.
 
     Args:
-      shape: (a1, a2), which divide in and out; None takes the factors of in and out next to their square roots, the
-        larger of in's in A and of out's in B. For [768, 768] that is [32, 24] and [24, 32], and as many parameters as
-        a LoRA of rank 1 has.
+      shape: (a1, a2), which divide in and out; None uses the factors of in and out nearest to their square roots, in's
+        larger one in A and out's larger one in B. For [768, 768] that is [32, 24] and [24, 32], as many parameters as
+        a LoRA of rank 1.
       scale: s. 8 is our choice: on one small random model it learned as fast as a LoRA does at half the learning rate,
         where 1 took about ten times LoRA's.
       targets: pattern of the Dense layers, see `jpeft.find`.
       layers: only in these layers; None means all.
-      dropout: rate at which entries of x are dropped on their way into the product, in training.
+      dropout: rate of dropout on x before the product, in training.
 
     Returns:
       A transform with leaves {path: {"a": [a1, a2], "b": [in / a1, out / a2]}}.
 
     Raises:
-      UserError: if an option is out of range; in `init`, if a target is missing or is not a Dense layer, or if the
-        shape does not divide its kernel's.
+      UserError: if an option is out of range; in `init`, if a target is missing or is not a Dense layer, or if `shape`
+        does not divide the shape of its kernel.
     """
     positive(scale=scale)
     rate(dropout=dropout)
@@ -85,5 +85,5 @@ def krona(
 
 
 def _divisor(n: int) -> int:
-    """The largest divisor of n that is not above its square root."""
+    """The largest divisor of n that is at most its square root."""
     return next(k for k in range(math.isqrt(n), 0, -1) if n % k == 0)

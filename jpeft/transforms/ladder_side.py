@@ -1,4 +1,4 @@
-"""Ladder-side tuning: a narrow network beside the frozen encoder, so that no gradient passes through the encoder.
+"""Ladder-side tuning: a narrow side network, so that no gradient passes through the frozen encoder.
 
 Sung et al. 2022, arXiv:2206.06522; reference: ylsung/Ladder-Side-Tuning. With backbone states h_0 (embeddings), h_1,
 ..., h_L behind a stop_gradient and a side network of width s = d / reduction_factor:
@@ -7,8 +7,8 @@ Sung et al. 2022, arXiv:2206.06522; reference: ylsung/Ladder-Side-Tuning. With b
     side_i = block_i(g_i side_(i-1) + (1 - g_i) down_i(h_i)),  g_i = sigmoid(alpha_i / 0.1),  i = 1 ... L
     encoder output = up(side_L)
 
-The blocks are those of BERT, with their own weights. Training needs neither the backward pass of the encoder nor its
-activations. At inference it costs about one part in `reduction_factor` of the encoder on top, and it cannot be merged.
+The blocks are BERT layers with their own weights. Training needs neither the backward pass of the encoder nor its
+activations. At inference it adds about 1 / `reduction_factor` of the encoder's cost, and it cannot be merged.
 """
 
 from collections.abc import Mapping
@@ -39,20 +39,20 @@ def ladder_side(
 ) -> Transform:
     """A side network of width d / `reduction_factor` for one encoder.
 
-    The side blocks start as the backbone's, cut down to what matters most: the same dimensions of the residual stream
-    in all layers, and in each layer as many channels of each head and feed-forward nodes as fit, those of the largest
-    total importance. The importance of a weight is its magnitude or its Fisher information. Down- and up-samplers start
-    from U(-1/sqrt(in), 1/sqrt(in)), alphas from 0.
+    The side blocks start as copies of the backbone's, cut down to their most important parts: the same dimensions of
+    the residual stream in all layers and, per layer, the channels of each head and the feed-forward nodes with the
+    largest total importance. The importance of a weight is its magnitude or its Fisher information. Down- and
+    up-samplers start from U(-1/sqrt(in), 1/sqrt(in)), alphas from 0.
 
     Args:
       reduction_factor: d / s; it must divide the head width and the feed-forward width.
-      init_from: "magnitude" and "fisher" are importances; with "random" all kernels start as the samplers do.
-      num_examples: how many examples the Fisher information is measured on.
-      targets: pattern of the site with arguments (hidden, mask) and result (hidden, all states), see `jpeft.find`.
+      init_from: the importance, "magnitude" or "fisher"; with "random" all kernels start as the samplers do.
+      num_examples: the number of examples for the Fisher information.
+      targets: pattern of the site with arguments (hidden, mask) and output (hidden, all states), see `jpeft.find`.
 
     Returns:
       A transform with leaves {path: {"down": linear [L + 1, d, s], "up": linear [s, d], "alpha": [L], "blocks": the
-      parameters of a BERT layer with a leading axis L, heads apart: query [L, s, h, k], output [L, h, k, s]}}.
+      parameters of a BERT layer with a leading axis L, split by head: query [L, s, h, k], output [L, h, k, s]}}.
 
     Raises:
       UserError: if an option is out of range; in `init`, if the target is not an encoder of BERT layers, the factor
@@ -64,7 +64,7 @@ def ladder_side(
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         if params is None and init_from != "random":
-            raise UserError("ladder_side starts from the model's parameters: give `params` to init")
+            raise UserError("ladder_side starts from the model's parameters: pass `params` to init")
 
         def make(key: Array, site: Site) -> Leaves:
             heads = _heads(sites, site)
@@ -76,7 +76,7 @@ def ladder_side(
 
     def prepare(setting: Setting) -> Leaves:
         params, own = setting.variables["params"], setting.variables["peft"][setting.instance]
-        # Without the side network, the gradients of the backbone are those of the plain model.
+        # Without the side network, so that the gradients are those of the plain model.
         rest = {"params": params, "peft": {**setting.variables["peft"], setting.instance: {}}}
         leaves: Leaves = {}
         for path in own:
@@ -134,7 +134,7 @@ def _heads(sites: Sites, site: Site) -> int:
 def _start(
     key: Array, site: Site, heads: int, factor: int, layers: Any, importance: Mapping[str, Any] | None
 ) -> Leaves:
-    """The leaves: samplers drawn, blocks cut out of the backbone's layers, or drawn if there is no importance."""
+    """The leaves: random samplers, and blocks cut out of the backbone's layers, or random if there is no importance."""
     d = site.args[0].shape[-1]
     names = sorted(site.params, key=lambda name: int(name.removeprefix("layer_")))
     inner = site.params[names[0]]["ffn"]["intermediate"]["kernel"].shape[1]
@@ -177,7 +177,7 @@ def _drawn(key: Array, s: int, heads: int, k: int, nodes: int) -> Leaves:
 
 
 def _stream(layer: Any) -> Array:
-    """The importance [d] of each dimension of the residual stream: of all weights of a layer that read or write it."""
+    """The importance [d] of each residual stream dimension: of all weights of a layer that read or write it."""
     attention, ffn = layer["attention"], layer["ffn"]
     read = [attention[name]["kernel"] for name in ("query", "key", "value")] + [ffn["intermediate"]["kernel"]]
     written = [attention["output"]["kernel"], ffn["output"]["kernel"]]
@@ -190,7 +190,7 @@ def _top(scores: Array, n: int) -> Array:
 
 
 def _cut(layer: Any, importance: Any, stream: Array, heads: int, k: int, nodes: int) -> Leaves:
-    """One backbone layer, cut down to the chosen stream dimensions and to its own best channels and nodes."""
+    """One backbone layer, cut down to the chosen stream dimensions and its own best channels and nodes."""
 
     def per_head(w: Array) -> Array:  # [d, h * c] or [h * c] to [..., h, c]
         return w.reshape(*w.shape[:-1], heads, -1)
@@ -199,7 +199,7 @@ def _cut(layer: Any, importance: Any, stream: Array, heads: int, k: int, nodes: 
     out = attention["output"]["kernel"].T
     of = {name: per_head(score[name]["kernel"].sum(0)) for name in ("query", "key", "value")}
     written = per_head(score["output"]["kernel"].sum(1))
-    # Query and key meet channel by channel, and so do value and output.
+    # Channels of query and key must match, and so must those of value and output.
     matched = {"query": of["query"] + of["key"], "value": of["value"] + written}
     best = {name: _top(scores, k) for name, scores in matched.items()}
     best["key"] = best["query"]

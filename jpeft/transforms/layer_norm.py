@@ -1,4 +1,4 @@
-"""Trains the LayerNorms alone (Houlsby et al. 2019, arXiv:1902.00751)."""
+"""Trains only the LayerNorms (Houlsby et al. 2019, arXiv:1902.00751)."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ __all__ = ["layer_norm"]
 
 
 def layer_norm(layers: Sequence[int] | None = None, targets: str = ALL) -> Transform:
-    """Trains the LayerNorms, as Houlsby et al. 2019 (arXiv:1902.00751) do beside their adapters.
+    """Trains the LayerNorms, as Houlsby et al. 2019 (arXiv:1902.00751) do along with their adapters.
 
     Args:
-      layers: only in these layers; None means everywhere, the embeddings' LayerNorm included.
+      layers: only in these layers; None means everywhere, including the embeddings' LayerNorm.
       targets: pattern of the normalisation layers, see `jpeft.find`.
 
     Returns:

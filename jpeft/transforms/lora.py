@@ -42,29 +42,29 @@ def lora(
     """y = x W + (alpha / rank) x A B, with W frozen.
 
     A [in, rank] starts from U(-1/sqrt(in), 1/sqrt(in)), B [rank, out] from 0, so a fresh LoRA leaves the output
-    bit-identical (compiled, the last bit behind `attention/output` depends on the version of XLA). The product is taken
-    as (x A) B: a materialised W + A B costs more in training and is only made by `merge`, after which inference costs
-    nothing.
+    bit-identical (when compiled, the last bit after `attention/output` depends on the version of XLA). The product is
+    computed as (x A) B: a materialised W + A B costs more in training. Only `merge` computes it; after that inference
+    costs nothing.
 
-    With `gate`, as in UniPELT (arXiv:2110.07577), a gate takes the place of alpha / rank: the mean over an example's
-    real tokens of sigmoid(x w + b), see `jpeft.transforms.parts.gate`. It depends on the input, so it cannot be merged,
-    and inference costs 2 rank (in + out) + 2 in floating-point operations a token.
+    With `gate`, as in UniPELT (arXiv:2110.07577), a gate replaces alpha / rank: the mean over an example's real tokens
+    of sigmoid(x w + b), see `jpeft.transforms.parts.gate`. It depends on the input, so it cannot be merged, and
+    inference costs 2 rank (in + out) + 2 in floating-point operations per token.
 
     Args:
       rank: r, the inner dimension.
       alpha: the scale's numerator.
       targets: pattern of the Dense layers, see `jpeft.find`.
       layers: only in these layers; None means all.
-      dropout: rate at which entries of x are dropped on their way into A, in training.
-      rank_pattern: {pattern: rank} for sites that want another one, {"layer_[0-3]/.*": 4} for instance. Patterns match
-        as in `jpeft.find`; of several the first one counts.
-      alpha_pattern: {pattern: alpha}, likewise.
-      learning_rate_ratio: B's learning rate over A's. LoRA+ (Hayou et al. 2024, arXiv:2402.12354) advises 16.
-      gate: whether a gate takes the place of the scale.
+      dropout: rate of dropout on the input of A, in training.
+      rank_pattern: {pattern: rank} for sites with a different rank, such as {"layer_[0-3]/.*": 4}. Patterns match as in
+        `jpeft.find`; the first match counts.
+      alpha_pattern: {pattern: alpha}, matched in the same way.
+      learning_rate_ratio: B's learning rate divided by A's. LoRA+ (Hayou et al. 2024, arXiv:2402.12354) advises 16.
+      gate: whether a gate replaces the scale.
 
     Returns:
-      A transform with leaves {path: {"a": [in, rank], "b": [rank, out]}}, and with `gate` {"gate": {"kernel": [in, 1],
-      "bias": [1]}} beside them.
+      A transform with leaves {path: {"a": [in, rank], "b": [rank, out]}}; with `gate`, each path also has "gate":
+      {"kernel": [in, 1], "bias": [1]}.
 
     Raises:
       UserError: if an option is out of range; in `init`, if a target is missing or is not a Dense layer, a pattern
@@ -88,17 +88,18 @@ def rslora(
 ) -> Transform:
     """Rank-stabilised LoRA: y = x W + (alpha / sqrt(rank)) x A B.
 
-    The update then keeps its size as the rank grows, where LoRA's shrinks. All else, the cost too, is as in `lora`.
+    The update then keeps its size as the rank grows, whereas LoRA's shrinks. All else, including the cost, is as in
+    `lora`.
 
     Args:
       rank: r, the inner dimension.
       alpha: the scale's numerator.
       targets: pattern of the Dense layers, see `jpeft.find`.
       layers: only in these layers; None means all.
-      dropout: rate at which entries of x are dropped on their way into A, in training.
+      dropout: rate of dropout on the input of A, in training.
       rank_pattern: {pattern: rank}, as in `lora`.
       alpha_pattern: {pattern: alpha}, as in `lora`.
-      learning_rate_ratio: B's learning rate over A's.
+      learning_rate_ratio: B's learning rate divided by A's.
 
     Returns:
       A transform with leaves {path: {"a": [in, rank], "b": [rank, out]}}.

@@ -1,4 +1,4 @@
-"""Trains the largest entries: the second control of FISH mask, which looks at no data."""
+"""Trains the largest entries: the second control of FISH mask, which uses no data."""
 
 from jpeft.core.site import ALL
 from jpeft.core.transform import Transform
@@ -16,13 +16,13 @@ def magnitude_mask(
     The criterion is that of pruning by magnitude (Han et al. 2015, arXiv:1506.02626).
 
     Args:
-      ratio: as for `fish`, and so are the others.
-      count: as for `fish`.
-      head_counts: as for `fish`.
-      targets: as for `fish`.
+      ratio: as in `fish`.
+      count: as in `fish`.
+      head_counts: as in `fish`.
+      targets: as in `fish`.
 
     Returns:
-      A transform with leaves as above.
+      A transform with leaves as in `fish`.
 
     Raises:
       UserError: as `fish`.

@@ -16,9 +16,9 @@ def mam(
     scale: float = 4.0,
     layers: Sequence[int] | None = None,
 ) -> Chain:
-    """Mix-and-match: a prefix, and a parallel adapter beside each feed-forward (He et al. 2021, arXiv:2110.04366).
+    """Mix-and-match: a prefix, and a parallel adapter at each feed-forward (He et al. 2021, arXiv:2110.04366).
 
-    At inference it costs what its parts cost; nothing merges, and the prefix's MLP folds away.
+    At inference it costs as much as its parts. Nothing can be merged; `fold` drops the prefix's MLP.
 
     Args:
       num_virtual_tokens: of the prefix.

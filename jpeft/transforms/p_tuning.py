@@ -1,6 +1,6 @@
 """P-tuning: a prompt whose vectors come from a small trained encoder (Liu et al. 2021, arXiv:2103.10385).
 
-Reference: THUDM/P-tuning; the shapes of the encoders are those of Hugging Face peft, whose weights map one to one.
+Reference: THUDM/P-tuning; the encoders have the shapes of those in Hugging Face peft, whose weights map one to one.
 """
 
 from collections.abc import Sequence
@@ -34,18 +34,18 @@ def p_tuning(
     dropout: float = 0.0,
     template: Sequence[str | int] | None = None,
 ) -> Transform:
-    """P vectors around the text, made by an encoder from P trained embeddings, with real tokens among them if wanted.
+    """P vectors around the text, computed by an encoder from P trained embeddings, optionally mixed with real tokens.
 
-    "lstm": a bidirectional LSTM of `num_layers` layers with `hidden` units a direction, then linear 2h to 2h, relu,
+    "lstm": a bidirectional LSTM of `num_layers` layers with `hidden` units per direction, then linear 2h to 2h, relu,
     linear 2h to d. "mlp": linear d to h, relu, linear h to h, relu, linear h to d. Embeddings start from N(0, 1),
-    linear layers from U(-1/sqrt(in), 1/sqrt(in)) and LSTMs from U(-1/sqrt(h), 1/sqrt(h)), as PyTorch's do.
+    linear layers from U(-1/sqrt(in), 1/sqrt(in)) and LSTMs from U(-1/sqrt(h), 1/sqrt(h)), as in PyTorch.
 
-    `template` says what stands where: "prompt" is the next virtual token, a whole number an anchor, the real token with
-    that id, whose word vector is frozen, and "input" the text, [CLS] to [SEP], which comes last where it is not named:
-    ("prompt", 2054, "prompt", "input", "prompt"). None means the virtual tokens alone, before the text. The head reads
-    what comes first: a virtual token or an anchor, as in peft, or [CLS] if the template starts with "input".
+    `template` gives the order: "prompt" is the next virtual token; an integer is an anchor, the real token with that
+    id, whose word vector is frozen; "input" is the text, [CLS] to [SEP], which comes last if not named:
+    ("prompt", 2054, "prompt", "input", "prompt"). None means only the virtual tokens, before the text. The head reads
+    the first token: a virtual token or an anchor, as in peft, or [CLS] if the template starts with "input".
 
-    `fold` runs the encoder once and keeps its P vectors. At inference the model runs that many tokens more a row.
+    `fold` runs the encoder once and stores its P vectors. At inference each row has that many more tokens.
 
     Args:
       num_virtual_tokens: P.
@@ -61,8 +61,8 @@ def p_tuning(
       gates in the order input, forget, cell, output. Folded: {path: {"vectors": [P, d], "fixed": ...}}.
 
     Raises:
-      UserError: if an option is unknown or out of range, or the template has other than P prompts or more than one
-        text; in `init`, if the model has no "embeddings/inputs", or there are anchors and no parameters are given.
+      UserError: if an option is unknown or out of range, or the template does not have P prompts and at most one text;
+        in `init`, if the model has no "embeddings/inputs", or there are anchors but no parameters are given.
     """
     sizes(num_virtual_tokens=num_virtual_tokens, hidden=hidden, num_layers=num_layers)
     rate(dropout=dropout)
@@ -72,7 +72,7 @@ def p_tuning(
     known = all(part in (PROMPT, INPUT) or isinstance(part, int) for part in order)
     if order.count(PROMPT) != num_virtual_tokens or order.count(INPUT) > 1 or not known:
         raise UserError(
-            f"template must hold 'prompt' {num_virtual_tokens} times, token ids and 'input' once at most, got {order}"
+            f"template must have 'prompt' {num_virtual_tokens} times, token ids and 'input' at most once, got {order}"
         )
     split = order.index(INPUT) if INPUT in order else len(order)
     order = tuple(part for part in order if part != INPUT)
@@ -80,7 +80,7 @@ def p_tuning(
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         if anchors and params is None:
-            raise UserError("p_tuning takes its anchors from the model's word embeddings: give `params` to init")
+            raise UserError("p_tuning takes its anchors from the model's word embeddings: pass `params` to init")
 
         def make(key: Array, site: Site) -> Leaves:
             d, (first, second, third) = width(site), jax.random.split(key, 3)
@@ -126,7 +126,7 @@ def _folded(own: Leaves) -> Leaves:
 
 
 def _encode(leaves: Leaves, dropout: float, key: Array | None) -> Array:
-    """The prompt vectors [P, d], in float32 whatever the model computes in: they are few."""
+    """The prompt vectors [P, d], always in float32: they are few."""
     x = leaves["embedding"]
     layers = [leaves["lstm"][str(i)] for i in range(len(leaves.get("lstm", {})))]
     for i, layer in enumerate(layers):
@@ -139,7 +139,7 @@ def _encode(leaves: Leaves, dropout: float, key: Array | None) -> Array:
 
 
 def _lstm(leaves: Leaves, x: Array) -> Array:
-    """One direction of one layer: [P, n] to [P, h], by PyTorch's equations."""
+    """One direction of one layer: [P, n] to [P, h], with PyTorch's equations."""
 
     def step(carry: tuple[Array, Array], gates: Array) -> tuple[tuple[Array, Array], Array]:
         h, c = carry

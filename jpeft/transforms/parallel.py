@@ -1,4 +1,4 @@
-"""Parallel adapters: a bottleneck beside the feed-forward (He et al. 2021, arXiv:2110.04366)."""
+"""Parallel adapters: a bottleneck parallel to the feed-forward (He et al. 2021, arXiv:2110.04366)."""
 
 from collections.abc import Sequence
 
@@ -24,28 +24,28 @@ def parallel(
     ln_before: bool = False,
     ln_after: bool = False,
 ) -> Transform:
-    """An adapter beside the feed-forward: ffn(x) + scale * up(f(down(x))).
+    """An adapter parallel to the feed-forward: ffn(x) + scale * up(f(down(x))).
 
     He et al. 2021, arXiv:2110.04366. Defaults are those of AdapterHub's "par_bn": relu, reduction factor 2, scale 4,
-    down U(-1/sqrt(d), 1/sqrt(d)) and up 0 as in LoRA, biases 0. A fresh one leaves the output as it was.
+    down U(-1/sqrt(d), 1/sqrt(d)) and up 0 as in LoRA, biases 0. A fresh adapter leaves the output unchanged.
 
     Args:
       bottleneck: b; None means d / `reduction_factor`.
-      reduction_factor: d / b, read when `bottleneck` is None.
+      reduction_factor: d / b, used when `bottleneck` is None.
       activation: f, a name in `jpeft.models.bert.ACTIVATIONS`.
-      scale: the constant factor, or where a learned one starts.
+      scale: the constant factor, or the initial value of a learned one.
       layers: only in these layers; None means all.
       targets: pattern of sites with the argument (x), see `jpeft.find`.
       learned_scale: whether the factor is trained.
-      gate: whether a gate opens the adapter for each example, as in UniPELT, see `jpeft.transforms.parts.gate`.
-      ln_before: whether the adapter has a LayerNorm of its own before `down`.
-      ln_after: whether it has one on what it adds.
+      gate: whether a gate scales the adapter for each example, as in UniPELT, see `jpeft.transforms.parts.gate`.
+      ln_before: whether the adapter has its own LayerNorm before `down`.
+      ln_after: whether it has its own LayerNorm on its output.
 
     Returns:
-      A transform with leaves as those of `houlsby`.
+      A transform with the leaves of `houlsby`.
 
     Raises:
-      UserError: if a size is out of range or the activation unknown; in `init`, if a target is missing.
+      UserError: if a size is out of range or the activation is unknown; in `init`, if a target is missing.
     """
     spec = checked(
         Bottleneck(bottleneck, reduction_factor, activation, scale, learned_scale, gate, ln_before, ln_after)

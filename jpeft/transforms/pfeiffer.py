@@ -1,4 +1,4 @@
-"""Pfeiffer adapters: one bottleneck a layer, after the feed-forward (arXiv:2005.00247)."""
+"""Pfeiffer adapters: one bottleneck per layer, after the feed-forward (arXiv:2005.00247)."""
 
 from collections.abc import Sequence
 
@@ -24,29 +24,29 @@ def pfeiffer(
     ln_before: bool = False,
     ln_after: bool = False,
 ) -> Transform:
-    """One adapter a layer, after the feed-forward.
+    """One adapter per layer, after the feed-forward.
 
-    h' = LayerNorm(h + up(f(down(x))) + residual) with x = LayerNorm(h + residual): it reads the normalised output, its
-    own residual is the raw one, and the layer's LayerNorm is used twice. Pfeiffer et al. 2020, arXiv:2005.00247.
+    h' = LayerNorm(h + up(f(down(x))) + residual) with x = LayerNorm(h + residual): it reads the normalised output but
+    adds to the raw one, and the layer's LayerNorm is used twice. Pfeiffer et al. 2020, arXiv:2005.00247.
     Defaults are those of AdapterHub's "seq_bn": relu, reduction factor 16, kernels N(0, 0.02), biases 0.
 
     Args:
       bottleneck: b; None means d / `reduction_factor`.
-      reduction_factor: d / b, read when `bottleneck` is None.
+      reduction_factor: d / b, used when `bottleneck` is None.
       activation: f, a name in `jpeft.models.bert.ACTIVATIONS`.
       layers: only in these layers; None means all.
       targets: pattern of sites with arguments (hidden, residual), see `jpeft.find`.
-      scale: as in `houlsby`, and so are the rest.
+      scale: a constant factor on the adapter's output, or the initial value of a learned one.
       learned_scale: whether the factor is trained.
-      gate: whether a gate opens the adapter for each example; it reads x, too.
-      ln_before: whether the adapter has a LayerNorm of its own before `down`.
-      ln_after: whether it has one on what it adds.
+      gate: whether a gate, which also reads x, scales the adapter for each example.
+      ln_before: whether the adapter has its own LayerNorm before `down`.
+      ln_after: whether it has its own LayerNorm on its output.
 
     Returns:
-      A transform with leaves as those of `houlsby`, at one site a layer.
+      A transform with the leaves of `houlsby`, at one site per layer.
 
     Raises:
-      UserError: if a size is out of range or the activation unknown; in `init`, if a target is missing.
+      UserError: if a size is out of range or the activation is unknown; in `init`, if a target is missing.
     """
     spec = checked(
         Bottleneck(bottleneck, reduction_factor, activation, scale, learned_scale, gate, ln_before, ln_after)

@@ -38,31 +38,30 @@ def pissa(
     """y = x W + (alpha / rank) x (A B - A0 B0), where A0 B0 is the best approximation of W of that rank.
 
     With the singular value decomposition W = U S V, A0 = U sqrt(S rank / alpha) and B0 = sqrt(S rank / alpha) V for
-    the largest singular values, and A and B start from them: training moves the principal part of W and leaves the
-    rest. The paper (and peft) puts W - A0 B0 in the place of W; here the base stays as it is and A0, B0 are stored
-    beside A, B, which is the same function. A fresh one leaves the output unchanged.
+    the largest singular values, and A and B start from them: training changes the principal part of W and leaves the
+    rest. The paper (and peft) replaces W by W - A0 B0; here the base stays unchanged and A0, B0 are stored next to
+    A, B, which gives the same function. A fresh PiSSA leaves the output unchanged.
 
-    As the difference of two products is that of two large numbers, it is taken as (A - A0) B + A0 (B - B0), which is
-    as exact in bfloat16 as LoRA is. It costs two LoRAs of that rank in training; `merge` makes inference free. `init`
-    decomposes every target, about a third of a second for [768, 768] on a CPU.
+    Both products are large, so their difference is computed as (A - A0) B + A0 (B - B0), which is as exact in bfloat16
+    as LoRA is. Training costs as much as two LoRAs of that rank; after `merge`, inference costs nothing. `init`
+    decomposes every target, which takes about a third of a second for [768, 768] on a CPU.
 
     Args:
       rank: r, the inner dimension.
-      alpha: the scale's numerator; the paper's is the rank.
+      alpha: the scale's numerator; the paper uses the rank.
       targets: pattern of the Dense layers, see `jpeft.find`.
       layers: only in these layers; None means all.
-      dropout: rate at which entries of x are dropped on their way into the update, in training. (In peft they are
-        dropped on their way into A B alone.)
+      dropout: rate of dropout on the input of the update, in training. (In peft, only on the input of A B.)
       rank_pattern: {pattern: rank}, as in `lora`.
       alpha_pattern: {pattern: alpha}, as in `lora`.
-      learning_rate_ratio: B's learning rate over A's.
+      learning_rate_ratio: B's learning rate divided by A's.
 
     Returns:
       A transform with leaves {path: {"a": [in, rank], "b": [rank, out], "fixed": {"a": A0, "b": B0}}}.
 
     Raises:
-      UserError: as `lora`; in `init`, if it is not given the parameters to start from, or the rank is larger than a
-        kernel's own.
+      UserError: as `lora`; in `init`, if no parameters are given, or the rank is larger than the number of a kernel's
+        singular values.
     """
     spec = low_rank(rank, alpha, targets, layers, dropout, rank_pattern, alpha_pattern)
 
@@ -75,7 +74,7 @@ def pissa(
             a, b = u[:, :rank], v[:rank]
             root = jnp.sqrt(s[:rank] / scale_at(spec, site.path, {"a": a}))
             start = {"a": a * root.reshape(1, -1), "b": root.reshape(-1, 1) * b}
-            # A copy, because the step that trains `start` may take over its memory.
+            # A copy, because the training step may donate the buffers of `start`.
             return {**start, FIXED: jax.tree.map(jnp.copy, start)}
 
         return init_sites(key, where(spec, sites), make, need_params(params))
@@ -93,7 +92,7 @@ def pissa(
 
         return merge_sites(leaves, params, merged)
 
-    # Decay would pull A and B to zero, and so the function away from the base's.
+    # Decay would pull A and B to zero, and so the function away from the base.
     return Transform("pissa", init, wrap, merge, rate=faster_b(learning_rate_ratio), decay=lambda path, leaf: False)
 
 

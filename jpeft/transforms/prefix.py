@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values before every layer's own (Li and Liang 2021, arXiv:2101.00190)."""
+"""Prefix tuning: trained keys and values prepended in every layer (Li and Liang 2021, arXiv:2101.00190)."""
 
 from collections.abc import Sequence
 
@@ -26,13 +26,13 @@ def prefix(
     """Attention over [P_k; K] and [P_v; V], with P = `num_virtual_tokens` rows that every token of every row sees.
 
     With an MLP, all layers share an embedding [P, d] ~ N(0, 1) and tanh(embedding @ W1 + b1) [P, hidden]; each layer
-    maps that to its keys and values with a linear layer of its own. `fold` computes them once and drops the MLP.
-    Without one (`mlp_hidden=None`) keys and values are the parameters. Linear layers start as PyTorch's do, from
-    U(-1/sqrt(in), 1/sqrt(in)); flat keys and values from N(0, 0.02). Positions are not shifted (AdapterHub's way;
-    peft shifts them).
+    maps that to its keys and values with its own linear layers. `fold` computes them once and drops the MLP.
+    Without an MLP (`mlp_hidden=None`) keys and values are the parameters. Linear layers start as in PyTorch, from
+    U(-1/sqrt(in), 1/sqrt(in)); flat keys and values from N(0, 0.02). Positions are not shifted, as in AdapterHub (peft
+    shifts them).
     With `gate`, as in UniPELT (arXiv:2110.07577), each layer's keys and values are scaled for each example by the mean
-    over its real tokens of sigmoid(x w + b), x being the layer's input; see `jpeft.transforms.parts.gate`.
-    At inference a prefix costs 4 P d floating-point operations a token and layer. It cannot be merged.
+    over its real tokens of sigmoid(x w + b), where x is the layer's input; see `jpeft.transforms.parts.gate`.
+    At inference a prefix costs 4 P d floating-point operations per token and layer. It cannot be merged.
 
     Args:
       num_virtual_tokens: P.
@@ -43,8 +43,8 @@ def prefix(
 
     Returns:
       A transform with leaves {"shared": {"embedding": [P, d], "mlp": linear [d, hidden]}, path: {"key": linear
-      [hidden, d], "value": likewise}}, or {path: {"key": [P, d], "value": [P, d]}} when flat or folded; with `gate`
-      "gate": linear [d, 1] beside them.
+      [hidden, d], "value": linear [hidden, d]}}, or {path: {"key": [P, d], "value": [P, d]}} when flat or folded; with
+      `gate`, each path also has "gate": linear [d, 1].
 
     Raises:
       UserError: if a size is out of range; in `init`, if a target is missing.
@@ -103,7 +103,7 @@ def prefix(
 
 
 def _keys_values(leaves: Leaves, shared: Params) -> dict[str, Array]:
-    """The prefix of one site, {"key": [P, d], "value": [P, d]}, through the MLP where there is one."""
+    """The prefix of one site, {"key": [P, d], "value": [P, d]}, through the MLP if present."""
     if not shared:
         return leaves
     hidden = jnp.tanh(linear(shared["embedding"], shared["mlp"]))

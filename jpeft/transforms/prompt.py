@@ -30,22 +30,22 @@ def prompt(
 ) -> Transform:
     """P trained vectors before the text; a BERT head then reads the first of them instead of [CLS], as in the peers.
 
-    At inference the model runs P tokens more a row. It cannot be merged.
+    At inference each row has P more tokens. It cannot be merged.
 
     Args:
       num_virtual_tokens: P.
-      start_from: "vocabulary" starts from rows of the word embeddings, drawn at random or those of `token_ids`;
+      start_from: "vocabulary" starts from rows of the word embeddings, those of `token_ids` or random ones;
         "random" from N(0, 1).
-      token_ids: the P rows to start from; None draws them. Only with "vocabulary".
-      placement: "words" puts the vectors among the word vectors, before positions, token types and LayerNorm (Hugging
-        Face peft); "states" behind the LayerNorm, without positions (AdapterHub).
+      token_ids: the P rows to start from; None samples them. Only with "vocabulary".
+      placement: "words" puts the vectors before the word vectors, before positions, token types and LayerNorm are
+        applied (Hugging Face peft); "states" after the LayerNorm, without positions (AdapterHub).
 
     Returns:
       A transform with leaves {path: {"embedding": [P, d]}}.
 
     Raises:
       UserError: if an option is unknown, out of range or does not fit the others; in `init`, if the model has no such
-        place, or no parameters are given although the vectors start from them.
+        site, or no parameters are given although the vectors start from them.
     """
     sizes(num_virtual_tokens=num_virtual_tokens)
     for name, value, known in (
@@ -60,7 +60,7 @@ def prompt(
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         if params is None and start_from == "vocabulary":
-            raise UserError("prompt starts from the model's word embeddings: give `params` to init")
+            raise UserError("prompt starts from the model's word embeddings: pass `params` to init")
 
         def make(key: Array, site: Site) -> dict[str, Array]:
             if params is None or start_from == "random":

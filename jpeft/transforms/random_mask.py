@@ -1,4 +1,4 @@
-"""Trains entries drawn at random: the first control of FISH mask (arXiv:2111.09839)."""
+"""Trains random entries: the first control of FISH mask (arXiv:2111.09839)."""
 
 from jpeft.core.site import ALL
 from jpeft.core.transform import Transform
@@ -11,16 +11,16 @@ __all__ = ["random_mask"]
 def random_mask(
     ratio: float = 0.005, count: int | None = None, head_counts: bool = True, targets: str = ALL
 ) -> Transform:
-    """Trains entries drawn at random, as many as FISH mask does: the control of Sung et al. 2021, arXiv:2111.09839.
+    """Trains random entries, as many as FISH mask does: the control of Sung et al. 2021, arXiv:2111.09839.
 
     Args:
-      ratio: as for `fish`, and so are the others.
-      count: as for `fish`.
-      head_counts: as for `fish`.
-      targets: as for `fish`.
+      ratio: as in `fish`.
+      count: as in `fish`.
+      head_counts: as in `fish`.
+      targets: as in `fish`.
 
     Returns:
-      A transform with leaves as above.
+      A transform with leaves as in `fish`.
 
     Raises:
       UserError: as `fish`.

@@ -1,4 +1,4 @@
-"""The methods, by the names that configs, plans and saved modules use."""
+"""The methods, by their names in configs, plans and saved modules."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,12 +34,12 @@ __all__ = ["METHODS", "MODULES", "RENAMED", "Method"]
 
 
 class Method(NamedTuple):
-    """What a name stands for.
+    """A named method.
 
     Attributes:
-      learning_rate: at which it trains when none is given.
-      make: (**options) -> the transform. None if there is no transform to make: `full`, `head` and `fishpal`.
-      trains_base: whether the base parameters themselves train, all of them.
+      learning_rate: the default learning rate.
+      make: (**options) -> the transform. None if there is none: `full`, `head` and `fishpal`.
+      trains_base: whether all base parameters train.
       chooses: whether it chooses the modules of each layer by measuring candidates on data.
     """
 
@@ -81,8 +81,8 @@ METHODS: dict[str, Method] = {
     "unipelt": Method(5e-4, unipelt),
 }
 
-# What can stand in a plan and be joined by "+".
+# The methods that can be in a plan and be joined by "+".
 MODULES: tuple[str, ...] = tuple(name for name, method in METHODS.items() if method.make is not None)
 
-# Names that plans and saved modules of earlier versions may hold.
+# Names that may occur in plans and saved modules of earlier versions.
 RENAMED = {"adapter": "pfeiffer"}

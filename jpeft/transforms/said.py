@@ -1,8 +1,8 @@
 """Fine-tuning in few dimensions: structure-aware intrinsic dimension (Aghajanyan et al. 2020, arXiv:2012.13255).
 
-The map from few dimensions to many is Fastfood (Le et al. 2013, arXiv:1408.3060). Its random numbers are drawn again
-from a stored seed in every forward pass, from bare Threefry (Salmon et al. 2011), because what is saved must read the
-same in every version of JAX, and `jax.random` does not promise that.
+The map from few dimensions to many is Fastfood (Le et al. 2013, arXiv:1408.3060). Its random numbers are recomputed
+from a stored seed in every forward pass, with plain Threefry (Salmon et al. 2011): saved modules must give the same
+numbers in every version of JAX, which `jax.random` does not promise.
 """
 
 import functools
@@ -32,20 +32,20 @@ def said(
 ) -> Transform:
     """theta = theta_0 + lambda_layer Fastfood(d): one trained vector d moves every parameter of the targets.
 
-    d [intrinsic_dim] starts at 0, so a fresh one changes nothing, and each layer's lambda at 1. Each parameter tensor
-    has a projection of its own, scaled so that it changes by about |d|. It is merged inside the forward pass: every
-    training step makes all of the targets' weights anew, in O(D log D) for D of them: with the gradient about 0.1 s for
-    [768, 768] on two CPU cores. `merge` does it once, after which inference costs nothing.
+    d [intrinsic_dim] starts at 0, so a fresh SAID changes nothing, and each layer's lambda at 1. Each parameter tensor
+    has its own projection, scaled so that the tensor changes by about |d|. It is merged inside the forward pass: every
+    training step recomputes all D weights of the targets, in O(D log D); with the gradient, this takes about 0.1 s for
+    [768, 768] on two CPU cores. `merge` does it once; after that inference costs nothing.
 
     A target is a site with everything below it. The paper moves the whole model, `targets=r"embeddings|layer_\\d+"`,
-    which is for accelerators; the default moves what LoRA does, kernels and biases. What is saved is d, the lambdas
-    and a seed for each target.
+    which is only practical on accelerators; the default moves kernels and biases of LoRA's targets. Only d, the lambdas
+    and a seed for each target are saved.
 
     Args:
       intrinsic_dim: the length of d.
-      layer_wise: whether there are lambdas, one for each layer and one for all that is outside of layers (the paper's
+      layer_wise: whether there are lambdas, one per layer and one for everything outside the layers (the paper's
         SAID); without them it is the paper's DID.
-      targets: pattern of the sites whose parameters move, see `jpeft.find`; what is below another target counts once.
+      targets: pattern of the sites whose parameters move, see `jpeft.find`; a site below another target counts once.
       layers: only in these layers; None means all.
 
     Returns:
@@ -65,7 +65,7 @@ def said(
         shared: Leaves = {"d": jnp.zeros(intrinsic_dim)}
         if layer_wise:
             shared["lambda"] = {_group(site.path): jnp.ones(()) for site in chosen}
-        # Of the whole parameters, which a scan may stack: they are moved before the forward pass.
+        # For whole parameters, possibly stacked by a scan: they are moved before the forward pass.
         return {SHARED: shared, **{site.path: _seed(site_key(key, site.path), site) for site in chosen}}
 
     def merge(leaves: Leaves, params: Params) -> Params:
@@ -88,16 +88,16 @@ def said(
 
 @functools.partial(jax.jit, static_argnames=("name", "shape"))  # traced once for all tensors of one shape
 def fastfood(d: Array, seed: Array, name: str, shape: tuple[int, ...]) -> Array:
-    """H G P H B d, cut to D entries and scaled by 1 / sqrt(D sum(G^2)): a random linear map that about keeps the norm.
+    """H G P H B d, cut to D entries and scaled by 1 / sqrt(D sum(G^2)): a random linear map that nearly keeps the norm.
 
-    H is the Hadamard matrix of size n, the next power of two that holds both D and d; B are random signs, P is a
-    permutation and G are standard normal. The reference implementation draws P uniformly, by a sort that would take
+    H is the Hadamard matrix of size n, the smallest power of two that fits both D and d; B are random signs, P is a
+    permutation and G are standard normal. The reference implementation samples P uniformly, by a sort that would take
     most of the time; this P mixes with multiplications and shifts.
 
     Args:
       d: the vector to map, padded with zeros to [n].
-      seed: uint32 [], decides B, P and G,
-      name: as does this.
+      seed: uint32 []; together with `name`, it determines B, P and G.
+      name: the name of the parameter; see `seed`.
       shape: of the result, with D entries.
 
     Returns:
@@ -116,8 +116,8 @@ def fastfood(d: Array, seed: Array, name: str, shape: tuple[int, ...]) -> Array:
 def hadamard(x: Array) -> Array:
     """The Hadamard matrix (Sylvester's, of ones and minus ones) times x [n], n = 2, 4, 8, ..., in n log2(n) additions.
 
-    Each step combines the two halves, whose indices differ in the highest bit, and makes it the lowest one: every step
-    is the same, and after log2(n) of them each bit has had its turn and is back in its place.
+    Each step combines the two halves, whose indices differ in the highest bit, and makes it the lowest bit. All steps
+    are the same, and after log2(n) of them every bit has been combined and is back in its place.
     """
 
     def step(_: int, x: Array) -> Array:
@@ -128,7 +128,7 @@ def hadamard(x: Array) -> Array:
 
 
 def _permutation(mixers: Array, n: int) -> Array:
-    """A permutation of 0, ..., n - 1 for n a power of two: each round is one-to-one, and together they scatter."""
+    """A permutation of 0, ..., n - 1 for n a power of two: each round is one-to-one, and together they mix well."""
     bits = n.bit_length() - 1
     index = jnp.arange(n, dtype=jnp.uint32)
     for multiplier, offset in mixers.reshape(-1, 2):
@@ -138,14 +138,14 @@ def _permutation(mixers: Array, n: int) -> Array:
 
 
 def _normal(bits: Array) -> Array:
-    """Standard normal numbers of random uint32s, by the inverse of the distribution function."""
+    """Standard normal numbers from random uint32s, by the inverse of the distribution function."""
     uniform = ((bits >> 9).astype(jnp.float32) + 0.5) / 2**22 - 1  # in (-1, 1), exact in float32
     return math.sqrt(2) * jax.lax.erf_inv(uniform)
 
 
 def _seed(key: Array, site: Site) -> Leaves:
     if not jax.tree.leaves(site.params):
-        raise UserError(f"site {site.path!r} is a {site.kind} without parameters: name sites that have some")
+        raise UserError(f"site {site.path!r} is a {site.kind} without parameters: choose sites that have some")
     return {FIXED: {"seed": jax.random.bits(key, (), jnp.uint32)}}
 
 

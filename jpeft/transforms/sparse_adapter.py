@@ -1,7 +1,7 @@
 """SparseAdapter: adapters pruned before training (He et al. 2022, arXiv:2210.04284; reference: Shwai-He/SparseAdapter).
 
-Only the entries that are kept are stored and trained: a kernel is {"values": [k], "fixed": {"index": int32 [k]}}, where
-`index` counts through the flattened kernel, and is written into zeros [d, b] inside the forward pass.
+Only the remaining entries are stored and trained: a kernel is {"values": [k], "fixed": {"index": int32 [k]}}, where
+`index` refers to the flattened kernel. The values are written into zeros [d, b] inside the forward pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,27 +41,27 @@ def sparse_adapter(
     layers: Sequence[int] | None = None,
     targets: str | None = None,
 ) -> Transform:
-    """Houlsby or Pfeiffer adapters with int(density * all) of their kernels' entries, the best by a score.
+    """Houlsby or Pfeiffer adapters with int(density * all) of their kernels' entries, those with the highest scores.
 
-    Scores are compared over all kernels together. "random", "magnitude" |w| and "synflow" need no data, and `init`
-    prunes by them. "snip" and "grasp" are measured on training examples before training; until then the entries are
-    those of the largest magnitude. Biases are all kept.
+    Scores are compared over all kernels together. "random", "magnitude" |w| and "synflow" need no data, so `init`
+    prunes with them. "snip" and "grasp" are computed from training examples before training; until then the entries
+    with the largest magnitude are used. All biases are kept.
 
-    Large-Sparse is a matter of options: k times the bottleneck at density / k has as many entries.
+    For the paper's Large-Sparse, use k times the bottleneck at density / k: the number of entries stays the same.
 
-    Inference costs what the dense adapter costs, 4 d b floating-point operations a token, since kernels are dense once
-    they are written out. An entry is stored as a value and its number, 8 bytes.
+    Inference costs as much as the dense adapter, 4 d b floating-point operations per token, since kernels are written
+    out as dense ones. An entry is stored as a value and its index, 8 bytes.
 
     Args:
-      density: share of the kernels' entries that is kept.
-      score: "random", "magnitude", `synflow`, `snip` or `grasp`.
+      density: fraction of the kernels' entries to keep.
+      score: "random", "magnitude", "synflow", "snip" or "grasp".
       kind: "pfeiffer" or "houlsby". (Scores of a parallel adapter would all be 0, as its `up` is.)
       bottleneck: b; None means d / `reduction_factor`.
-      reduction_factor: d / b, read when `bottleneck` is None.
-      activation: f, a name in `jpeft.models.bert.ACTIVATIONS`; None means that of the kind.
-      num_examples: how many examples SNIP and GraSP look at.
+      reduction_factor: d / b, used when `bottleneck` is None.
+      activation: f, a name in `jpeft.models.bert.ACTIVATIONS`; None means the default of `kind`.
+      num_examples: the number of examples for SNIP and GraSP.
       layers: only in these layers; None means all.
-      targets: pattern of sites with arguments (hidden, residual), see `jpeft.find`; None means those of the kind.
+      targets: pattern of sites with arguments (hidden, residual), see `jpeft.find`; None means the default of `kind`.
 
     Returns:
       A transform with leaves {path: {"down": {"kernel": as above, "bias": [b]}, "up": {"kernel": ..., "bias": [d]}}}.
@@ -110,7 +110,7 @@ def sparse_adapter(
         return dense_wrap(full, site, call, args, ctx)
 
     def decay(path: tuple[str, ...], leaf: Any) -> bool:
-        del leaf  # a pruned kernel is one axis long
+        del leaf  # a pruned kernel is one-dimensional
         return "kernel" in path
 
     return Transform("sparse_adapter", init, wrap, prepare=prepare if score in ("snip", "grasp") else None, decay=decay)
@@ -122,12 +122,12 @@ def magnitude(kernels: Kernels) -> Kernels:
 
 
 def synflow(kernels: Kernels) -> Kernels:
-    """How much of the flow through its adapter passes an entry (Tanaka et al. 2020, arXiv:2006.05467).
+    """The part of an adapter's flow that passes through an entry (Tanaka et al. 2020, arXiv:2006.05467).
 
-    Ones are sent through an adapter's two kernels with their signs, biases and activation removed; the flow is the sum
-    of what comes out, sum_ijk |down_ij| |up_jk|. The score |w| d flow / d|w| is |down_ij| sum_k |up_jk| for an entry of
-    `down`, and |up_jk| sum_i |down_ij| for one of `up`. The encoder between adapters, which is not linear and not
-    pruned, has no part in it; the reference, too, takes each adapter on its own. One pass, as there.
+    Ones are sent through an adapter's two kernels with signs, biases and activation removed; the flow is the sum of
+    the output, sum_ijk |down_ij| |up_jk|. The score |w| d flow / d|w| is |down_ij| sum_k |up_jk| for an entry of
+    `down`, and |up_jk| sum_i |down_ij| for one of `up`. The encoder between adapters, which is neither linear nor
+    pruned, is ignored. The reference also scores each adapter separately, and in one pass.
     """
 
     def one(own: Mapping[str, Array]) -> dict[str, Array]:
@@ -158,8 +158,8 @@ def snip(loss: Loss, kernels: Kernels, examples: Any, *rest: Any) -> Kernels:
 def grasp(loss: Loss, kernels: Kernels, examples: Any, *rest: Any) -> Kernels:
     """w (H g) with the gradient g and the Hessian H of the mean loss (Wang et al. 2020, arXiv:2002.07376).
 
-    Taking an entry away changes |g|^2 by -2 w (H g) to first order, so the highest scores are kept: without them, the
-    gradient would flow least. H g is the derivative of the gradient in the direction g; H is never made.
+    Removing an entry changes |g|^2 by -2 w (H g) to first order. So the highest scores are kept: removing these entries
+    would reduce the gradient flow most. H g is the derivative of the gradient in direction g; H is never computed.
 
     Args:
       loss: (kernels, example, *rest) -> scalar.
@@ -179,7 +179,7 @@ def grasp(loss: Loss, kernels: Kernels, examples: Any, *rest: Any) -> Kernels:
 
 
 def _mean(fn: Callable[..., Kernels], kernels: Kernels, examples: Any, *rest: Any) -> Kernels:
-    """The mean of fn(kernels, example, *rest) over examples, one after the other."""
+    """The mean of fn(kernels, example, *rest) over the examples, one at a time."""
 
     @jax.jit
     def total(kernels: Kernels, examples: Any, rest: tuple) -> Kernels:
@@ -211,9 +211,9 @@ def _with(leaves: Leaves, kernels: Kernels) -> Leaves:
 
 
 def _pruned(leaves: Leaves, scores: Kernels, density: float) -> Leaves:
-    """The leaves with the best int(density * all) entries of their kernels, all kernels together.
+    """The leaves with the best int(density * all) entries of their kernels, over all kernels together.
 
-    How many each kernel keeps becomes the shape of its leaves, so this cannot be traced.
+    The number of entries per kernel determines the shapes of the leaves, so this cannot be traced.
     """
     kernels = _kernels(leaves)
     if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(scores)):
@@ -229,7 +229,7 @@ def _pruned(leaves: Leaves, scores: Kernels, density: float) -> Leaves:
 
 
 def _written(leaves: Leaves, shape: tuple[int, int]) -> Leaves:
-    """{"kernel": [n, m], "bias": [m]} from pruned leaves; dense ones, which are there while scores are made, stay."""
+    """{"kernel": [n, m], "bias": [m]} from pruned leaves; dense leaves, used to compute scores, are unchanged."""
     kernel = leaves["kernel"]
     if not isinstance(kernel, Mapping):
         return leaves

@@ -10,10 +10,10 @@ __all__ = ["top_k_layers"]
 
 
 def top_k_layers(num_layers: int = 2) -> Transform:
-    """Trains the last layers whole and the pooler above them, as Houlsby et al. 2019 (arXiv:1902.00751) compare with.
+    """Trains all of the last layers and the pooler above them, a baseline of Houlsby et al. 2019 (arXiv:1902.00751).
 
     Args:
-      num_layers: k, how many layers from the top.
+      num_layers: k, the number of layers from the top.
 
     Returns:
       A transform with leaves {path: the parameters of that site}.

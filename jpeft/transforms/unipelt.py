@@ -24,11 +24,11 @@ def unipelt(
     """A prefix, a Pfeiffer adapter and LoRA in every layer, each behind a gate that reads the input.
 
     Mao et al. 2021, arXiv:2110.07577; reference: morningmoni/UniPELT. Each gate is the mean over an example's real
-    tokens of sigmoid(linear(x)); LoRA's takes the place of alpha / rank. Gates read the input, so nothing of it merges;
-    the prefix's MLP folds away. At inference it costs what its parts cost.
+    tokens of sigmoid(linear(x)); LoRA's replaces alpha / rank. Gates read the input, so nothing can be merged; `fold`
+    drops the prefix's MLP. At inference it costs as much as its parts.
 
     Args:
-      variant: "apl" has all three, "ap" no LoRA.
+      variant: "apl" has all three, "ap" all but LoRA.
       num_virtual_tokens: of the prefix.
       mlp_hidden: of the prefix's reparametrisation; None for none.
       reduction_factor: of the adapter.

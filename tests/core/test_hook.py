@@ -173,7 +173,7 @@ def test_leaves_for_a_site_that_the_model_lacks(jit):
     leaves = leaves_of(scaled())
     leaves["scaled_0"]["blocks_2/proj"] = leaves["scaled_0"]["blocks_1/proj"]
     fn = jax.jit(lambda leaves: run(scaled(), leaves)) if jit else lambda leaves: run(scaled(), leaves)
-    with pytest.raises(UserError, match=r"no site 'blocks_2/proj' that the leaves are for: did you mean 'blocks_"):
+    with pytest.raises(UserError, match=r"'blocks_2/proj', which the model does not have: did you mean 'blocks_"):
         fn(leaves)
 
 

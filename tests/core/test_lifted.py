@@ -207,7 +207,7 @@ def test_what_cannot_work_is_an_error_that_says_what_to_pass():
             "layers/proj": {STACKED: jax.tree.map(lambda a: jnp.stack([a] * L), leaves["lora_0"]["layers/proj"])}
         }
     }
-    with pytest.raises(UserError, match="are stacked, and its parameters are not"):
+    with pytest.raises(UserError, match="are stacked, but its parameters are not"):
         jpeft.apply(model, method, {"params": params, "peft": stacked}, x)
     with pytest.raises(UserError, match="stacked, which sparse_adapter does not support"):
         _in_scan(jpeft.sparse_adapter(bottleneck=2, targets="norm"))

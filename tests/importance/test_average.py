@@ -71,7 +71,7 @@ def test_modules_of_two_seeds_merge_towards_the_more_informed(toy, key):
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="got 1 models, 2 Fishers"):
         jpeft.fisher_average([ONE], [F_ONE, F_TWO])
-    with pytest.raises(UserError, match="one structure"):
+    with pytest.raises(UserError, match="same structure"):
         jpeft.fisher_average([ONE, {"w": ONE["w"]}], [F_ONE, F_TWO])
     with pytest.raises(UserError, match="weights must be"):
         jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO], [0.0, 0.0])

@@ -104,12 +104,12 @@ def test_leaves_in_half_precision():
         (
             lambda w, x: w * x,
             "empirical",
-            r"must give a scalar loss of one example in floats, and it gives float32 \[2\]",
+            r"must return a scalar loss of one example as floats, got float32 \[2\]",
         ),
-        (lambda w, x: jnp.sum(w * x).astype(int), "empirical", r"gives int32 \[\]"),
-        (lambda w, x: (jnp.sum(w * x), w), "empirical", "gives tuple"),
-        (lambda w, x: jnp.sum(w * x), "expected", r"must give logits \[num_labels\] .* gives float32 \[\]"),
-        (lambda w, x: (w * x)[None], "sampled", r"gives float32 \[1, 2\]"),
+        (lambda w, x: jnp.sum(w * x).astype(int), "empirical", r"got int32 \[\]"),
+        (lambda w, x: (jnp.sum(w * x), w), "empirical", "got tuple"),
+        (lambda w, x: jnp.sum(w * x), "expected", r"must return logits \[num_labels\] .* got float32 \[\]"),
+        (lambda w, x: (w * x)[None], "sampled", r"got float32 \[1, 2\]"),
     ],
 )
 def test_a_function_of_another_kind_is_refused(fn, labels, message):
@@ -253,7 +253,7 @@ def test_sampled_labels_are_those_of_the_key_whatever_the_microbatch(whole, key)
     )
     close_by_leaf(two, one)
     assert np.abs(np.asarray(one["kernel"]) - np.asarray(other["kernel"])).max() > 1e-4
-    with pytest.raises(UserError, match="give `key`"):
+    with pytest.raises(UserError, match="pass `key`"):
         fisher(logits, params, examples, labels="sampled")
 
 

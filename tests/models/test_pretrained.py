@@ -76,7 +76,7 @@ def test_round_trip_is_bit_identical(tmp_path, name, num_labels):
 
 def test_saved_folder_names_labels_and_copies_the_tokenizer(tmp_path):
     model = load(write(tmp_path / "a"))
-    with pytest.raises(UserError, match="holds no tokenizer files"):
+    with pytest.raises(UserError, match="has no tokenizer files"):
         pretrained.save(tmp_path / "b", model.config, model.params, tokenizer_from=model.folder)
     (tmp_path / "a" / "vocab.txt").write_text("[PAD]\n")
     labels = ("entailment", "neutral", "contradiction")
@@ -200,7 +200,7 @@ def test_a_head_of_another_width_is_refused_with_both_shapes(tmp_path, name, has
 
 def test_pickles_are_refused_with_the_way_out(tmp_path):
     folder = write(tmp_path, {})
-    assert "holds no model.safetensors" in refusal(folder)
+    assert "has no model.safetensors" in refusal(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80never read")
     message = refusal(folder)
     assert "pickled weights, pytorch_model.bin" in message
@@ -208,14 +208,14 @@ def test_pickles_are_refused_with_the_way_out(tmp_path):
 
 
 def test_broken_folders(tmp_path):
-    assert "holds no config.json" in refusal(tmp_path)
+    assert "has no config.json" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "not valid JSON" in refusal(tmp_path)
     (write(tmp_path, {}) / "model.safetensors").write_bytes(b"not one")
     assert "is not a safetensors file" in refusal(tmp_path)
     assert "expected a model's folder" in refusal(tmp_path / "config.json")
-    assert "is not there" in refusal(tmp_path / "nowhere")
-    assert "is not there" in refusal("./nowhere")
+    assert "does not exist" in refusal(tmp_path / "nowhere")
+    assert "does not exist" in refusal("./nowhere")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_hub_without_network(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = refusal("bert-base-uncased")
     assert "cannot get 'bert-base-uncased'" in message
-    assert "--config.model also takes a local folder, and 'minilm'" in message
+    assert "--config.model also accepts a local folder, or 'minilm'" in message
 
 
 def test_hub_downloads_no_pickles(tmp_path, monkeypatch):

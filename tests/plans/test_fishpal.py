@@ -133,5 +133,5 @@ def test_by_hand_on_numbers():
     silent = jax.tree.map(np.zeros_like, fisher)
     assert fishpal.scores(silent, 10, small, {}) == {i: {"prefix": 0.0, "lora": 0.0} for i in (0, 1)}
     fisher["lora_0"]["pooler"] = {"b": np.ones((2, 3))}
-    with pytest.raises(UserError, match="'lora' sits at 'pooler', which is in no layer"):
+    with pytest.raises(UserError, match="'lora' has leaves at 'pooler', which is not in a layer"):
         fishpal.scores(fisher, 10, small, {})

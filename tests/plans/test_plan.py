@@ -91,7 +91,7 @@ def test_named_plans_and_files(tmp_path):
 
 def test_a_layer_that_does_not_exist():
     assert plan.check({0: [LORA]}, 1) == {0: [LORA]}
-    with pytest.raises(UserError, match="layer 12, but the model has layers 0 to 11"):
+    with pytest.raises(UserError, match="layer 12, but the model has layers 0-11"):
         plan.check({12: [LORA]}, 12)
 
 

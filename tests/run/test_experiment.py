@@ -154,7 +154,7 @@ def test_max_train_examples(tiny_config, tmp_path):
 def test_a_named_plan_for_more_layers_than_there_are(tiny_config, tmp_path):
     config = tiny_config("head")
     config.method, config.fishpal.plan = "fishpal", "thesis_sst2"
-    with pytest.raises(UserError, match="the plan names layer 2, but the model has layers 0 to 1"):
+    with pytest.raises(UserError, match="the plan names layer 2, but the model has layers 0-1"):
         run(config, tmp_path)
 
 

@@ -73,7 +73,7 @@ def test_what_cannot_be_is_refused(toy, key):
         jpeft.init(top_k_layers(3), key, toy.sites, toy.params)
     with pytest.raises(jpeft.UserError, match="num_layers must be positive"):
         top_k_layers(0)
-    with pytest.raises(jpeft.UserError, match="give `params`"):
+    with pytest.raises(jpeft.UserError, match="pass `params`"):
         jpeft.init(bitfit(), key, toy.sites)
-    with pytest.raises(jpeft.UserError, match=r"core.* is not one of the sites with parameters of their own"):
+    with pytest.raises(jpeft.UserError, match=r"core.* is not one of the sites with their own parameters"):
         jpeft.init(bitfit(targets="attention/core"), key, toy.sites, toy.params)

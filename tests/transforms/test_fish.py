@@ -144,5 +144,5 @@ def test_what_cannot_be_is_refused(toy, key):
         fish(2)
     with pytest.raises(jpeft.UserError, match=r"labels 'expect' is unknown.*expected"):
         fish(labels="expect")
-    with pytest.raises(jpeft.UserError, match="give `params`"):
+    with pytest.raises(jpeft.UserError, match="pass `params`"):
         jpeft.init(random_mask(), key, toy.sites)

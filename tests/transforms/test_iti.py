@@ -126,7 +126,7 @@ def test_only_the_best_heads_are_shifted(trained):
 
 def test_what_cannot_be_is_refused(trained, probes):
     _, ids, _, _ = trained
-    with pytest.raises(jpeft.UserError, match="labels 0 and 1 apart, got"):
+    with pytest.raises(jpeft.UserError, match="labels 0 and 1, got"):
         probe(np.zeros((3, 1, 1, 2)), np.array([0, 1, 2]), np.zeros((1, 1, 1, 2)), np.array([0]))
     with pytest.raises(jpeft.UserError, match="do not fit"):
         probe(np.zeros((2, 1, 1, 2)), np.array([0, 1]), np.zeros((1, 2, 1, 2)), np.array([0]))

@@ -138,7 +138,7 @@ def test_what_cannot_be_is_refused(toy, key):
         fresh(toy, key, ladder_side(3))
     with pytest.raises(jpeft.UserError, match="init_from 'fischer' is unknown"):
         ladder_side(init_from="fischer")
-    with pytest.raises(jpeft.UserError, match="give `params`"):
+    with pytest.raises(jpeft.UserError, match="pass `params`"):
         jpeft.init(METHOD, key, toy.sites)
     with pytest.raises(jpeft.UserError, match="is not one of the sites with arguments"):
         fresh(toy, key, ladder_side(targets="pooler"))

@@ -119,13 +119,13 @@ def test_dropout_is_between_the_lstm_layers(toy, key):
 def test_what_cannot_be_is_refused(toy, key):
     with pytest.raises(jpeft.UserError, match="encoder 'gru' is unknown"):
         p_tuning(encoder="gru")
-    with pytest.raises(jpeft.UserError, match="template must hold 'prompt' 2 times"):
+    with pytest.raises(jpeft.UserError, match="template must have 'prompt' 2 times"):
         p_tuning(2, template=("prompt", 3))
-    with pytest.raises(jpeft.UserError, match="'input' once at most"):
+    with pytest.raises(jpeft.UserError, match="'input' at most once"):
         p_tuning(1, template=("input", "prompt", "input"))
-    with pytest.raises(jpeft.UserError, match="'input' once at most"):
+    with pytest.raises(jpeft.UserError, match="'input' at most once"):
         p_tuning(1, template=("prompt", "text"))
-    with pytest.raises(jpeft.UserError, match="give `params`"):
+    with pytest.raises(jpeft.UserError, match="pass `params`"):
         jpeft.init(p_tuning(1, template=("prompt", 3)), key, toy.sites)
     with pytest.raises(jpeft.UserError, match="token id 99"):
         jpeft.init(p_tuning(1, template=("prompt", 99)), key, toy.sites, toy.params)

@@ -91,5 +91,5 @@ def test_what_cannot_be_is_refused(toy, key):
         prompt(2, token_ids=(1,))
     with pytest.raises(jpeft.UserError, match="token id 50 is not in the vocabulary of 50"):
         jpeft.init(prompt(1, token_ids=(50,)), key, toy.sites, toy.params)
-    with pytest.raises(jpeft.UserError, match="give `params`"):
+    with pytest.raises(jpeft.UserError, match="pass `params`"):
         jpeft.init(prompt(1), key, toy.sites)

@@ -1,8 +1,8 @@
-"""The bottleneck that all adapters are made of; where it sits is theirs, in `adapter` and its relatives.
+"""The bottleneck of all adapters; each adapter's own module decides where to put it.
 
     added = ln_after(scale * gate * up(f(down(ln_before(x)))))      down [d, b], up [b, d]
 
-Scale, gate and the two LayerNorms are options, and so are their places: those of AdapterHub's `adapters`.
+Scale, gate and the two LayerNorms are optional; they are placed as in AdapterHub's `adapters`.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from jpeft.transforms.parts.linear import kaiming_uniform, layer_norm, linear, l
 
 __all__ = ["Bottleneck", "added", "checked", "fresh", "init_of", "like_lora", "normal"]
 
-EPSILON = 1e-5  # of the LayerNorms, PyTorch's
+EPSILON = 1e-5  # of the LayerNorms, as in PyTorch
 Kernels = Callable[[Array, int, int], tuple[Array, Array]]
 Find = Callable[[Sites, str, Sequence[int] | None], tuple[Site, ...]]
 
@@ -32,13 +32,13 @@ class Bottleneck(NamedTuple):
 
     Attributes:
       bottleneck: b; None means d / `reduction_factor`.
-      reduction_factor: d / b, read when `bottleneck` is None.
+      reduction_factor: d / b, used when `bottleneck` is None.
       activation: f, a name in `jpeft.models.bert.ACTIVATIONS`.
-      scale: the constant factor, or where a learned one starts.
+      scale: the constant factor, or the initial value of a learned one.
       learned_scale: whether the factor is a leaf, "scale" [1].
       gate: whether there is a gate as in UniPELT, see `jpeft.transforms.parts.gate`; it reads x.
       ln_before: whether a LayerNorm comes before `down`.
-      ln_after: whether one comes last; a fresh adapter then changes the output.
+      ln_after: whether a LayerNorm comes last; a fresh adapter then changes the output.
     """
 
     bottleneck: int | None
@@ -52,7 +52,7 @@ class Bottleneck(NamedTuple):
 
 
 def checked(spec: Bottleneck) -> Bottleneck:
-    """Returns the options; a UserError for one that is out of range."""
+    """Returns the options; raises a UserError if one is out of range."""
     positive(reduction_factor=spec.reduction_factor, scale=spec.scale)
     sizes(bottleneck=spec.bottleneck)
     if spec.activation not in ACTIVATIONS:
@@ -75,7 +75,7 @@ def fresh(spec: Bottleneck, key: Array, site: Site, kernels: Kernels) -> Leaves:
     """The leaves of one adapter at a site whose first argument is [..., d].
 
     Raises:
-      UserError: if no bottleneck is left at this width, or a gate has no time axis to average over.
+      UserError: if the bottleneck would be empty at this width, or a gate has no time axis to average over.
     """
     d = site.args[0].shape[-1]
     b = spec.bottleneck or int(d / spec.reduction_factor)
@@ -98,14 +98,14 @@ def fresh(spec: Bottleneck, key: Array, site: Site, kernels: Kernels) -> Leaves:
 def init_of(
     spec: Bottleneck, kernels: Kernels, find: Find, targets: str, layers: Sequence[int] | None
 ) -> Callable[[Array, Sites, Params | None], Leaves]:
-    """The `init` of a transform with one adapter at each target, which `find` looks for."""
+    """The `init` of a transform with one adapter at each target that `find` returns."""
     return lambda key, sites, params: init_sites(
         key, find(sites, targets, layers), lambda key, site: fresh(spec, key, site, kernels)
     )
 
 
 def added(spec: Bottleneck, leaves: Leaves, x: Array, ctx: Context) -> Array:
-    """What the adapter adds, [..., d] in the dtype of x."""
+    """The adapter's output, [..., d] in the dtype of x, to be added by the caller."""
     inner = layer_norm(x, leaves["ln_before"], EPSILON) if spec.ln_before else x
     out = linear(ACTIVATIONS[spec.activation](linear(inner, leaves["down"])), leaves["up"])
     if spec.learned_scale:

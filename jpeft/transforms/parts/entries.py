@@ -1,9 +1,9 @@
-"""Training single entries of the base: what FISH mask and its controls share.
+"""Trains single entries of the base: shared code of FISH mask and its controls.
 
 The leaves are the chosen entries themselves, {site path: {parameter: {"values": [k], "fixed": {"index": int32 [k]}}}},
-where `index` counts through the flattened parameter. Inside the forward pass they are written over a copy of the
-parameter; so the optimiser's state, weight decay, clipping and the saved file see k entries and nothing else, and what
-was not chosen stays bit-identical. Nothing is added at inference: `merge` writes them for good.
+where `index` refers to the flattened parameter. Inside the forward pass they are written into a copy of the parameter.
+So the optimiser's state, weight decay, clipping and the saved file see only k entries, and all others stay
+bit-identical. Nothing is added at inference: `merge` writes them into the base.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ Budget = Callable[[Params, Sites, Chosen], int]
 
 
 def take(values: Chosen, indices: Mapping[tuple[str, str], np.ndarray]) -> Leaves:
-    """The leaves that hold the entries of `values` at flat `indices`; nothing for parameters without any."""
+    """The leaves with the entries of `values` at flat `indices`; none for parameters without entries."""
     leaves: Leaves = {}
     for (path, name), index in indices.items():
         if index.size:
@@ -38,11 +38,11 @@ def take(values: Chosen, indices: Mapping[tuple[str, str], np.ndarray]) -> Leave
 
 
 def masked(name: str, budget: Budget, targets: str, draw: Callable[[Array, Any, int], Any]) -> Transform:
-    """The transform that trains the entries which `draw(key, candidates, number of entries)` selects."""
+    """The transform that trains the entries selected by `draw(key, candidates, number of entries)`."""
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         if params is None:
-            raise UserError(f"{name} starts from the model's parameters: give `params` to init")
+            raise UserError(f"{name} starts from the model's parameters: pass `params` to init")
         candidates = candidates_of(params, sites, targets)
         return take(candidates, draw(key, candidates, budget(params, sites, candidates)))
 
@@ -53,7 +53,7 @@ def masked(name: str, budget: Budget, targets: str, draw: Callable[[Array, Any, 
         return params
 
     def decay(path: tuple[str, ...], leaf: Any) -> bool:
-        del leaf  # one axis long, whatever the parameter is: entries decay as the whole parameter would
+        del leaf  # always one-dimensional: entries decay as the whole parameter would
         return path[1] not in ("bias", "scale")
 
     return Transform(name, init, None, merge, decay=decay)
@@ -71,7 +71,7 @@ def candidates_of(params: Params, sites: Sites, targets: str) -> dict[tuple[str,
 
 
 def budget_of(ratio: float, count: int | None, head_counts: bool) -> Budget:
-    """The function from all parameters, sites and candidates to how many of the candidates train."""
+    """A function from all parameters, sites and candidates to the number of candidates that train."""
     if count is not None:
         if count < 0:
             raise UserError(f"count must be at least 0, got {count}")
@@ -85,7 +85,7 @@ def budget_of(ratio: float, count: int | None, head_counts: bool) -> Budget:
         wanted = int(ratio * total) if count is None else count
         said = f"count {count:,}" if count is not None else f"ratio {ratio} of {total:,} parameters is {wanted:,}"
         if wanted < head:
-            raise UserError(f"{said}: less than the head's {head:,}, which always trains: raise it")
+            raise UserError(f"{said}: less than the head's {head:,}, which always trains: increase it")
         if count is not None and wanted - head > available:
             raise UserError(f"{said}: more than the {available + head:,} that can train: lower it")
         return min(wanted - head, available)

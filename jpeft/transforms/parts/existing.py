@@ -1,10 +1,10 @@
-"""Training parameters that the model already has: what BitFit, the top layers and the LayerNorms share.
+"""Trains existing parameters of the model: shared code of BitFit, the top layers and the LayerNorms.
 
-Each is a transform whose leaves are copies of the chosen parameters, put in the place of the originals inside the
-forward pass. The base stays as it was loaded, the optimiser sees the copies alone, and XLA drops the gradients of all
-else. Nothing is added at inference: `merge` puts the copies into the base for good.
+Each is a transform whose leaves are copies of the chosen parameters, which replace the originals inside the forward
+pass. The base stays as loaded, the optimiser sees only the copies, and XLA drops all other gradients. Nothing is added
+at inference: `merge` writes the copies into the base.
 
-Reached as {site path: {"kernel": ..., "bias": ...}}, with the names and shapes that the site's parameters have.
+The leaves are {site path: {"kernel": ..., "bias": ...}}, with the names and shapes of the site's parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +21,12 @@ __all__ = ["retrain"]
 
 
 def retrain(name: str, where: Callable[[Sites], Sequence[Site]], trains: Callable[[str], bool]) -> Transform:
-    """The transform that trains copies of the parameters for which `trains(parameter name)`, at the sites `where`."""
+    """The transform that trains copies of the parameters for which `trains(name)` is true, at the sites `where`."""
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         del key
         if params is None:
-            raise UserError(f"{name} starts from the model's parameters: give `params` to init")
+            raise UserError(f"{name} starts from the model's parameters: pass `params` to init")
         leaves: Leaves = {}
         for site in where(sites):
             own = [leaf for leaf in own_parameters(site) if trains(leaf)]
@@ -34,7 +34,7 @@ def retrain(name: str, where: Callable[[Sites], Sequence[Site]], trains: Callabl
                 values = at(params, site.path)
                 leaves[site.path] = {leaf: values[leaf] for leaf in own}
         if not leaves:
-            raise UserError(f"{name} finds no parameters at the sites that it was given")
+            raise UserError(f"{name} finds no parameters at the given sites")
         return leaves
 
     def merge(leaves: Leaves, params: Params) -> Params:

@@ -1,9 +1,9 @@
-"""The gate of UniPELT (Mao et al. 2021, arXiv:2110.07577): how far a module is opened for an example.
+"""The gate of UniPELT (Mao et al. 2021, arXiv:2110.07577): it scales a module's effect for each example.
 
     gate = mean over the real tokens of sigmoid(x w + b)           x [b, t, d], w [d, 1], b [1]
 
-One number per example. The peers (morningmoni/UniPELT, AdapterHub's `adapters`) average over the padding too, which
-makes a row's logits depend on the batch that it is in; here they do not.
+One number per example. The peers (morningmoni/UniPELT, AdapterHub's `adapters`) also average over the padding, which
+makes a row's logits depend on the rest of its batch; here they do not.
 """
 
 import jax
@@ -16,12 +16,12 @@ __all__ = ["gate_leaves", "gate_value"]
 
 
 def gate_leaves(d: int, key: Array) -> Leaves:
-    """A gate near one half: w from N(0, 0.02^2) and b = 0, as `adapters` has it in its bottlenecks.
+    """A gate near one half: w from N(0, 0.02^2) and b = 0, as in the bottlenecks of `adapters`.
 
-    (Its LoRA draws b, and its prefix w too, from U(-1/sqrt(d), 1/sqrt(d)); here all modules start alike.)
+    (Its LoRA samples b, and its prefix w too, from U(-1/sqrt(d), 1/sqrt(d)); here all modules start alike.)
 
     Args:
-      d: width of what the gate reads.
+      d: width of the gate's input.
       key: a PRNG key.
 
     Returns:
@@ -31,13 +31,13 @@ def gate_leaves(d: int, key: Array) -> Leaves:
 
 
 def gate_value(x: Array, leaves: Leaves, mask: Array | None) -> Array:
-    """How far the gate is open.
+    """The value of the gate.
 
     Args:
       x: [b, t, d].
       leaves: as from `gate_leaves`.
-      mask: [b, t], above 0 where a token is real; None means that all are. If x is longer than the mask, prompts were
-        put in front: the surplus leading tokens count as real.
+      mask: [b, t], above 0 for real tokens; None means that all are real. If x is longer than the mask, prompts were
+        prepended: the surplus leading tokens count as real.
 
     Returns:
       [b, 1, 1] in the dtype of x; 0 for a row without a real token.

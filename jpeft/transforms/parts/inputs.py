@@ -1,4 +1,4 @@
-"""Lengthening a model's input: vectors that stand before the text, with positions and mask to match."""
+"""Extends a model's input: adds vectors before the text, with matching positions and mask."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,14 +11,14 @@ __all__ = ["around_words", "before_states", "before_words", "width", "word_embed
 
 
 def before_words(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The arguments of the site "embeddings/inputs" with vectors before the text, as Hugging Face peft puts them.
+    """The arguments of the site "embeddings/inputs" with vectors before the text, as in Hugging Face peft.
 
-    They take the first positions and token type 0, the text moves behind them, and all tokens of the row see them. On
-    RoBERTa positions count through, as with PyTorch's `inputs_embeds`.
+    They take the first positions and token type 0, the text moves after them, and all tokens of the row see them. On
+    RoBERTa positions are consecutive, as with PyTorch's `inputs_embeds`.
 
     Args:
       vectors: [P, d].
-      args: word vectors [b, t, d], token types, positions, mask [b, t], one segment a row.
+      args: word vectors [b, t, d], token types, positions, mask [b, t], one segment per row.
 
     Returns:
       The same four with P + t tokens.
@@ -27,11 +27,11 @@ def before_words(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def around_words(before: Array, after: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Like `before_words`, with vectors behind the text too: by their positions they follow its last real token.
+    """Like `before_words`, with vectors after the text too: their positions follow its last real token.
 
-    Attention knows order by positions alone, so none is put behind the padding: they come before the text, or right
-    after its first token if nothing else does, so that [CLS] stays first. Rows stay padded on the right, and what
-    takes the surplus of tokens over the mask to be prompts in front, as gates do, counts right.
+    Attention knows order only from positions, so no vector is placed after the padding. They are placed before the
+    text, or right after its first token if `before` is empty, so that [CLS] stays first. Rows stay padded on the
+    right, and gates, which take the surplus of tokens over the mask to be leading prompts, count correctly.
 
     Args:
       before: [A, d].
@@ -63,7 +63,7 @@ def around_words(before: Array, after: Array, args: tuple[Array, ...]) -> tuple[
 def before_states(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
     """The arguments (hidden [b, t, d], mask [b, t]) of an encoder with vectors before the states.
 
-    That is behind the embeddings' LayerNorm, without positions or token types, as AdapterHub puts them.
+    That is after the embeddings' LayerNorm, without positions or token types, as in AdapterHub.
     """
     hidden, mask = args
     return _join(vectors, hidden), _longer(mask, len(vectors))
@@ -75,7 +75,7 @@ def _join(vectors: Array, rows: Array) -> Array:
 
 
 def _longer(mask: Array, p: int) -> Array:
-    """The mask with p tokens of the row's own segment in front."""
+    """The mask with p leading tokens of the row's own segment."""
     return jnp.concatenate([jnp.broadcast_to(mask[:, :1], (len(mask), p)), mask], 1)
 
 

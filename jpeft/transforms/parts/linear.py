@@ -1,4 +1,4 @@
-"""Small pieces that several transforms share: layers as functions of leaves, initialisations, checks of options."""
+"""Small helpers that several transforms share: layers as functions of leaves, initialisers, option checks."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def linear(x: Array, leaves: dict[str, Array]) -> Array:
-    """x @ kernel + bias in the dtype of x: [..., in] to [..., out]; the leaves stay float32 whatever x is."""
+    """x @ kernel + bias in the dtype of x: [..., in] to [..., out]; the leaves stay float32 for any x."""
     y = x @ leaves["kernel"].astype(x.dtype)
     bias = leaves["bias"].astype(x.dtype)
     return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
@@ -38,7 +38,7 @@ def kaiming_uniform(key: Array, shape: tuple[int, int]) -> Array:
 
 
 def uniform_linear(key: Array, n_in: int, n_out: int, fan: int | None = None) -> dict[str, Array]:
-    """A linear layer as PyTorch starts it: kernel and bias from U(-1/sqrt(fan), 1/sqrt(fan)), fan being `n_in`."""
+    """A linear layer initialised as in PyTorch: both from U(-1/sqrt(fan), 1/sqrt(fan)); fan is `n_in` by default."""
     kernel, bias = jax.random.split(key)
     bound = (fan or n_in) ** -0.5
     return {
@@ -48,7 +48,7 @@ def uniform_linear(key: Array, n_in: int, n_out: int, fan: int | None = None) ->
 
 
 def layer_norm(x: Array, leaves: dict[str, Array], epsilon: float) -> Array:
-    """LayerNorm over the last axis with {"scale": [d], "bias": [d]}; statistics are float32 at least."""
+    """LayerNorm over the last axis with {"scale": [d], "bias": [d]}; statistics are at least float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(-1, keepdims=True)
     normed = (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)).astype(x.dtype)

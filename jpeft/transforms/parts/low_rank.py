@@ -1,4 +1,4 @@
-"""What LoRA and its relatives share: options by site, the factors A [in, rank] and B [rank, out], and their scale."""
+"""Shared code of LoRA and its relatives: per-site options, the factors A [in, rank] and B [rank, out], the scale."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -32,14 +32,14 @@ __all__ = [
 
 
 class LowRank(NamedTuple):
-    """What LoRA and its relatives have in common; made by `low_rank`.
+    """The options that LoRA and its relatives have in common; created by `low_rank`.
 
     Attributes:
-      rank: r, where no pattern says otherwise.
-      alpha: the scale's numerator, likewise.
+      rank: r, where no pattern in `ranks` matches.
+      alpha: the scale's numerator, where no pattern in `alphas` matches.
       targets: pattern of the Dense layers.
       layers: only in these layers; None means all.
-      dropout: on the way into A, in training.
+      dropout: rate of dropout on the input of A, in training.
       ranks: {pattern: rank}.
       alphas: {pattern: alpha}.
       root: whether the scale is alpha / sqrt(rank) instead of alpha / rank.
@@ -64,7 +64,7 @@ def low_rank(
     rank_pattern: Mapping | None,
     alpha_pattern: Mapping | None,
 ) -> LowRank:
-    """Checks the options that LoRA and its relatives have in common; a UserError for one out of range."""
+    """Checks the options that LoRA and its relatives have in common; raises a UserError if one is out of range."""
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
     sizes(rank=rank, **{f"rank_pattern[{pattern!r}]": value for pattern, value in ranks.items()})
     positive(alpha=alpha, **{f"alpha_pattern[{pattern!r}]": value for pattern, value in alphas.items()})
@@ -73,7 +73,7 @@ def low_rank(
 
 
 def where(spec: LowRank, sites: Sites) -> tuple[Site, ...]:
-    """The targets; a UserError if one is missing or if a pattern matches none of them."""
+    """The targets; raises a UserError if one is missing or a pattern matches none of them."""
     chosen = find_dense(sites, spec.targets, spec.layers)
     paths = [site.path for site in chosen]
     for name, patterns in (("rank_pattern", spec.ranks), ("alpha_pattern", spec.alphas)):
@@ -96,7 +96,7 @@ def rank_at(spec: LowRank, path: str) -> int:
 
 
 def scale_at(spec: LowRank, path: str, leaves: Params) -> float:
-    """The scale at a site: alpha / rank or alpha / sqrt(rank), with the rank that its leaves have."""
+    """The scale at a site: alpha / rank or alpha / sqrt(rank), with the rank of its leaves."""
     rank = leaves["a"].shape[-1]
     return _first(spec.alphas, path, spec.alpha) / (math.sqrt(rank) if spec.root else rank)
 
@@ -114,25 +114,25 @@ def faster_b(ratio: float) -> Callable[[tuple[str, ...]], float] | None:
 
 
 def find_dense(sites: Sites, targets: str, layers: Sequence[int] | None) -> tuple[Site, ...]:
-    """The Dense layers, `nn.DenseGeneral` over its last axes included, that match a pattern; see `jpeft.find`."""
+    """The Dense layers, including `nn.DenseGeneral` over its last axes, that match a pattern; see `jpeft.find`."""
     return find(sites, targets, layers, lambda site: _features(site) is not None, "Dense layers")
 
 
 def dense_shape(site: Site) -> tuple[int, int]:
-    """(in, out) of a Dense layer; of a DenseGeneral, the products over the axes that it reads and makes."""
+    """(in, out) of a Dense layer; for a DenseGeneral, the products over its input and output axes."""
     shape = _features(site)
     assert shape is not None, site
     return shape
 
 
 def _features(site: Site) -> tuple[int, int] | None:
-    """(in, out) of a site whose kernel maps the last axes of its argument to those of its result, or None."""
+    """(in, out) of a site whose kernel maps the last axes of its argument to those of its output, or None."""
     kernel, x, out = site.params.get("kernel"), site.args[0] if site.args else None, site.out
     if not all(isinstance(array, jax.ShapeDtypeStruct) for array in (kernel, x, out)) or " over axes" in site.kind:
         return None
     assert kernel is not None  # for the type checker
     assert x is not None
-    # x has n axes that the kernel reads, and the result has the kernel's others in their place.
+    # The kernel contracts the last n axes of x; the output has the kernel's other axes in their place.
     n, odd = divmod(len(x.shape) - len(out.shape) + len(kernel.shape), 2)
     lead = len(x.shape) - n
     if odd or not 0 < n < len(kernel.shape) or lead < 0 or x.shape[:lead] + kernel.shape[n:] != out.shape:
@@ -141,7 +141,7 @@ def _features(site: Site) -> tuple[int, int] | None:
 
 
 def flat(x: Array, features: int) -> Array:
-    """x with its last axes joined to one of this many features, as a DenseGeneral may read and make several."""
+    """x with its last axes merged into one of this many features, as a DenseGeneral may have several."""
     size, axes = 1, 0
     while size < features and axes < x.ndim:
         axes += 1
@@ -155,9 +155,9 @@ def add_to_kernel(own: Params, update: Array) -> Params:
 
 
 def need_params(params: Params | None) -> Params:
-    """The parameters; a UserError if there are none."""
+    """The parameters; raises a UserError if there are none."""
     if params is None:
-        raise UserError("this method starts from the base weights: give `jpeft.init` the params")
+        raise UserError("this method starts from the base weights: pass params to `jpeft.init`")
     return params
 
 

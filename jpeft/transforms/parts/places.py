@@ -1,4 +1,4 @@
-"""The kinds of site that methods sit at, told by the arguments and results of the calls, for any linen model."""
+"""The kinds of sites for methods, recognised by the arguments and outputs of their calls, for any linen model."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,13 +20,13 @@ Layers = Sequence[int] | None
 
 
 def find_residual(sites: Sites, targets: str, layers: Layers = None) -> tuple[Site, ...]:
-    """Sites that map (hidden [..., d], residual [..., d]) to [..., d], where adapters sit; see `jpeft.find`."""
+    """Sites that map (hidden [..., d], residual [..., d]) to [..., d], for adapters; see `jpeft.find`."""
     fits = _takes(2, lambda hidden, residual, out: hidden == residual == out and len(hidden) > 1)
     return find(sites, targets, layers, fits, "sites with arguments (hidden, residual)")
 
 
 def find_feed_forward(sites: Sites, targets: str, layers: Layers = None) -> tuple[Site, ...]:
-    """Sites that map one array [..., d] to another, where an adapter can run beside them."""
+    """Sites that map one array [..., d] to another, for parallel adapters."""
     fits = _takes(1, lambda x, out: x == out and len(x) > 1)
     return find(sites, targets, layers, fits, "sites that map [..., d] to [..., d]")
 
@@ -38,7 +38,7 @@ def find_cores(sites: Sites, targets: str, layers: Layers = None) -> tuple[Site,
 
 
 def find_inputs(sites: Sites, targets: str) -> tuple[Site, ...]:
-    """Sites around what a model embeds."""
+    """Sites around the inputs of a model's embeddings."""
     fits = _takes(4, lambda words, types, places, mask, *out: len(words) == 3 and types == places == mask == words[:2])
     return find(sites, targets, None, fits, "sites with arguments (word vectors, token types, positions, mask)")
 
@@ -55,7 +55,7 @@ def find_encoders(sites: Sites, targets: str) -> tuple[Site, ...]:
 
 
 def find_norms(sites: Sites, targets: str, layers: Layers = None) -> tuple[Site, ...]:
-    """Normalisation layers with parameters of their own, outside of the head."""
+    """Normalisation layers with their own parameters, outside the head."""
 
     def fits(site: Site) -> bool:
         return "Norm" in site.kind and bool(own_parameters(site)) and not site.head
@@ -64,12 +64,12 @@ def find_norms(sites: Sites, targets: str, layers: Layers = None) -> tuple[Site,
 
 
 def find_with_params(sites: Sites, targets: str, layers: Layers = None) -> tuple[Site, ...]:
-    """Sites that hold parameters themselves, outside of the head, which trains anyway under its own name."""
+    """Sites with their own parameters, outside the head, which always trains under its own name."""
 
     def fits(site: Site) -> bool:
         return bool(own_parameters(site)) and not site.head
 
-    return find(sites, targets, layers, fits, "sites with parameters of their own, outside of the head")
+    return find(sites, targets, layers, fits, "sites with their own parameters, outside the head")
 
 
 def own_parameters(site: Site) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ def own_parameters(site: Site) -> tuple[str, ...]:
 
 
 def _takes(num_args: int, related: Callable[..., bool]) -> Callable[[Site], bool]:
-    """Whether a site takes this many arrays, and related(*shapes of its arguments, *shapes of its results)."""
+    """Whether a site takes this many arrays, and related(*shapes of its arguments, *shapes of its outputs)."""
 
     def fits(site: Site) -> bool:
         if len(site.args) != num_args or site.out is None:
@@ -90,5 +90,5 @@ def _takes(num_args: int, related: Callable[..., bool]) -> Callable[[Site], bool
 
 
 def _shapes(arrays: Any) -> list[Any]:
-    """The shape of each, None for what is not an array."""
+    """The shape of each, or None if it is not an array."""
     return [getattr(x, "shape", None) for x in arrays]
