@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs that run once need not be fast. Set here, so that the processes that tests start have it too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # One cache of compiled programs for all workers, kept from one run of the tests to the next.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
@@ -35,11 +37,11 @@ def _compiled_programs_are_not_searched_for_garbage() -> Iterator[None]:
 
 
 @pytest.fixture
-def compiled_soon() -> Iterator[None]:
-    """For tests of what happens, not of the last bit: programs that run once need not be fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised() -> Iterator[None]:
+    """For tests of speed, memory and the last bit: programs are compiled as users compile them."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -13,8 +13,6 @@ import jpeft
 from jpeft.models import Bert, BertConfig
 from jpeft.plans.plan import Entry, build
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 SIZES = {
     "houlsby": {"bottleneck": 3},
     "ia3": {"placement": "before"},

@@ -12,8 +12,6 @@ from jpeft import UserError
 from jpeft.core import tree
 from jpeft.core.transform import FIXED
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 
 def parts_of(toy, method, key, trains=("classifier",)):
     leaves = jpeft.init(method, key, toy.sites, toy.params)

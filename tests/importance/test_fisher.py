@@ -224,7 +224,6 @@ def definition(loss, logits, tree, examples, labels, values, key):
     return total
 
 
-@pytest.mark.usefixtures("compiled_soon")
 @pytest.mark.parametrize("whole", ["float64"], indirect=True)
 @pytest.mark.parametrize("values", ["square", "absolute"])
 @pytest.mark.parametrize("labels", ["empirical", "expected", "sampled"])

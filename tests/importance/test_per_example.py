@@ -124,7 +124,6 @@ def brute(fn, tree, chunk, weights, shift, measure, directions):
     return total
 
 
-@pytest.mark.usefixtures("compiled_soon")
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("one_by_one", [True, False])
 @pytest.mark.parametrize("case", CASES)

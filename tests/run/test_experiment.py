@@ -11,8 +11,6 @@ from jpeft.run import experiment, measured
 from jpeft.run.console import Console
 from jpeft.transforms.registry import MODULES
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 REPORT = {
     "task", "method", "model", "split", "primary_metric", "metrics", "parameters", "seconds", "examples_per_second",
     "inference_examples_per_second", "peak_memory_bytes", "learning_rate", "device", "versions",

@@ -16,8 +16,6 @@ from jpeft.run.seed import Seed
 from jpeft.training import checkpoint
 from jpeft.training.loop import Steps
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 CONFIG = ConfigDict(
     {
         "method": "lora",

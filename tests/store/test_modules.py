@@ -11,8 +11,6 @@ from jpeft.models import Bert, pretrained
 from jpeft.plans import plan as plans
 from jpeft.store import modules as saved
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 SPECS = {
     "lora": [{"method": "lora", "options": {"rank": 2}}],
     "prefix": [{"method": "prefix", "options": {"num_virtual_tokens": 3, "mlp_hidden": 8}}],

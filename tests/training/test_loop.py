@@ -14,8 +14,6 @@ from jpeft.training import loop, optim
 from jpeft.training import step as stepping
 from jpeft.training.loop import Compiled, Schedule, Steps
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 SHAPE = {
     "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
     "max_position_embeddings": 16, "num_labels": 2,

@@ -13,8 +13,6 @@ from jpeft.models import Bert, BertConfig
 from jpeft.training import optim
 from jpeft.training import step as stepping
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 SHAPE = {
     "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
     "max_position_embeddings": 16,

@@ -13,8 +13,6 @@ from jpeft.core.site import Site
 from jpeft.core.transform import Context
 from jpeft.transforms.adamix import adamix, consistency
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 SITE = Site("encoder/layer_0/ffn_add_norm", 0, "AddNorm", {}, ())
 
 

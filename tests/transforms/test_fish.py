@@ -41,7 +41,6 @@ def gradients(toy):
     ]
 
 
-@pytest.mark.usefixtures("compiled_soon")
 @pytest.mark.parametrize("labels", ["empirical", "expected"])
 @pytest.mark.parametrize("values", ["square", "absolute"])
 def test_fish_takes_the_largest_of_a_loop(toy, key, gradients, labels, values):

@@ -11,8 +11,6 @@ import jpeft
 from jpeft.models import Bert, BertConfig
 from jpeft.transforms.iti import Probes, activations, iti, probe
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 CONFIG = BertConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
     max_position_embeddings=16, initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,

@@ -10,8 +10,6 @@ import jpeft
 from jpeft.models.bert import BertConfig, Layer, attends
 from jpeft.transforms.ladder_side import ladder_side
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 METHOD = ladder_side(4)
 
 

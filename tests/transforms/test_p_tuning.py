@@ -11,8 +11,6 @@ from jpeft.models import Bert, BertConfig
 from jpeft.transforms.p_tuning import p_tuning
 from jpeft.transforms.prompt import prompt
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 PATH = "embeddings/inputs"
 METHODS = {"lstm": p_tuning(3, "lstm", 4), "mlp": p_tuning(3, "mlp", 4)}
 

@@ -20,8 +20,6 @@ from jpeft.models import Bert, BertConfig
 from jpeft.store import modules as saved
 from jpeft.transforms.registry import METHODS, MODULES
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 CONFIG = BertConfig(
     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
     max_position_embeddings=64, initializer_range=0.15, num_labels=3,

@@ -16,8 +16,6 @@ from jpeft.core.errors import UserError
 from jpeft.core.partition import split
 from jpeft.transforms.said import fastfood, hadamard, said
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 
 def dense_map(seed, name, size, dim):
     """Fastfood's matrix [size, dim] from dense factors, with the random numbers read from the definition."""

@@ -13,8 +13,6 @@ from jpeft.core.partition import split
 from jpeft.core.transform import FIXED
 from jpeft.transforms.sparse_adapter import grasp, magnitude, snip, sparse_adapter, synflow
 
-pytestmark = pytest.mark.usefixtures("compiled_soon")
-
 B = 4  # the toy's hidden size is 16, so its two pfeiffer adapters have 2 * 2 * 16 * 4 = 256 entries in kernels
 WIDTHS = {"down": (16, B), "up": (B, 16)}
 
