@@ -42,7 +42,7 @@ def test_another_method_than_call(method):
     close(jpeft.apply(model, lora, variables, X, method=method), model.apply(merged, X, method=method))
     close(jpeft.apply(model, lora, variables, X), model.apply(merged, X))
     nowhere = {"lora_0": {**leaves["lora_0"], "decodr": leaves["lora_0"]["decoder"]}}
-    with pytest.raises(UserError, match="no site 'decodr'"):
+    with pytest.raises(UserError, match="leaves for site 'decodr', which the model does not have"):
         jpeft.apply(model, lora, {"params": params, "peft": nowhere}, X, method=method)
 
 

@@ -121,6 +121,7 @@ def setting(name, method="lora"):
 
 @pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("optimised")
 def test_leaves_act_as_their_merged_model_does(name, jitted):
     model, x, params, method, leaves = setting(name)
     leaves = moved(leaves)
@@ -199,7 +200,7 @@ def test_each_copy_has_a_dropout_key_of_its_own():
 def test_what_cannot_work_is_an_error_that_says_what_to_pass():
     model = Scanned(axis=1)
     params = model.init(jax.random.key(0), X)["params"]
-    with pytest.raises(UserError, match=r"layers/proj.*another axis than the first: pass variable_axes="):
+    with pytest.raises(UserError, match=r"layers/proj.*an axis other than the first: pass variable_axes="):
         jpeft.init(jpeft.lora(2, targets="proj"), jax.random.key(0), jpeft.sites(model, X), params)
     model, x, params, method, leaves = setting("repeated")
     stacked = {

@@ -130,7 +130,7 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(UserError, match="respect to the tree: expected a float array, got float"):
         fisher(loss, 1.0, (jnp.ones((2, 2)),))
     (all_five,) = accumulate(loss, w, (jnp.ones((5, 2)),))
-    with pytest.raises(UserError, match="has 5 examples, and there are 4"):
+    with pytest.raises(UserError, match="has 5 examples, but there are 4"):
         next(accumulate(loss, w, (jnp.ones((4, 2)),), start=all_five))
 
 

@@ -5,7 +5,7 @@ import json
 import pathlib
 
 import chex
-import huggingface_hub
+import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -188,7 +188,7 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
     codes = weights() | {QUERY: np.zeros((32, 32), np.int8)}
     assert "found int8 in encoder.layer.1" in refusal(write(tmp_path, codes))
     twice = weights() | {QUERY[5:]: weights()[QUERY]}
-    assert f"holds {QUERY[5:]} twice" in refusal(write(tmp_path, twice))
+    assert f"has {QUERY[5:]} twice" in refusal(write(tmp_path, twice))
 
 
 @pytest.mark.parametrize(("name", "has", "needs"), [("bert", 3, 2), ("roberta", 2, 3)])
@@ -302,5 +302,5 @@ def test_hf_module():
     assert pretrained.hf_module("classifier/out_proj", "roberta") == "classifier.out_proj"
     assert pretrained.hf_module("classifier") == "classifier"
     assert pretrained.hf_module("encoder/layer_11/ffn_add_norm/LayerNorm") == "encoder.layer.11.output.LayerNorm"
-    with pytest.raises(UserError, match="not a module"):
+    with pytest.raises(UserError, match="not a BERT or RoBERTa module with parameters"):
         pretrained.hf_module("encoder/layer_1/attention/core")

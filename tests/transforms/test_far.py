@@ -20,6 +20,7 @@ def fresh(toy, key):
     return jpeft.init(METHOD, key, toy.sites, toy.params)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_a_fresh_one_leaves_the_logits_bit_identical(toy, key):
     np.testing.assert_array_equal(toy.logits(METHOD, fresh(toy, key)), toy.logits(jpeft.chain(), {}))
 

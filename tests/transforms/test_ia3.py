@@ -43,6 +43,7 @@ def test_places_and_shapes(toy, key, placement):
 
 
 @pytest.mark.parametrize("options", [{"placement": "after"}, {"placement": "before"}, {"targets": PEFT}])
+@pytest.mark.usefixtures("optimised")
 def test_a_fresh_one_leaves_the_logits_bit_identical(toy, key, options):
     method = ia3(**options)
     np.testing.assert_array_equal(toy.logits(method, jpeft.init(method, key, toy.sites)), toy.logits(jpeft.chain(), {}))

@@ -45,6 +45,7 @@ def test_equals_the_materialised_weight_and_the_merged_one(toy, key, shape):
 
 
 @pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.usefixtures("optimised")
 def test_a_fresh_one_leaves_the_logits_bit_identical(toy, key, jit):
     method = krona(targets=TARGETS)
     leaves = jpeft.init(method, key, toy.sites)

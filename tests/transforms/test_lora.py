@@ -51,6 +51,7 @@ def base(params=PARAMS, jit=True):
 @pytest.mark.parametrize(
     ("jit", "targets"), [(False, "query|value|intermediate|output"), (True, "query|key|value|intermediate|ffn/output")]
 )
+@pytest.mark.usefixtures("optimised")
 def test_a_fresh_one_leaves_the_logits_bit_identical(jit, targets):
     method = jpeft.lora(4, targets=targets)
     leaves = jpeft.init(method, jax.random.key(1), SITES)

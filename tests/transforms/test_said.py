@@ -113,6 +113,7 @@ def test_a_whole_layer_is_a_target_and_what_is_below_it_counts_once(toy, key):
         assert same == (path[:2] != ("encoder", "layer_1")), path
 
 
+@pytest.mark.usefixtures("optimised")
 def test_a_fresh_one_leaves_the_logits_bit_identical(toy, key):
     method = said(10)
     leaves = jpeft.init(method, key, toy.sites)
