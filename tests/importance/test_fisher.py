@@ -334,3 +334,17 @@ np.testing.assert_allclose(mean(last), fisher(fn, jax.device_put(w, jax.devices(
 def test_several_devices_give_what_one_does():
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", DEVICES], check=True, env=environment)
+
+
+@pytest.mark.parametrize("chosen", [None, "bfloat16"])
+def test_products_are_in_full_precision_unless_the_user_chose(chosen):
+    """What `fn` and the sums ask of an accelerator, where float32 products are TF32 or bfloat16 by default."""
+    seen = set()
+
+    def loss(w, x):
+        seen.add(jax.config.jax_default_matmul_precision)
+        return jnp.sum((x @ w) ** 2)
+
+    with jax.default_matmul_precision(chosen):
+        fisher(loss, jnp.ones((3, 2)), jnp.ones((4, 5, 3)))
+    assert seen == {chosen or "highest"}
