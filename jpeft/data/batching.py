@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 __all__ = [
-    "Batch", "Examples", "by_length", "eval_batches", "length_buckets", "num_batches", "sample", "take", "together",
+    "Batch", "Examples", "by_length", "drawn", "eval_batches", "length_buckets", "num_batches", "sample", "take", "together",
     "tokenize", "train_batches",
 ]  # fmt: skip
 
@@ -227,8 +227,13 @@ def sample(examples: Examples, n: int, seed: int) -> tuple[Examples, np.ndarray]
     Returns:
       The rows and their indices, in the order of the shuffle.
     """
-    indices = np.random.default_rng(seed).permutation(examples.size)[:n]
+    indices = drawn(examples.size, n, seed)
     return take(examples, indices), indices
+
+
+def drawn(size: int, n: int, seed: int) -> np.ndarray:
+    """The numbers of n of `size` rows, drawn as by `sample`; all of them if there are fewer."""
+    return np.random.default_rng(seed).permutation(size)[:n]
 
 
 def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jpeft.core.errors import UserError, nearest
-from jpeft.core.transform import Chain, Transform, chain
+from jpeft.core.transform import Chain, Transform, chain, members
 from jpeft.transforms.registry import METHODS, MODULES, RENAMED
 
 __all__ = ["PLANS", "Entry", "Plan", "Spec", "build", "check", "dumps", "loads", "make", "read", "spec", "uniform"]
@@ -81,10 +81,25 @@ def spec(plan: Plan) -> Spec:
     return [{"method": e.method, "options": {**e.options, "layers": layers}} for e, layers in groups]
 
 
-def build(modules: Plan | Spec) -> Chain:
-    """The transform of a plan, or of its `spec`."""
+def build(modules: Plan | Spec, rates: Mapping[str, float] | None = None) -> Chain:
+    """The transform of a plan, or of its `spec`.
+
+    Args:
+      modules: the plan.
+      rates: {method: factor}, which multiplies the learning rates of the method's leaves, so that modules of different
+        kinds can each train at their own rate. 1 for any other method.
+    """
     groups = spec(modules) if isinstance(modules, dict) else modules
-    return chain(*(make(group["method"], **group["options"]) for group in groups))
+    factors = rates or {}
+    made = ((make(group["method"], **group["options"]), factors.get(group["method"], 1.0)) for group in groups)
+    return chain(*(_faster(member, factor) for transform, factor in made for member in members(transform)))
+
+
+def _faster(member: Transform, factor: float) -> Transform:
+    if factor == 1.0:
+        return member
+    own = member.rate
+    return member._replace(rate=lambda path: factor * (1.0 if own is None else own(path)))
 
 
 def check(plan: Plan, num_layers: int) -> Plan:
@@ -150,11 +165,13 @@ def _is_entry(raw: Any) -> bool:
 
 
 def read(name_or_path: str) -> Plan:
-    """A named plan (see `PLANS`) or a JSON file.
+    """A named plan (see `PLANS`), a JSON file, or JSON itself.
 
     Raises:
-      UserError: if it is neither.
+      UserError: if it is none of them.
     """
+    if name_or_path.lstrip().startswith("{"):
+        return loads(name_or_path)
     if name_or_path in PLANS:
         return {layer: list(entries) for layer, entries in PLANS[name_or_path].items()}
     path = Path(name_or_path)

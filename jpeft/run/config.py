@@ -28,6 +28,7 @@ __all__ = [
     "method_names",
     "modules",
     "options",
+    "rates",
     "task_of",
     "variant",
 ]
@@ -69,9 +70,11 @@ def default(task: str, method: str) -> Config:
             "peft": {name: _section(name) for name in MODULES},
             "fishpal": {
                 "candidates": ("prefix", "pfeiffer", "lora"),
+                "criterion": "race",
                 "num_examples": 64,
                 "plan": placeholder(str),
                 "factors": {name: FACTORS.get(name, 1.0) for name in MODULES},
+                "learning_rates": {name: placeholder(float) for name in MODULES},
             },
             "train": {
                 "num_epochs": 10,
@@ -139,6 +142,22 @@ def learning_rate(config: Config) -> float:
     if config.train.learning_rate is not None:
         return config.train.learning_rate
     return METHODS[config.method.split("+")[0]].learning_rate
+
+
+def rates(config: Config) -> dict[str, float]:
+    """{method: factor} on the learning rate, for runs whose layers hold modules of different kinds.
+
+    Each kind trains at its own rate, `config.fishpal.learning_rates`. Where that is None, it is the method's own, times
+    what the configured learning rate is to fishpal's. With the criterion of the thesis there is one rate for all.
+    """
+    own = METHODS[config.method.split("+")[0]]
+    if not own.chooses or config.fishpal.criterion == "thesis":
+        return {}
+    given, base = config.fishpal.learning_rates, learning_rate(config)
+    return {
+        name: METHODS[name].learning_rate / own.learning_rate if given[name] is None else given[name] / base
+        for name in MODULES
+    }
 
 
 def modules(config: Config) -> plans.Spec:

@@ -28,7 +28,9 @@ from jpeft.run.seed import begin, load_model, train
 from jpeft.store import modules as modules_on_disk
 from jpeft.transforms.registry import METHODS
 
-__all__ = ["run"]
+__all__ = ["PREDICTIONS", "run"]
+
+PREDICTIONS = "predictions.safetensors"  # "logits" [n, num_labels] and "labels" [n] of the dev examples, in their order
 
 
 def run(config: Config, workdir: Path, console: Console | None = None) -> dict[str, Any]:
@@ -111,14 +113,19 @@ def _load_data(config: Config, task: Task, base: pretrained.Pretrained, console:
     if splits.absent:
         console.say(f"  {splits.source} has no {', '.join(splits.absent)} split; none is needed")
     tokenizer = AutoTokenizer.from_pretrained(base.folder)
-    train, dev = (
-        task.encode(splits.splits[name], tokenizer, config.train.max_length) for name in ("train", task.eval_split)
-    )
-    if config.train.max_train_examples is not None:
-        train, _ = batching.sample(train, min(config.train.max_train_examples, train.size), seed=0)
+    given = splits.splits | {"train": _few(splits.splits["train"], config.train.max_train_examples)}
+    train, dev = (task.encode(given[name], tokenizer, config.train.max_length) for name in ("train", task.eval_split))
     lengths = [length for examples in (train, dev) for length in examples.lengths]
     buckets = tuple(min(bucket, base.config.max_length) for bucket in batching.length_buckets(lengths))
     return Data(task, train, dev, buckets)
+
+
+def _few(split: Any, most: int | None) -> Any:
+    """At most so many rows of a split, the same for every seed; drawn before they are tokenised, which takes longer."""
+    if most is None or most >= len(split["label"]):
+        return split
+    rows = batching.drawn(len(split["label"]), most, seed=0)
+    return split.select(rows) if hasattr(split, "select") else {k: [v[i] for i in rows] for k, v in split.items()}
 
 
 def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: Console) -> Result:
@@ -134,7 +141,7 @@ def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: C
             _say_plan(plan, console)
         else:
             modules = configs.modules(config)
-        method = plans.build(modules)
+        method = plans.build(modules, configs.rates(config))
         leaves = choose.leaves(seed, method)
     head = [name for name in params if name in (*seed.model.HEAD, *seed.base.fresh)]
     parts = partition(method, params, leaves, trains=params if method_of.trains_base else head)
@@ -142,6 +149,7 @@ def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: C
     console.say(str(table))
 
     last = train(seed, method, parts)
+    files.write_leaves(seed.folder / PREDICTIONS, {"logits": last.logits, "labels": data.dev.labels})
     module_bytes = modules_on_disk.save(
         seed.folder / "model",
         tree.union({"peft": parts.frozen["peft"]}, last.state.trainable),

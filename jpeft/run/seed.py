@@ -21,7 +21,7 @@ from jpeft.run.clock import Clock
 from jpeft.run.config import Config
 from jpeft.run.console import Console
 from jpeft.training import checkpoint, optim, step
-from jpeft.training.loop import Event, Schedule, Steps, fit
+from jpeft.training.loop import Event, Schedule, Steps, evaluate, fit
 
 __all__ = ["Seed", "begin", "load_model", "train"]
 
@@ -90,7 +90,7 @@ def load_model(config: Config, num_labels: int, seed: int) -> Pretrained:
 
 
 def train(seed: Seed, method: Transform | Chain, parts: Partition) -> Event:
-    """Trains, or resumes from the last checkpoint, and returns the last event.
+    """Trains, or resumes from the last checkpoint, and returns the last event, with the logits of the dev examples.
 
     Every event goes to the bar; epochs, and some steps, to `metrics.jsonl`; the state to a checkpoint at the end of
     every epoch, and in between where epochs are long.
@@ -124,6 +124,9 @@ def train(seed: Seed, method: Transform | Chain, parts: Partition) -> Event:
                 checkpoint.save(seed.folder / "checkpoints", event.state, progress)
                 saved = time.monotonic()
                 clock.start()
+    if event.logits is None:  # stopped between the last checkpoint and the end of the run
+        logits = evaluate(steps.eval, event.state.trainable, parts.frozen, seed.data.dev, seed.data.buckets)
+        event = event._replace(logits=logits)
     return event
 
 

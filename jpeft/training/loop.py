@@ -84,6 +84,7 @@ class Event(NamedTuple):
       grad_norm: the global norm of the gradient before clipping; a device scalar, None in an evaluation.
       history: the rows of all finished epochs.
       row: {"epoch", "step", "train_loss" and the scores} of the epoch that just ended; None after a step.
+      logits: float32 [n, num_labels] of the dev examples in that evaluation; None after a step.
     """
 
     state: State
@@ -94,6 +95,7 @@ class Event(NamedTuple):
     grad_norm: Array | None
     history: tuple[Row, ...]
     row: Row | None = None
+    logits: np.ndarray | None = None
 
 
 def fit(
@@ -142,7 +144,7 @@ def fit(
         scores = data.task.score(logits, data.dev.labels)
         row = {"epoch": epoch, "step": step, "train_loss": loss_sum / per_epoch, **scores}
         history, loss_sum = (*history, row), 0.0
-        yield Event(state, epoch, step, row["train_loss"], loss_sum, None, history, row)
+        yield Event(state, epoch, step, row["train_loss"], loss_sum, None, history, row, logits)
 
 
 def evaluate(

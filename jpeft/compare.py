@@ -1,0 +1,64 @@
+"""Compares methods, plans or any settings over tasks and seeds: python -m jpeft.compare --config configs/compare_methods.py
+
+Every cell of the grid is a run as `jpeft.main` makes it. Run again, the command resumes; finished cells are kept as small
+files of scores and predictions. The workdir then holds report.md with the scores, their spread over seeds and the
+differences with their intervals, and a picture. Any field can be set on the command line:
+
+    python -m jpeft.compare --config configs/compare_methods.py --config.tasks="('mrpc', 'cola')"
+    python -m jpeft.compare --config configs/compare_methods.py --config.run.model=minilm --config.seeds="(1, 2)"
+"""
+
+import sys
+from pathlib import Path
+
+from jpeft.run import command
+
+
+def run(argv: list[str]) -> None:
+    """Parses the command line, runs what is not finished, and writes the report."""
+
+    def defaults() -> object:
+        from jpeft.workbench import compare
+
+        return compare.default(("lora", "pfeiffer"), ("mrpc",))
+
+    own = {
+        "workdir": "Where runs and the report go; runs/<name of the config> by default.",
+        "cells": "Folder of the files of finished cells; <workdir>/cells by default.",
+    }
+    given = command.parse(argv, __doc__ or "", own, "configs/compare_methods.py", defaults)
+    from jpeft.core import files
+    from jpeft.report import comparison
+    from jpeft.run.console import Console
+    from jpeft.workbench import compare
+
+    grid, console = given.config, Console()
+    compare.check(grid)
+    workdir = Path(given.flags["workdir"] or f"runs/{given.name}")
+    folder = Path(given.flags["cells"] or workdir / "cells")
+    finished = total = 0
+    try:
+        for finished, total in compare.run_all(grid, folder, workdir / "runs", console):
+            pass
+    finally:  # a grid that is stopped has a report, too
+        outcomes = compare.outcomes(grid, folder)
+        if outcomes:
+            table = comparison.summarise(outcomes)
+            workdir.mkdir(parents=True, exist_ok=True)
+            comparison.picture(workdir / "report.png", table, outcomes)
+            page = comparison.markdown(table, finished, total, "report.png")
+            files.write_text(workdir / "report.md", page)
+            console.say(f"\n{page}\nreport: {workdir / 'report.md'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the program.
+
+    Returns:
+      The exit code: 0, 2 after one line about what the user can mend, or 130 if it was stopped.
+    """
+    return command.call(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Compares variants over tasks and seeds, with the noise of both the seeds and the evaluation rows in the intervals.
+
+Two variants are compared on the same rows and the same seeds. The paired bootstrap draws rows and seeds anew, the same
+for both, and asks how far their difference moves (Efron and Tibshirani 1993; Berg-Kirkpatrick et al. 2012, EMNLP).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jpeft.data.task import Task
+
+__all__ = ["Outcome", "Row", "markdown", "picture", "summarise"]
+
+DRAWS = 1000
+LEVEL = 95  # percent, of the intervals
+
+
+class Outcome(NamedTuple):
+    """One finished run.
+
+    Attributes:
+      task: which.
+      variant: the name of what is compared.
+      seed: of the run.
+      predictions: [n] class ids or values.
+      labels: [n], the same for all runs of a task.
+      trainable_percent: of base and head.
+      added_percent: likewise, at inference.
+    """
+
+    task: Task
+    variant: str
+    seed: int
+    predictions: np.ndarray
+    labels: np.ndarray
+    trainable_percent: float
+    added_percent: float
+
+    def score(self, rows: np.ndarray | None = None) -> float:
+        """The primary metric, of these rows or of all."""
+        predictions, labels = self.predictions, self.labels
+        if rows is not None:
+            predictions, labels = predictions[rows], labels[rows]
+        classes = len(self.task.labels)
+        logits = np.eye(classes)[predictions] if classes else predictions[:, None]
+        return self.task.score(logits, labels)[self.task.primary]
+
+
+class Row(NamedTuple):
+    """A variant on a task.
+
+    Attributes:
+      mean: of the primary metric over the seeds.
+      std: its standard deviation over the seeds (ddof 1); None with one seed.
+      num_seeds: how many there are.
+      behind: the mean difference from the best variant, over the seeds that both have; 0 for the best one.
+      interval: of that difference; (0, 0) for the best one.
+      trainable_percent: mean over the seeds.
+      added_percent: likewise.
+    """
+
+    mean: float
+    std: float | None
+    num_seeds: int
+    behind: float
+    interval: tuple[float, float]
+    trainable_percent: float
+    added_percent: float
+
+    @property
+    def tied(self) -> bool:
+        """Whether it cannot be told from the best one."""
+        return self.interval[1] >= 0
+
+
+def summarise(outcomes: Sequence[Outcome], draws: int = DRAWS) -> dict[str, dict[str, Row]]:
+    """{task: {variant: row}}, the best variant of each task first."""
+    found = {}
+    for task in dict.fromkeys(o.task.name for o in outcomes):
+        by_variant: dict[str, dict[int, Outcome]] = {}
+        for o in outcomes:
+            if o.task.name == task:
+                by_variant.setdefault(o.variant, {})[o.seed] = o
+        scores = {name: [o.score() for o in runs.values()] for name, runs in by_variant.items()}
+        order = sorted(scores, key=lambda name: -float(np.mean(scores[name])))
+        best = by_variant[order[0]]
+        found[task] = {}
+        for name in order:
+            runs = by_variant[name]
+            behind, interval = (0.0, (0.0, 0.0)) if runs is best else difference(runs, best, draws)
+            values, some = scores[name], next(iter(runs.values()))
+            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            sizes = (np.mean([o.trainable_percent for o in runs.values()]), some.added_percent)
+            found[task][name] = Row(float(np.mean(values)), std, len(values), behind, interval, *map(float, sizes))
+    return found
+
+
+def difference(
+    one: Mapping[int, Outcome], other: Mapping[int, Outcome], draws: int = DRAWS
+) -> tuple[float, tuple[float, float]]:
+    """How much better `one` is than `other`, {seed: outcome} both: the mean over common seeds, and its interval."""
+    seeds = sorted(set(one) & set(other))
+    if not seeds:
+        return float("nan"), (float("-inf"), float("inf"))
+    rng = np.random.default_rng(0)
+    n = len(one[seeds[0]].labels)
+
+    def at(picked: Sequence[int], rows: np.ndarray | None) -> float:
+        return float(np.mean([one[s].score(rows) - other[s].score(rows) for s in picked]))
+
+    drawn = [at(rng.choice(seeds, len(seeds)).tolist(), rng.integers(0, n, n)) for _ in range(draws)]
+    low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return at(seeds, None), (float(low), float(high))
+
+
+def markdown(table: Mapping[str, Mapping[str, Row]], finished: int, total: int, picture: str | None) -> str:
+    """The page: a table over all tasks, then the differences from the best of each task."""
+    tasks, variants = list(table), list(dict.fromkeys(name for rows in table.values() for name in rows))
+    lines = ["# Comparison", ""]
+    if finished < total:
+        lines += [f"**{finished} of {total} cells are finished.**", ""]
+    lines += [
+        "Primary metric of the last epoch in percent, mean ± standard deviation over the seeds. Bold: the best of its "
+        "task, and whatever cannot be told from it.",
+        "",
+        "| variant | trainable % | added % | " + " | ".join(tasks) + " |",
+        "| --- | ---: | ---: |" + " ---: |" * len(tasks),
+    ]
+    for name in variants:
+        some = next(rows[name] for rows in table.values() if name in rows)
+        cells = [_cell(table[task].get(name)) for task in tasks]
+        lines.append(f"| {name} | {some.trainable_percent:.3f} | {some.added_percent:.3f} | {' | '.join(cells)} |")
+    if picture:
+        lines += ["", f"![Scores by task and variant]({picture})"]
+    for task, rows in table.items():
+        best = next(iter(rows))
+        lines += ["", f"## {task}: behind {best}", "", f"| variant | points | {LEVEL} % interval | seeds |"]
+        lines += ["| --- | ---: | ---: | ---: |"]
+        for name, row in rows.items():
+            low, high = (f"{100 * x:+.1f}" for x in row.interval)
+            lines.append(f"| {name} | {100 * row.behind:+.1f} | {low} to {high} | {row.num_seeds} |")
+    lines += [
+        "",
+        f"Intervals are of a paired bootstrap over evaluation rows and seeds, {DRAWS} draws. With few seeds they are "
+        "too narrow: they cannot know seeds that were not run.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    text = f"{100 * row.mean:.1f}" + ("" if row.std is None else f" ± {100 * row.std:.1f}")
+    return f"**{text}**" if row.tied else text
+
+
+def picture(path: Path, table: Mapping[str, Mapping[str, Row]], outcomes: Sequence[Outcome]) -> None:
+    """Writes a PNG: one panel a task, a row a variant, a small dot a seed and a large one for the mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    most = max(map(len, table.values()))
+    figure = Figure(figsize=(1.2 + 3.6 * len(table), 1.2 + 0.26 * most), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, (task, rows) in zip(figure.subplots(1, len(table), squeeze=False)[0], table.items(), strict=True):
+        for i, (name, row) in enumerate(rows.items()):
+            colour = "tab:blue" if row.tied else "tab:gray"
+            seeds = [100 * o.score() for o in outcomes if (o.task.name, o.variant) == (task, name)]
+            panel.plot(seeds, [i] * len(seeds), ".", color=colour, alpha=0.5)
+            panel.plot(100 * row.mean, i, "o", color=colour)
+        panel.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        panel.invert_yaxis()
+        panel.set_title(task, fontsize=10)
+        primary = next(o.task.primary for o in outcomes if o.task.name == task)
+        panel.set_xlabel(f"{primary} in percent", fontsize=8)
+        panel.grid(axis="x", alpha=0.3)
+    figure.suptitle("small: a seed; large: the mean; blue: the best and what cannot be told from it", fontsize=8)
+    figure.savefig(path, dpi=130)
