@@ -14,7 +14,7 @@ SIZES = {"lora": {"rank": 8}, "pfeiffer": {"bottleneck": 16}, "prefix": {"num_vi
 
 def get_config(task: str = "sst2") -> Config:
     variants = {name: {"method": name, "peft": {name: options}} for name, options in SIZES.items()}
-    grid = compare.default(variants, tasks=(task,), seeds=(11,), learning_rates=(5e-4, 2e-3, 8e-3, 3.2e-2))
+    grid = compare.default(variants, tasks=(task,), seeds=(11,), learning_rates=(2e-3, 8e-3, 3.2e-2, 5e-4))
     grid.run.model = "minilm"
     grid.run.train.update(num_epochs=1, max_train_examples=4000, max_length=64)
     return grid

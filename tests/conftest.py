@@ -190,7 +190,7 @@ def tiny_config(
         for name in small if method == "fishpal" else method.split("+"):
             config.peft.get(name, {}).update(small.get(name, {}))
         if method == "fishpal":
-            config.fishpal.num_examples = 8
+            config.fishpal.update(criterion="thesis", num_examples=8)
         config.train.update({"num_epochs": 2, "batch_size": 16, "max_length": 16, **train})
         return config
 

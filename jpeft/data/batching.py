@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 __all__ = [
-    "Batch", "Examples", "by_length", "drawn", "eval_batches", "length_buckets", "num_batches", "sample", "take", "together",
-    "tokenize", "train_batches",
+    "Batch", "Examples", "by_length", "drawn", "eval_batches", "length_buckets", "num_batches", "sample", "take",
+    "together", "tokenize", "train_batches",
 ]  # fmt: skip
 
 MEGABATCH = 50  # in batches: rows are sorted by length within this many, enough to remove almost all padding

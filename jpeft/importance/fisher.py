@@ -21,7 +21,11 @@ __all__ = ["LABELS", "VALUES", "Running", "accumulate", "fisher", "mean"]
 
 Tree = TypeVar("Tree")
 LABELS = ("empirical", "expected", "sampled")
-VALUES: dict[str, Callable[[Array], Array]] = {"square": jnp.square, "absolute": jnp.abs}
+VALUES: dict[str, Callable[[Array], Array]] = {
+    "square": jnp.square,
+    "absolute": jnp.abs,
+    "moments": lambda gradient: jnp.stack([gradient, jnp.square(gradient)]),
+}
 SHARE = 0.25  # of the device's memory, for the temporaries of single examples
 MOST = {"cpu": 8}  # examples at a time; larger products are not faster there
 MOST_ELSEWHERE = 64
@@ -82,7 +86,8 @@ def fisher(
       *rest: further arguments of `fn`, such as frozen parameters; passed to the compiled function as arguments, so that
         they do not become constants in it.
       labels: "empirical", "expected" or "sampled".
-      values: "square" of the gradients, or their "absolute" value as in FISH mask's variant.
+      values: "square" of the gradients, their "absolute" value as in FISH mask's variant, or "moments": the gradients
+        themselves and their squares, at the cost of one of them.
       key: for "sampled": the number of each example is folded into it.
       ids: the numbers of the n examples, for sampling and messages. None means 0 to n - 1 in the order given.
       microbatch: examples at a time on each device. None means as many as `memory_limit_bytes` allows, at most 8 on CPU
@@ -97,7 +102,8 @@ def fisher(
     unless `fn` or JAX's configuration (`jax_default_matmul_precision`) asks for a different one.
 
     Returns:
-      A pytree like `tree`, float32 (float64 where `tree` is).
+      A pytree like `tree`, float32 (float64 where `tree` is). With "moments", the leaves have a leading axis of size 2:
+      the mean gradient and the mean square.
 
     Raises:
       UserError: if there are no examples or their shapes do not match, an option is unknown, `fn` does not return what
@@ -178,7 +184,10 @@ def accumulate(
     mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)  # axes whose sharding XLA works out
     done = 0 if start is None else start.done
     _check(n, tree, labels, values, key, ids, microbatch, done)
-    total = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))), tree)
+    lead = (2,) if values == "moments" else ()
+    total = jax.tree.map(
+        lambda x: jnp.asarray(np.zeros((*lead, *x.shape), jnp.promote_types(x.dtype, jnp.float32))), tree
+    )
     if start is not None:
         total = jax.tree.map(jnp.array, start.total)
     if mesh is not None:

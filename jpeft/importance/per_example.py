@@ -116,8 +116,8 @@ def add(
 
     Args:
       cut: the cut of the function to differentiate.
-      value: elementwise, such as the square; 0 at 0.
-      total: a pytree like `tree`.
+      value: elementwise, such as the square; 0 at 0. Or several such functions, stacked along a new leading axis.
+      total: a pytree like `tree`, with that axis.
       tree: as given to `cut`.
       chunk: b examples: shaped like the one given to `cut`, with a leading axis.
       weights: [b], of the examples.
@@ -311,8 +311,12 @@ def _add_rows(
     first = jnp.argmax(same, axis=2) == jnp.arange(ids.shape[1])[None]
     summed = jnp.einsum("nts,nsd->ntd", same.astype(total.dtype), rows.astype(total.dtype))
     found = value(summed) * (first * weights.reshape(-1, 1))[..., None]
-    mode = scatter.params["mode"]
-    return total.at[ids.reshape(-1)].add(found.reshape(-1, d), mode=mode, wrap_negative_indices=False)
+
+    def into(total: Array, found: Array) -> Array:
+        mode = scatter.params["mode"]
+        return total.at[ids.reshape(-1)].add(found.reshape(-1, d), mode=mode, wrap_negative_indices=False)
+
+    return into(total, found) if total.ndim == 2 else jax.vmap(into)(total, found)
 
 
 def _spread(env: dict[Any, Array], v: Any, varies: dict[Any, tuple[bool, bool]]) -> Array:

@@ -98,12 +98,12 @@ def choose(scores: Scores, candidates: Candidates = CANDIDATES) -> Plan:
     """The plan with the best candidate of each layer; ties go to the first one.
 
     Raises:
-      UserError: if a layer has no candidate with a score above zero.
+      UserError: if all scores of a layer are zero.
     """
     plan: Plan = {}
     for layer, row in scores.items():
         best = max(row, key=row.__getitem__)
-        if not row[best] > 0:
-            raise UserError(f"no candidate of layer {layer} has Fisher information: {row}")
+        if not any(row.values()):
+            raise UserError(f"no candidate of layer {layer} has any score: {row}")
         plan[layer] = [candidates[best]]
     return plan

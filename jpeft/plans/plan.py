@@ -57,6 +57,33 @@ def _current(name: str) -> str:
     return RENAMED.get(name, name)
 
 
+SIZES = ("rank", "bottleneck", "num_virtual_tokens", "reduction_factor")  # the options that say how large a module is
+
+
+def resized(entry: Entry, by: float) -> Entry:
+    """The module at `by` times its size: LoRA's rank, an adapter's bottleneck, a prefix's tokens.
+
+    LoRA's alpha grows with the rank, so that a larger one starts with the same scale.
+
+    Raises:
+      UserError: if the module has no size, or one would be below 1.
+    """
+    known = inspect.signature(METHODS[entry.method].make or make).parameters
+    now = {name: entry.options.get(name, p.default) for name, p in known.items()}
+    changed: dict[str, Any] = {}
+    for name in SIZES:
+        if now.get(name) is None or (name == "reduction_factor" and now.get("bottleneck") is not None):
+            continue
+        changed[name] = now[name] / by if name == "reduction_factor" else round(now[name] * by)
+        if name != "reduction_factor" and (changed[name] < 1 or changed[name] != now[name] * by):
+            raise UserError(f"{entry.method} has {name} {now[name]}, which cannot be made {by:g} times as large")
+    if not changed:
+        raise UserError(f"{entry.method} comes in one size only: drop it from the candidates, or the other sizes")
+    if "rank" in changed and "alpha" in now:
+        changed["alpha"] = now["alpha"] * by
+    return Entry(entry.method, {**entry.options, **changed})
+
+
 def uniform(entry: Entry, num_layers: int) -> Plan:
     """The same module in every layer."""
     return {layer: [entry] for layer in range(num_layers)}

@@ -10,19 +10,20 @@ import numpy as np
 from jpeft.core.site import layer_of
 from jpeft.plans.fishpal import Scores
 
-__all__ = ["fisher_map", "fisher_scores", "methods"]
+__all__ = ["choice", "fisher_map", "methods"]
 
 DECADES = 6  # of Fisher information that a map tells apart
 
 
-def fisher_scores(path: Path, by_seed: Mapping[int, Scores], title: str) -> None:
-    """Writes a PNG: one heat map a seed, layers across, candidates down, colour by the logarithm of the score.
+def choice(path: Path, by_seed: Mapping[int, Scores], kept: Mapping[int, Mapping[int, str]], title: str) -> None:
+    """Writes a PNG: one heat map a seed, layers across, candidates down, with the kept candidate of each layer framed.
 
-    The kept candidate of each layer is framed, its number bold. Zero scores are left white.
+    Scores that are positive and span more than two decades, as mean squares do, are shown by their logarithm.
 
     Args:
       path: of the PNG.
-      by_seed: the scores, as `jpeft.plans.fishpal.scores` returns them.
+      by_seed: the scores, {layer: {candidate: score}}.
+      kept: by seed, {layer: candidate}; a layer that got nothing is not in it.
       title: stands above.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,34 +36,40 @@ def fisher_scores(path: Path, by_seed: Mapping[int, Scores], title: str) -> None
         seed: np.array([[scores[layer][name] for layer in layers] for name in candidates])
         for seed, scores in by_seed.items()
     }
-    logs = {seed: np.log10(table, out=np.full(table.shape, np.nan), where=table > 0) for seed, table in tables.items()}
-    found = np.concatenate([x[np.isfinite(x)] for x in logs.values()])
-    low, high = (found.min(), found.max()) if found.size else (0.0, 1.0)
+    values = np.concatenate([table.ravel() for table in tables.values()])
+    above = values[values > 0]
+    log = bool(above.size) and (values >= 0).all() and above.max() > 100 * above.min()
+    if log:
+        tables = {
+            seed: np.log10(table, out=np.full(table.shape, np.nan), where=table > 0) for seed, table in tables.items()
+        }
+        values = np.log10(above)
+    low, high = values.min(), values.max()
     height = 0.9 + len(by_seed) * (0.5 * len(candidates) + 0.75)
-    figure = Figure(figsize=(2.6 + 0.62 * len(layers), height), layout="constrained")
+    figure = Figure(figsize=(2.6 + 0.72 * len(layers), height), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(by_seed), 1, squeeze=False)[:, 0]
-    for panel, (seed, log) in zip(panels, logs.items(), strict=True):
-        image = panel.imshow(log, cmap="viridis", vmin=low, vmax=high, aspect="auto")
-        for column in range(len(layers)):
-            best = int(np.argmax(tables[seed][:, column]))
-            panel.add_patch(
-                Rectangle((column - 0.47, best - 0.46), 0.94, 0.92, fill=False, edgecolor="crimson", linewidth=2.5)
-            )
-            for row in range(len(candidates)):
-                if np.isfinite(log[row, column]):
-                    shade = (log[row, column] - low) / (high - low or 1)
-                    weight = "bold" if row == best else "normal"
+    for panel, (seed, table) in zip(panels, tables.items(), strict=True):
+        image = panel.imshow(table, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+        for column, layer in enumerate(layers):
+            for row, name in enumerate(candidates):
+                best = kept[seed].get(layer) == name
+                if best:
+                    corner = (column - 0.47, row - 0.46)
+                    panel.add_patch(Rectangle(corner, 0.94, 0.92, fill=False, edgecolor="crimson", linewidth=2.5))
+                if np.isfinite(table[row, column]):
+                    shade = (table[row, column] - low) / (high - low or 1)
                     panel.text(
-                        column, row, f"{log[row, column]:.1f}", ha="center", va="center", fontsize=8,
-                        color="black" if shade > 0.6 else "white", fontweight=weight,
+                        column, row, f"{table[row, column]:.1f}" if log else f"{table[row, column]:.1e}", ha="center",
+                        va="center", fontsize=8 if log else 7, color="black" if shade > 0.6 else "white",
+                        fontweight="bold" if best else "normal",
                     )  # fmt: skip
         panel.set_xticks(range(len(layers)), [str(layer) for layer in layers])
         panel.set_yticks(range(len(candidates)), candidates)
         panel.set_title(f"seed {seed}", fontsize=9, loc="left")
         panel.tick_params(length=0)
     panels[-1].set_xlabel("layer")
-    figure.colorbar(image, ax=panels, label="log10 of score", shrink=0.9)
+    figure.colorbar(image, ax=panels, label="log10 of score" if log else "score", shrink=0.9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
 

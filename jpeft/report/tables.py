@@ -65,7 +65,7 @@ def markdown(
       report: what goes into `report.json`.
       plans: by seed, for FishPAL.
       summaries: by seed, the Markdown table of what trains and what stays.
-      picture: file name of the picture of the Fisher scores, or None.
+      picture: file name of the picture of the scores, or None.
       maps: file names of pictures of Fisher information by layer and module.
     """
     metrics, counts = report["metrics"], report["parameters"]
@@ -83,8 +83,11 @@ def markdown(
     if plans:
         lines += ["", "## Which module each layer got", ""]
         lines += [f"- seed {seed}: layers " + "; ".join(plan_lines(plan)) for seed, plan in plans.items()]
+        if "choice" in report:
+            cost = report["choice"]
+            lines += ["", f"Chosen by `{cost['criterion']}`, at {100 * cost['share']:.1f} % of the training's passes."]
         if picture:
-            lines += ["", f"![Fisher scores by layer and candidate, the chosen ones marked]({picture})"]
+            lines += ["", f"![Scores by layer and candidate, the chosen ones framed]({picture})"]
     if maps:
         lines += ["", "## Where the Fisher information is", ""]
         lines += [f"![Mean Fisher information by layer and module]({name})" for name in maps]

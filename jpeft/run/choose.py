@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import time
 import zlib
 from typing import Any
 
@@ -9,14 +10,18 @@ import jax
 import numpy as np
 
 from jpeft.core import files, transform
-from jpeft.core.partition import split
+from jpeft.core.summary import summary
+from jpeft.core.tree import count
 from jpeft.data import batching
 from jpeft.models.pretrained import fingerprint
 from jpeft.plans import fishpal
 from jpeft.plans import plan as plans
+from jpeft.plans.budget import Cost, allocate
+from jpeft.plans.fishpal import Candidates, Scores
 from jpeft.plans.plan import Entry, Plan
 from jpeft.report import plots
 from jpeft.run import config as configs
+from jpeft.run.criteria import CRITERIA
 from jpeft.run.measured import measure, read
 from jpeft.run.seed import Seed
 from jpeft.training.step import single_logits, single_loss
@@ -27,7 +32,10 @@ __all__ = ["leaves", "plan"]
 def plan(seed: Seed) -> Plan:
     """FishPAL's plan: the given one, the one that an earlier start of this run measured, or a new measurement.
 
-    It is written to `plan.json`, and what was measured to `fisher.json`.
+    It is written to `plan.json`, and what was measured to `choice.json`.
+
+    Raises:
+      UserError: if no plan fits the budget.
     """
     config, path = seed.config, seed.folder / "plan.json"
     if path.is_file():
@@ -35,21 +43,43 @@ def plan(seed: Seed) -> Plan:
     if config.fishpal.plan is not None:
         chosen = plans.read(config.fishpal.plan)
     else:
-        candidates = {name: Entry(name, configs.options(config, name)) for name in config.fishpal.candidates}
-        factors = {name: config.fishpal.factors[name] for name in candidates}
-        everything = fishpal.attach(candidates)
-        fresh = transform.init(everything, seed.key, seed.sites, seed.base.params)
-        part, fixed = split(fresh)
-        rest = {"params": seed.base.params, "peft": fixed}
-        loss, n = single_loss(seed.model, everything, seed.data.task.loss), config.fishpal.num_examples
-        information = _fisher(seed, "fisher.safetensors", loss, {"peft": part}, n, rest)["peft"]
-        _, rows = _rows(seed, n)
-        scores = fishpal.scores(information, len(rows), candidates, factors)
-        chosen = fishpal.choose(scores, candidates)
-        found = {"num_examples": len(rows), "train_rows": rows.tolist(), "factors": factors, "scores": scores}
-        files.write_json(seed.folder / "fisher.json", found)
+        candidates, start = configs.candidates(config), time.perf_counter()
+        found = CRITERIA[config.fishpal.criterion](seed, candidates, lambda name, *args: _fisher(seed, name, *args))
+        chosen = _best(seed, found.scores, candidates)
+        all_passes = seed.data.train.size * config.train.num_epochs
+        seconds = time.perf_counter() - start
+        seed.console.say(
+            f"  chosen by {config.fishpal.criterion}, at {100 * found.passes / all_passes:.1f} % of the passes of the "
+            f"training, in {seconds:.0f} s"
+        )
+        choice = {
+            "criterion": config.fishpal.criterion, "passes": found.passes, "share": found.passes / all_passes,
+            "seconds": seconds, "scores": found.scores, **found.about,
+        }  # fmt: skip
+        files.write_json(seed.folder / "choice.json", choice)
     files.write_text(path, plans.dumps(chosen))
     return chosen
+
+
+def _best(seed: Seed, scores: Scores, candidates: Candidates) -> Plan:
+    """The best candidate of each layer, or the best plan under the budget."""
+    if seed.config.fishpal.budget is None:
+        return fishpal.choose(scores, candidates)
+    limit, percent = configs.budget(seed.config)
+    limit = limit * count(seed.base.params) / 100 if percent else limit
+    costs = {name: _cost(seed, entry) for name, entry in candidates.items()}
+    return allocate(scores, candidates, costs, limit)
+
+
+def _cost(seed: Seed, entry: Entry) -> Cost:
+    """The parameters of a candidate in one layer, that train or that stay at inference."""
+    method = plans.make(entry.method, **entry.options)
+    leaves = jax.eval_shape(lambda: transform.init(method, seed.key, seed.sites, seed.base.params))
+    trains = seed.config.fishpal.budget_of == "trainable"
+    rows = summary(method, leaves, seed.base.params).rows
+    shared = sum(row.trainable if trains else row.added for row in rows if row.layers == transform.SHARED)
+    own = sum(row.trainable if trains else row.added for row in rows) - shared
+    return Cost(own // seed.base.config.num_hidden_layers, shared)
 
 
 def leaves(seed: Seed, method: transform.Transform | transform.Chain) -> transform.Leaves:

@@ -15,7 +15,7 @@ from jpeft.data.custom import custom
 from jpeft.data.task import Task
 from jpeft.data.tasks import TASKS
 from jpeft.plans import plan as plans
-from jpeft.plans.fishpal import FACTORS
+from jpeft.plans.fishpal import FACTORS, Candidates
 from jpeft.transforms.registry import METHODS, MODULES, RENAMED
 
 __all__ = [
@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 CUSTOM = "custom"  # the task that `config.data` defines
+# What FishPAL can choose by; `jpeft.run.criteria` says how.
+CRITERIA = (
+    "race", "adam_step", "loss_drop", "trace", "thesis", "random", "size", "magnitude", "depth", "shuffled_labels",
+)  # fmt: skip
 OWN = {"train": "a CSV, TSV, JSON lines or parquet file", "text": "one or two column names"}
 
 Config = Any  # an `ml_collections.ConfigDict`, whose fields are attributes that no type checker knows
@@ -71,7 +75,10 @@ def default(task: str, method: str) -> Config:
             "fishpal": {
                 "candidates": ("prefix", "pfeiffer", "lora"),
                 "criterion": "race",
-                "num_examples": 64,
+                "sizes": (1,),
+                "budget": placeholder(str),
+                "budget_of": "trainable",
+                "num_examples": placeholder(int),
                 "plan": placeholder(str),
                 "factors": {name: FACTORS.get(name, 1.0) for name in MODULES},
                 "learning_rates": {name: placeholder(float) for name in MODULES},
@@ -160,6 +167,32 @@ def rates(config: Config) -> dict[str, float]:
     }
 
 
+def candidates(config: Config) -> Candidates:
+    """The candidates by name, each in all of `config.fishpal.sizes`: "lora", and "lora x2" of twice its rank."""
+    found = {}
+    for name in config.fishpal.candidates:
+        for size in config.fishpal.sizes:
+            entry = plans.Entry(name, options(config, name))
+            found[name if size == 1 else f"{name} x{size:g}"] = entry if size == 1 else plans.resized(entry, size)
+    return found
+
+
+def budget(config: Config) -> tuple[float, bool]:
+    """The number in `config.fishpal.budget`, "0.5%" or "100000", and whether it is in percent of the plain model.
+
+    Raises:
+      UserError: if it is neither.
+    """
+    text = str(config.fishpal.budget)
+    try:
+        number = float(text.removesuffix("%").replace(",", "").replace("_", ""))
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise UserError(f"config.fishpal.budget must be a number of parameters or a percentage, '0.5%', got {text!r}")
+    return number, text.endswith("%")
+
+
 def modules(config: Config) -> plans.Spec:
     """What `jpeft.build` makes the configured method from; nothing for `full` and `head`."""
     if METHODS[config.method.split("+")[0]].make is None:
@@ -195,6 +228,21 @@ def check(config: Config) -> None:
         raise UserError("config.fishpal.candidates must name at least one method, and none twice")
     if config.fishpal.plan is not None:
         plans.read(config.fishpal.plan)
+    if config.fishpal.criterion not in CRITERIA:
+        raise UserError(
+            f"config.fishpal.criterion {config.fishpal.criterion!r} is unknown: "
+            f"{nearest(config.fishpal.criterion, CRITERIA)}"
+        )
+    for size in config.fishpal.sizes:
+        _above_zero("fishpal.sizes", size)
+    candidates(config)
+    if config.fishpal.budget is not None:
+        budget(config)
+    if config.fishpal.budget_of not in ("trainable", "added"):
+        raise UserError(f"config.fishpal.budget_of must be 'trainable' or 'added', got {config.fishpal.budget_of!r}")
+    for name, rate in config.fishpal.learning_rates.items():
+        if rate is not None:
+            _above_zero(f"fishpal.learning_rates.{name}", rate)
     train = config.train
     _at_least(1, **{"fishpal.num_examples": config.fishpal.num_examples})
     _at_least(1, **{f"train.{name}": train[name] for name in ("num_epochs", "batch_size", "max_train_examples")})

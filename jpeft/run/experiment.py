@@ -143,8 +143,7 @@ def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: C
             modules = configs.modules(config)
         method = plans.build(modules, configs.rates(config))
         leaves = choose.leaves(seed, method)
-    head = [name for name in params if name in (*seed.model.HEAD, *seed.base.fresh)]
-    parts = partition(method, params, leaves, trains=params if method_of.trains_base else head)
+    parts = partition(method, params, leaves, trains=params if method_of.trains_base else seed.head)
     table = summary(method, leaves, params, parts.trainable["params"])
     console.say(str(table))
 

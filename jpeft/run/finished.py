@@ -1,7 +1,9 @@
 """What is left in the workdir of a finished run for people and programs: report.json, report.md and the picture."""
 
+import json
 import platform
 import resource
+import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from jpeft.data.task import Task
 from jpeft.models import Bert
 from jpeft.plans import fishpal
 from jpeft.plans import plan as plans
+from jpeft.plans.plan import Plan
 from jpeft.report import plots, tables
 from jpeft.run import config as configs
 from jpeft.run.config import Config
@@ -23,7 +26,7 @@ from jpeft.version import __version__
 
 __all__ = ["Result", "count", "peak_memory", "write"]
 
-PICTURE = "fisher.png"
+PICTURE = "choice.png"
 
 
 class Result(NamedTuple):
@@ -82,16 +85,20 @@ def write(
         "device": jax.local_devices()[0].device_kind,
         "versions": {"jpeft": __version__, "jax": jax.__version__, "flax": flax.__version__},
     }
-    files.write_json(workdir / "report.json", report)
     folders = {seed: workdir / f"seed_{seed}" for seed in results}
     chosen = {seed: plans.read(str(f / "plan.json")) for seed, f in folders.items() if (f / "plan.json").is_file()}
-    measured = {seed: _scores(f / "fisher.json") for seed, f in folders.items() if (f / "fisher.json").is_file()}
-    if measured:
-        title = f"Fisher scores and the kept module of each layer\n{config.task}, {config.model}"
-        plots.fisher_scores(workdir / PICTURE, measured, title)
+    choices = {seed: files.read_json(f / "choice.json") for seed, f in folders.items() if (f / "choice.json").is_file()}
+    if choices:
+        criterion = config.fishpal.criterion
+        title = f"Scores by {criterion!r}, and the module that each layer got\n{config.task}, {config.model}"
+        kept = {seed: _kept(config, chosen[seed]) for seed in choices}
+        plots.choice(workdir / PICTURE, {seed: _scores(found) for seed, found in choices.items()}, kept, title)
+        costs = {name: statistics.fmean(found[name] for found in choices.values()) for name in ("passes", "share")}
+        report["choice"] = {"criterion": criterion, **costs, "seconds": sum(c["seconds"] for c in choices.values())}
+    files.write_json(workdir / "report.json", report)
     summaries = {seed: result.summary for seed, result in results.items()}
     maps = [f"{f.name}/{path.name}" for f in folders.values() for path in sorted(f.glob("fisher*.png"))]
-    page = tables.markdown(report, chosen, summaries, PICTURE if measured else None, maps)
+    page = tables.markdown(report, chosen, summaries, PICTURE if choices else None, maps)
     files.write_text(workdir / "report.md", page)
     console.say()
     console.say(tables.compare([report]))
@@ -120,5 +127,11 @@ def peak_memory() -> int:
     return stats.get("peak_bytes_in_use", peak if platform.system() == "Darwin" else 1024 * peak)
 
 
-def _scores(path: Path) -> fishpal.Scores:
-    return {int(layer): row for layer, row in files.read_json(path)["scores"].items()}
+def _scores(choice: dict[str, Any]) -> fishpal.Scores:
+    return {int(layer): row for layer, row in choice["scores"].items()}
+
+
+def _kept(config: Config, plan: Plan) -> dict[int, str]:
+    """The name of the candidate that each layer of the plan has."""
+    known = {(entry.method, json.dumps(entry.options)): name for name, entry in configs.candidates(config).items()}
+    return {layer: known[entry.method, json.dumps(dict(entry.options))] for layer, (entry,) in plan.items()}

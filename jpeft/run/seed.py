@@ -59,6 +59,11 @@ class Seed(NamedTuple):
     clock: Clock
 
     @property
+    def head(self) -> tuple[str, ...]:
+        """The parts of the base that train whatever the method is: the head, and what the checkpoint lacked."""
+        return tuple(name for name in self.base.params if name in (*self.model.HEAD, *self.base.fresh))
+
+    @property
     def folder(self) -> Path:
         """Where everything that belongs to this seed is kept."""
         return self.workdir / f"seed_{self.seed}"

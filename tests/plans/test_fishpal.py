@@ -81,7 +81,7 @@ def test_the_default_factors_are_those_of_the_thesis():
 def test_choose_keeps_the_best_and_the_first_of_equals():
     table = {0: {"prefix": 1.0, "pfeiffer": 3.0, "lora": 2.0}, 1: {"prefix": 2.0, "pfeiffer": 1.0, "lora": 2.0}}
     assert fishpal.choose(table, CANDIDATES) == {0: [CANDIDATES["pfeiffer"]], 1: [CANDIDATES["prefix"]]}
-    with pytest.raises(UserError, match="no candidate of layer 0 has Fisher information"):
+    with pytest.raises(UserError, match="no candidate of layer 0 has any score"):
         fishpal.choose({0: {"prefix": 0.0, "pfeiffer": 0.0, "lora": 0.0}}, CANDIDATES)
 
 

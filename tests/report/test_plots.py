@@ -8,6 +8,10 @@ from jpeft.report import plots
 MIXED = {layer: {"prefix": 10.0**-layer, "adapter": 3.0, "lora": 0.0} for layer in range(4)}
 
 
+def kept(by_seed):
+    return {seed: {layer: max(row, key=row.get) for layer, row in of.items()} for seed, of in by_seed.items()}
+
+
 def size(path):
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
@@ -19,11 +23,12 @@ def test_picture_grows_with_seeds_and_layers(tmp_path):
     for seeds in (1, 3):
         for layers in (2, 4):
             path = tmp_path / f"{seeds}_{layers}.png"
-            plots.fisher_scores(path, {seed: dict(list(MIXED.items())[:layers]) for seed in range(seeds)}, "title")
+            of = {seed: dict(list(MIXED.items())[:layers]) for seed in range(seeds)}
+            plots.choice(path, of, kept(of), "title")
             sizes[seeds, layers] = size(path)
-    # 2.6 + 0.62 layers by 0.9 + seeds (0.5 candidates + 0.75) inches, 150 dots each.
-    assert sizes[1, 2] == (int(150 * 3.84), int(150 * 3.15))
-    assert sizes[3, 4] == (int(150 * 5.08), int(150 * 7.65))
+    # 2.6 + 0.72 layers by 0.9 + seeds (0.5 candidates + 0.75) inches, 150 dots each.
+    assert sizes[1, 2] == (int(150 * 4.04), int(150 * 3.15))
+    assert sizes[3, 4] == (int(150 * 5.48), int(150 * 7.65))
 
 
 @pytest.mark.parametrize(
@@ -33,17 +38,18 @@ def test_picture_grows_with_seeds_and_layers(tmp_path):
         {0: {"lora": 2.0, "adapter": 2.0}, 1: {"lora": 2.0, "adapter": 2.0}},
         {0: {"lora": 1.0}},
         {0: {"lora": 1e-300, "adapter": 1e300}},
+        {0: {"lora": -1e-3, "adapter": 2e-3}, 1: {"lora": 0.0, "adapter": -1.0}},
     ],
-    ids=["zero", "constant", "single", "extreme"],
+    ids=["zero", "constant", "single", "extreme", "negative"],
 )
 def test_odd_scores_are_drawn(tmp_path, scores):
-    plots.fisher_scores(tmp_path / "x.png", {1: scores}, "title")
+    plots.choice(tmp_path / "x.png", {1: scores}, kept({1: scores}), "title")
     assert min(size(tmp_path / "x.png")) > 100
 
 
 def test_a_seed_without_scores_beside_one_with(tmp_path):
     zero = {layer: dict.fromkeys(row, 0.0) for layer, row in MIXED.items()}
-    plots.fisher_scores(tmp_path / "x.png", {1: zero, 2: MIXED}, "title")
+    plots.choice(tmp_path / "x.png", {1: zero, 2: MIXED}, {1: {}, 2: kept({2: MIXED})[2]}, "title")
     assert min(size(tmp_path / "x.png")) > 100
 
 

@@ -1,0 +1,105 @@
+"""A short training of a candidate, watched on held-out examples: what it gains, and in which layer it gains it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jpeft.data.batching import Batch
+from jpeft.training.step import State, Tree
+
+__all__ = ["Reached", "held_out_gradient", "held_out_loss", "trial"]
+
+
+class Reached(NamedTuple):
+    """Where a trial stands.
+
+    Attributes:
+      step: updates made.
+      loss: mean held-out loss; None if it was not computed.
+      drop: like `trainable`, how much of the decrease of the held-out loss each entry accounts for; None likewise.
+      trainable: what trains, now.
+    """
+
+    step: int
+    loss: float
+    drop: Any
+    trainable: Any
+
+
+def held_out_loss(evaluate: Callable[[Tree, Tree, Batch], Array], loss: Callable[[Array, Array], Array]) -> Callable:
+    """The function (trainable, frozen, batch) -> sum of the losses of its rows. Jit it."""
+
+    def total(trainable: Tree, frozen: Tree, batch: Batch) -> Array:
+        return jnp.sum(batch.weights * loss(evaluate(trainable, frozen, batch), batch.labels))
+
+    return total
+
+
+def held_out_gradient(total: Callable[[Tree, Tree, Batch], Array]) -> Callable:
+    """The function (trainable, frozen, batch) -> (sum of the losses, its gradient). Jit it."""
+    return jax.value_and_grad(total)
+
+
+def trial(
+    train: Callable[..., Any],
+    total: Callable[..., Any],
+    state: State,
+    frozen: Tree,
+    batches: Iterator[Batch],
+    held: Sequence[Batch],
+    key: Array,
+    every: int,
+    attribute: bool = False,
+) -> Iterator[Reached]:
+    """Trains without end and looks at the held-out examples every so many steps.
+
+    Along a path of training, the loss falls by the integral of -gradient . d theta. By the trapezoid rule over the
+    steps, entry by entry: -(g_t + g_t+1) / 2 * (theta_t+1 - theta_t), with g the held-out gradient. The entries of a
+    module sum to what it accounts for, and all together to the decrease of the loss.
+
+    Args:
+      train: a compiled training step.
+      total: compiled, from `held_out_loss`; from `held_out_gradient` if `attribute`.
+      state: where to start; the step takes over its buffers.
+      frozen: the variables that do not train.
+      batches: to train on.
+      held: batches of held-out examples.
+      key: the dropout key.
+      every: steps between two looks.
+      attribute: whether to compute `drop`, which needs the gradient at each look.
+
+    Yields:
+      Where the trial stands, before the first step and after every `every` steps.
+    """
+    n = sum(float(np.sum(batch.weights)) for batch in held)
+
+    def look(trainable: Tree) -> tuple[float, Any]:
+        found = [total(trainable, frozen, batch) for batch in held]
+        if not attribute:
+            return float(sum(found)) / n, None
+        gradient = jax.tree.map(lambda *g: np.sum([np.asarray(x, np.float64) for x in g], axis=0) / n,
+                                *(g for _, g in found))  # fmt: skip
+        return float(sum(value for value, _ in found)) / n, gradient
+
+    step, drop = 0, None
+    loss, gradient = look(state.trainable)
+    if attribute:
+        drop = jax.tree.map(np.zeros_like, gradient)
+    yield Reached(step, loss, drop, state.trainable)
+    while True:
+        before = jax.tree.map(lambda x: np.array(x, np.float64), state.trainable) if attribute else None
+        for _ in range(every):
+            state, _ = train(state, frozen, next(batches), key)
+            step += 1
+        loss, later = look(state.trainable)
+        if attribute:
+            drop = jax.tree.map(
+                lambda total, g, h, old, new: total - (g + h) / 2 * (np.asarray(new, np.float64) - old),
+                drop, gradient, later, before, state.trainable,
+            )  # fmt: skip
+            gradient = later
+        yield Reached(step, loss, drop, state.trainable)
