@@ -310,12 +310,13 @@ def _add_rows(
     same = ids[:, :, None] == ids[:, None, :]
     first = jnp.argmax(same, axis=2) == jnp.arange(ids.shape[1])[None]
     summed = jnp.einsum("nts,nsd->ntd", same.astype(total.dtype), rows.astype(total.dtype))
-    found = value(summed) * (first * weights.reshape(-1, 1))[..., None]
+    counted, mode = (first * weights.reshape(-1, 1))[..., None], scatter.params["mode"]
 
     def into(total: Array, found: Array) -> Array:
-        mode = scatter.params["mode"]
-        return total.at[ids.reshape(-1)].add(found.reshape(-1, d), mode=mode, wrap_negative_indices=False)
+        rows = (found * counted).reshape(-1, d)
+        return total.at[ids.reshape(-1)].add(rows, mode=mode, wrap_negative_indices=False)
 
+    found = value(summed)
     return into(total, found) if total.ndim == 2 else jax.vmap(into)(total, found)
 
 

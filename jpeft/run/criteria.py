@@ -35,6 +35,7 @@ __all__ = ["CRITERIA", "Found"]
 RACE_SHARE = 0.08  # of the run's steps, for the whole race; looking at the held-out examples comes on top
 RACE_HELD = 256  # held-out examples of a race
 WARMUP = 4  # steps of a trial
+FIT = 512  # the least number of examples that the head is fitted on
 DROP_STEPS = 8
 DROP_HELD = 64
 
@@ -72,20 +73,25 @@ class Prepared(NamedTuple):
 
 
 def prepare(seed: Seed, n: int, labels: np.ndarray | None = None) -> Prepared:
-    """Fits the head on other examples, and cuts n into halves; at most a third of the training set for each."""
+    """Fits the head on other examples, and cuts n into halves. Where the training set is small, it is shared out."""
     train = seed.data.train if labels is None else seed.data.train._replace(labels=labels)
     part = min(n, train.size // 2)
-    fit = min(2 * part, train.size - part)
+    fit = min(max(FIT, 2 * part), train.size - part)
     drawn, rows = batching.sample(train, part + fit, seed.seed)
     half = part // 2
     a, b, rest = (batching.take(drawn, range(*cut)) for cut in ((0, half), (half, part), (part, part + fit)))
     site = head.last_dense(seed.sites)
     read = jax.jit(head.features(seed.model, site))
     found = np.zeros((rest.size, *site.args[0].shape[1:]), np.float32)
-    for batch, index in batching.eval_batches(rest, 32, seed.data.buckets):
+    for batch, index in batching.eval_batches(rest, 32, lengths(seed)):
         found[index] = np.asarray(read(seed.base.params, batch))[: len(index)]
     params = head.fit_head(seed.base.params, site, found, rest.labels)
     return Prepared(params, a, b, rest.size / 3, rows[:part])
+
+
+def lengths(seed: Seed) -> tuple[int, ...]:
+    """The padded lengths to measure at: fewer than to train at, since compiling takes longer than a few examples do."""
+    return batching.length_buckets(seed.data.train.lengths, max_buckets=2)
 
 
 def alone(seed: Seed, entry: Entry) -> tuple[transform.Chain, transform.Leaves, dict[str, float]]:
@@ -131,7 +137,7 @@ def by_moments(gain: Callable[..., transform.Leaves], shuffled: bool = False) ->
 
 
 def _moments(seed: Seed, loss: Any, tree: Any, half: Examples, rest: Any) -> gains.Moments:
-    batches, _ = batching.by_length(half, seed.data.buckets)
+    batches, _ = batching.by_length(half, lengths(seed))
     return gains.moments(fisher(loss, tree, batches, rest, values="moments", grouped=True)["peft"], half.size)
 
 
@@ -201,14 +207,14 @@ def _trial(
     total = held_out_loss(step.eval_step(seed.model, method), seed.data.task.loss)
     total = jax.jit(held_out_gradient(total) if attribute else total)
     batches = _endless(train, seed)
-    eyes = [batch for batch, _ in batching.eval_batches(held, 32, seed.data.buckets)]
+    eyes = [batch for batch, _ in batching.eval_batches(held, 32, lengths(seed))]
     state = step.init_state(parts.trainable, optimizer)
     return trial(run, total, state, parts.frozen, batches, eyes, seed.dropout_key, every, attribute)
 
 
 def _endless(train: Examples, seed: Seed) -> Iterator[Any]:
     for epoch in itertools.count(1):
-        yield from batching.train_batches(train, seed.config.train.batch_size, seed.data.buckets, seed.seed, epoch)
+        yield from batching.train_batches(train, seed.config.train.batch_size, lengths(seed), seed.seed, epoch)
 
 
 def control(score: Callable[[Seed, str, int, Any], float]) -> Callable[..., Found]:

@@ -28,7 +28,7 @@ from jpeft.run.seed import begin, load_model, train
 from jpeft.store import modules as modules_on_disk
 from jpeft.transforms.registry import METHODS
 
-__all__ = ["PREDICTIONS", "run"]
+__all__ = ["PREDICTIONS", "load", "run"]
 
 PREDICTIONS = "predictions.safetensors"  # "logits" [n, num_labels] and "labels" [n] of the dev examples, in their order
 
@@ -54,20 +54,10 @@ def run(config: Config, workdir: Path, console: Console | None = None) -> dict[s
     console.title(f"{config.method} on {config.task} with {config.model}, in {workdir}")
     clock = Clock()
     with clock.timing("load"):
-        task = configs.task_of(config)
-        base = load_model(config, task.num_labels, config.seeds[0])
-        data = _load_data(config, task, base, console)
+        data = load(config, console)
     seconds = clock.seconds
     # Only now: a run that failed for a path or a name leaves the workdir to the one that is corrected.
     files.write_json(workdir / "config.json", json.loads(config.to_json()))
-    lengths = ", ".join(map(str, data.buckets))
-    console.say(
-        f"  {data.train.size:,} examples to train on, {data.dev.size:,} of {task.eval_split} to evaluate on, "
-        f"padded to {lengths} tokens; loaded in {seconds['load']:.1f} s"
-    )
-    if base.fresh:
-        console.say(f"  not in the checkpoint, so initialised and trained: {', '.join(base.fresh)}")
-    del base  # each seed loads its own, with another head
     results = {}
     for seed in config.seeds:
         path = workdir / f"seed_{seed}" / "result.json"
@@ -77,7 +67,26 @@ def run(config: Config, workdir: Path, console: Console | None = None) -> dict[s
             result = _run_seed(config, seed, data, workdir, console)
             files.write_json(path, result._asdict())
         results[seed] = Result(**files.read_json(path))
-    return finished.write(config, task, results, seconds, workdir, console)
+    return finished.write(config, data.task, results, seconds, workdir, console)
+
+
+def load(config: Config, console: Console) -> Data:
+    """Loads and tokenises the data of a run, and says what they are.
+
+    Raises:
+      UserError: if the data or the model cannot be loaded.
+    """
+    task = configs.task_of(config)
+    base = load_model(config, task.num_labels, config.seeds[0])  # each seed loads its own, with another head
+    data = _load_data(config, task, base, console)
+    lengths = ", ".join(map(str, data.buckets))
+    console.say(
+        f"  {data.train.size:,} examples to train on, {data.dev.size:,} of {task.eval_split} to evaluate on, "
+        f"padded to {lengths} tokens"
+    )
+    if base.fresh:
+        console.say(f"  not in the checkpoint, so initialised and trained: {', '.join(base.fresh)}")
+    return data
 
 
 def _check_workdir(workdir: Path, config: Config) -> None:

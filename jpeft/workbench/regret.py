@@ -1,0 +1,183 @@
+"""What each criterion would have chosen, held against the plans that were trained.
+
+    python -m jpeft.workbench.regret --config configs/compare_plans.py:sst2 --cells docs/results/plans
+
+Reads the finished cells of a comparison whose variants are plans, measures every criterion on the same seeds (kept beside
+the cells, so measured once), and prints, for each criterion: Kendall's tau between what it predicts and the trained
+scores, the regret of its favourite among the plans, and its own pick. A plan's prediction is the sum over its layers.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jpeft.core import files
+from jpeft.core.errors import UserError
+from jpeft.plans import fishpal
+from jpeft.plans import plan as plans
+from jpeft.plans.fishpal import Candidates, Scores
+from jpeft.plans.plan import Entry, Plan
+from jpeft.report import tables
+from jpeft.report.comparison import Outcome
+from jpeft.run import command, experiment
+from jpeft.run import config as configs
+from jpeft.run.config import CRITERIA, Config
+from jpeft.run.console import Console
+from jpeft.run.criteria import CRITERIA as MEASURES
+from jpeft.run.seed import begin
+from jpeft.workbench import compare
+from jpeft.workbench.compare import Cell
+
+__all__ = ["Verdict", "candidates_of", "headroom", "measure", "predicted", "verdict"]
+
+
+class Verdict(NamedTuple):
+    """How a criterion did on a task.
+
+    Attributes:
+      tau: Kendall's, between its predictions and the trained scores; the mean over pairs of a seed that it was measured
+        on and another one that was trained, or of equal seeds where there is only one.
+      regret: the best plan's score less that of its favourite, on a seed that did not choose the best plan.
+      against_uniform: the favourite's score less that of the best uniform plan, likewise.
+      pick: the best candidate of each layer, whether or not it was trained; of the first seed.
+      passes: what it costs, in training passes.
+    """
+
+    tau: float
+    regret: float
+    against_uniform: float
+    pick: Plan
+    passes: float
+
+
+def candidates_of(pool: Mapping[str, Plan]) -> Candidates:
+    """All modules that occur in the plans, by a name for each."""
+    entries = [entry for plan in pool.values() for row in plan.values() for entry in row]
+    return {_name(entry): entry for entry in entries}
+
+
+def _name(entry: Entry) -> str:
+    return f"{entry.method} {json.dumps(dict(entry.options), sort_keys=True)}"
+
+
+def measure(config: Config, seed: int, criterion: str, candidates: Candidates, console: Console) -> dict[str, Any]:
+    """The scores of a criterion on a seed, JSON."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.fishpal.criterion, config.fishpal.plan, config.seeds = criterion, None, (seed,)
+    data = experiment.load(config, Console(quiet=True))
+    folder = Path("runs") / "regret"
+    found = MEASURES[criterion](begin(config, seed, data, folder, console), candidates, _unkept)
+    return {"criterion": criterion, "seed": seed, "passes": found.passes, "scores": found.scores}
+
+
+def _unkept(name: str, fn: Any, tree: Any, n: int, *rest: Any) -> Any:
+    raise UserError(f"{name}: not measured here")
+
+
+def predicted(scores: Scores, plan: Plan) -> float:
+    """What a criterion says of a plan: the sum of its modules' scores."""
+    return sum(scores[layer][_name(entry)] for layer, row in plan.items() for entry in row)
+
+
+def headroom(trained: Mapping[int, Mapping[str, float]], uniform: Sequence[str]) -> float:
+    """The best plan's score less the best uniform one's, both chosen on one seed and judged on the others."""
+    gaps = []
+    for chosen_on in trained:
+        best = max(trained[chosen_on], key=lambda name: trained[chosen_on][name])
+        plain = max(uniform, key=lambda name: trained[chosen_on][name])
+        gaps += [trained[s][best] - trained[s][plain] for s in trained if s != chosen_on]
+    return float(np.mean(gaps)) if gaps else float("nan")
+
+
+def verdict(
+    scores: Mapping[int, Scores],
+    trained: Mapping[int, Mapping[str, float]],
+    pool: Mapping[str, Plan],
+    candidates: Candidates,
+    passes: float,
+) -> Verdict:
+    """Compares a criterion's scores, by the seed they were measured on, with the trained scores by seed and plan."""
+    from scipy.stats import kendalltau
+
+    names = [name for name in pool if all(name in row for row in trained.values())]
+    uniform = [name for name in names if len({_name(e) for row in pool[name].values() for e in row}) == 1
+               and len(pool[name]) == max(map(len, pool.values()))]  # fmt: skip
+    taus, regrets, gaps = [], [], []
+    for measured, table in scores.items():
+        said = [predicted(table, pool[name]) for name in names]
+        favourite = names[int(np.argmax(said))]
+        for judge in [s for s in trained if s != measured] or list(trained):
+            got = [trained[judge][name] for name in names]
+            taus.append(float(np.asarray(kendalltau(said, got))[0]))
+            others = [s for s in trained if s != judge] or [judge]
+            mean = {name: np.mean([trained[s][name] for s in others]) for name in names}
+            regrets.append(trained[judge][max(names, key=lambda n: mean[n])] - trained[judge][favourite])
+            gaps.append(trained[judge][favourite] - trained[judge][max(uniform, key=lambda n: mean[n])])
+    first = next(iter(scores.values()))
+    plain = {name for plan in (pool[name] for name in uniform) for row in plan.values() for name in map(_name, row)}
+    pick = fishpal.choose({layer: {n: row[n] for n in plain} for layer, row in first.items()}, candidates)
+    return Verdict(float(np.mean(taus)), float(np.mean(regrets)), float(np.mean(gaps)), pick, passes)
+
+
+def _table(task: str, verdicts: Mapping[str, Verdict], ceiling: float, room: float, plans: int, seeds: int) -> str:
+    lines = [
+        f"## {task}: {plans} plans, {seeds} seeds", "",
+        f"Headroom, best plan less best uniform plan, cross-fitted: {100 * room:+.2f} points. Kendall's tau of one seed "
+        f"with another: {ceiling:.2f}.", "",
+        "| criterion | tau | regret | against the best uniform plan | training passes | its own pick |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+    ]  # fmt: skip
+    for name, v in verdicts.items():
+        pick = "; ".join(tables.plan_lines(v.pick))
+        lines.append(
+            f"| {name} | {v.tau:+.2f} | {100 * v.regret:+.2f} | {100 * v.against_uniform:+.2f} | {v.passes:,.0f} | {pick} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def run(argv: list[str]) -> None:
+    """Measures what is not measured yet, and prints the table of each task."""
+    own = {"cells": "Folder of the finished cells.", "criteria": "Comma-separated; all but thesis by default."}
+    given = command.parse(argv, __doc__ or "", own, "configs/compare_plans.py:sst2", lambda: "see the file")
+    grid, folder, console = given.config, Path(given.flags["cells"] or "cells"), Console()
+    chosen = [c for c in CRITERIA if c != "thesis"] if not given.flags["criteria"] else given.flags["criteria"].split(",")
+    outcomes = compare.outcomes(grid, folder)
+    for task in grid.tasks:
+        rows: list[Outcome] = [o for o in outcomes if o.task.name == task]
+        trained: dict[int, dict[str, float]] = {}
+        for o in rows:
+            trained.setdefault(o.seed, {})[o.variant] = o.score()
+        pool = {name: plans.loads(grid.variants[name]["fishpal"]["plan"]) for name in grid.variants}
+        candidates, verdicts = candidates_of(pool), {}
+        for criterion in chosen:
+            scores, passes = {}, 0.0
+            for seed in trained:
+                path = folder / "scores" / f"{task}-{criterion}-{seed}.json"
+                if not path.is_file():
+                    console.title(f"{criterion} on {task}, seed {seed}")
+                    config = compare.config_of(grid, Cell(task, next(iter(pool)), None, seed))
+                    files.write_json(path, measure(config, seed, criterion, candidates, console))
+                found = files.read_json(path)
+                scores[seed], passes = {int(i): row for i, row in found["scores"].items()}, found["passes"]
+            verdicts[criterion] = verdict(scores, trained, pool, candidates, passes)
+        names = [name for name in pool if all(name in row for row in trained.values())]
+        uniform = [name for name in names if name.startswith("all ")]
+        console.say("\n" + _table(task, verdicts, _ceiling(trained, names), headroom(trained, uniform), len(names),
+                                  len(trained)))  # fmt: skip
+
+
+def _ceiling(trained: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> float:
+    from scipy.stats import kendalltau
+
+    pairs = [(a, b) for a in trained for b in trained if a < b]
+    taus = [np.asarray(kendalltau(*([trained[s][n] for n in names] for s in pair)))[0] for pair in pairs]
+    return float(np.mean(taus)) if taus else float("nan")
+
+
+if __name__ == "__main__":
+    sys.exit(command.call(run, None))
