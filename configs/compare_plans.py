@@ -1,10 +1,11 @@
-"""How much does the choice of a module by layer matter? 24 plans of equal size on one task, MiniLM.
+"""How much does the choice of a module by layer matter? 24 plans of equal size on one task, with MiniLM.
 
     python -m jpeft.compare --config configs/compare_plans.py:sst2 --cells docs/results/plans --workdir runs/plans
+    python -m jpeft.workbench.regret --config configs/compare_plans.py:sst2 --cells docs/results/plans
 
 Each kind of module in all layers, in the upper and in the lower half at twice the size, 12 random plans of adapters and
-LoRA, and 3 of all three kinds, all within 5 % of equal parameters. `python -m jpeft.regret` then asks every criterion what it would have chosen. Tasks: sst2, mnli
-(4,000 rows each), mrpc, cola, stsb, synthetic.
+LoRA, and 3 of all three kinds, all within 5 % of equal parameters. The second command then asks every criterion of
+FishPAL what it would have chosen. Tasks: sst2, mnli (4,000 rows each), mrpc, cola, stsb, synthetic.
 """
 
 import json
@@ -49,9 +50,7 @@ def plans() -> dict[str, dict[int, list[dict]]]:
 
 
 def get_config(task: str = "sst2") -> Config:
-    variants = {
-        name: {"method": "fishpal", "fishpal": {"plan": json.dumps(plan)}} for name, plan in plans().items()
-    }
+    variants = {name: {"method": "fishpal", "fishpal": {"plan": json.dumps(plan)}} for name, plan in plans().items()}
     grid = compare.default(variants, tasks=(task,), seeds=(11, 22))
     grid.run.model = "minilm"
     # Four times the methods' rates, as the demo has them: few steps.

@@ -2,14 +2,14 @@
 
     python -m jpeft.compare --config configs/compare_rates.py --cells docs/results/rates --workdir runs/rates
 
-4,000 training rows, one epoch, one seed: the rates of `configs/compare_plans.py`, each task with those of the other one.
+4,000 training rows, one epoch, one seed.
 """
 
 from jpeft.run.config import Config
 from jpeft.workbench import compare
 
 SIZES = {"lora": {"rank": 8}, "pfeiffer": {"bottleneck": 16}, "prefix": {"num_virtual_tokens": 16, "mlp_hidden": None}}
-# As many parameters in each layer, 32 d, but for biases. A flat prefix, since an MLP would train more than all the rest.
+# As many parameters in each layer, 32 d, but for biases. A flat prefix: an MLP would train more than all the rest.
 
 
 def get_config(task: str = "sst2") -> Config:

@@ -1,14 +1,16 @@
-"""Compares methods, plans or any settings over tasks and seeds: python -m jpeft.compare --config configs/compare_methods.py
+"""Compares methods, plans or any settings: python -m jpeft.compare --config configs/compare_methods.py
 
-Every cell of the grid is a run as `jpeft.main` makes it. Run again, the command resumes; finished cells are kept as small
-files of scores and predictions. The workdir then holds report.md with the scores, their spread over seeds and the
-differences with their intervals, and a picture. Any field can be set on the command line:
+Every cell of the grid of variants, tasks and seeds is a run as `jpeft.main` makes it. Run again, the command resumes;
+finished cells are kept as small files of scores and predictions. The workdir then holds report.md, with the scores,
+their spread over seeds and the differences with their intervals, and a picture. Any field can be set on the command
+line:
 
     python -m jpeft.compare --config configs/compare_methods.py --config.tasks="('mrpc', 'cola')"
     python -m jpeft.compare --config configs/compare_methods.py --config.run.model=minilm --config.seeds="(1, 2)"
 """
 
 import sys
+from collections import deque
 from pathlib import Path
 
 from jpeft.run import command
@@ -36,17 +38,15 @@ def run(argv: list[str]) -> None:
     compare.check(grid)
     workdir = Path(given.flags["workdir"] or f"runs/{given.name}")
     folder = Path(given.flags["cells"] or workdir / "cells")
-    finished = total = 0
     try:
-        for finished, total in compare.run_all(grid, folder, workdir / "runs", console):
-            pass
+        deque(compare.run_all(grid, folder, workdir / "runs", console), maxlen=0)
     finally:  # a grid that is stopped has a report, too
         outcomes = compare.outcomes(grid, folder)
         if outcomes:
             table = comparison.summarise(outcomes)
             workdir.mkdir(parents=True, exist_ok=True)
             comparison.picture(workdir / "report.png", table, outcomes)
-            page = comparison.markdown(table, finished, total, "report.png")
+            page = comparison.markdown(table, len(outcomes), len(compare.cells(grid)), "report.png")
             files.write_text(workdir / "report.md", page)
             console.say(f"\n{page}\nreport: {workdir / 'report.md'}")
 

@@ -7,11 +7,14 @@ import pytest
 
 from jpeft.core.errors import UserError
 from jpeft.data.tasks import TASKS
+from jpeft.plans import plan as plans
 from jpeft.run import config as c
 from jpeft.transforms.registry import METHODS
+from jpeft.workbench import compare
 
 FOLDER = Path(__file__).parents[1] / "configs"
-FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "glue")
+FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "glue" and not path.stem.startswith("compare"))
+GRIDS = sorted(FOLDER.glob("compare_*.py"))
 SEEDS = {"mnli": (11, 22, 88), "mrpc": (11, 22, 88), "sst2": (111, 11, 22)}
 
 
@@ -20,7 +23,7 @@ def get_config(path: Path, variant: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert f"configs/{path.name}" in module.__doc__, "the docstring gives the command"
-    return module.get_config(variant)
+    return module.get_config(variant) if variant or not path.stem.startswith("compare") else module.get_config()
 
 
 def test_there_is_one_for_each_method_and_task():
@@ -78,6 +81,28 @@ def test_any_method_on_any_task(method):
     demo = get_config(FOLDER / "glue.py", f"{method},mrpc,demo")
     c.check(demo)
     assert (demo.task, demo.model) == ("synthetic", "minilm")
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_every_cell_of_a_comparison_could_start(path):
+    grid = get_config(path, "")
+    compare.check(grid)
+    assert len(compare.cells(grid)) > 1
+
+
+def test_the_plans_of_the_comparison_are_of_one_size():
+    grid = get_config(FOLDER / "compare_plans.py", "sst2")
+    d, kinds = 384, {"lora": "rank", "pfeiffer": "bottleneck", "prefix": "num_virtual_tokens"}
+    sizes, seen = [], []
+    for fields in grid.variants.values():
+        plan = plans.loads(fields["fishpal"]["plan"])
+        entries = [entry for row in plan.values() for entry in row]
+        factor = {"lora": 4 * d, "pfeiffer": 2 * d, "prefix": 2 * d}
+        sizes.append(sum(factor[e.method] * e.options[kinds[e.method]] for e in entries))
+        seen.append(plan)
+    assert len(sizes) == 24
+    assert set(sizes) == {6 * 32 * d}
+    assert all(seen.count(plan) == 1 for plan in seen)
 
 
 def test_the_files_and_the_names_agree():

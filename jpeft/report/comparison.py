@@ -14,7 +14,7 @@ from jpeft.data.task import Task
 
 __all__ = ["Outcome", "Row", "markdown", "picture", "summarise"]
 
-DRAWS = 1000
+DRAWS = 400
 LEVEL = 95  # percent, of the intervals
 
 
@@ -86,34 +86,47 @@ def summarise(outcomes: Sequence[Outcome], draws: int = DRAWS) -> dict[str, dict
                 by_variant.setdefault(o.variant, {})[o.seed] = o
         scores = {name: [o.score() for o in runs.values()] for name, runs in by_variant.items()}
         order = sorted(scores, key=lambda name: -float(np.mean(scores[name])))
-        best = by_variant[order[0]]
+        drawn = {name: {seed: resampled(o, draws) for seed, o in runs.items()} for name, runs in by_variant.items()}
         found[task] = {}
         for name in order:
-            runs = by_variant[name]
-            behind, interval = (0.0, (0.0, 0.0)) if runs is best else difference(runs, best, draws)
-            values, some = scores[name], next(iter(runs.values()))
+            behind, interval = difference(by_variant[name], by_variant[order[0]], drawn[name], drawn[order[0]])
+            values, runs = scores[name], by_variant[name].values()
             std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            sizes = (np.mean([o.trainable_percent for o in runs.values()]), some.added_percent)
-            found[task][name] = Row(float(np.mean(values)), std, len(values), behind, interval, *map(float, sizes))
+            sizes = (float(np.mean([getattr(o, f) for o in runs])) for f in ("trainable_percent", "added_percent"))
+            found[task][name] = Row(float(np.mean(values)), std, len(values), behind, interval, *sizes)
     return found
 
 
+def resampled(outcome: Outcome, draws: int) -> np.ndarray:
+    """The scores [draws] on rows drawn with replacement: the same rows for all outcomes of a task."""
+    rng, n = np.random.default_rng(0), len(outcome.labels)
+    return np.array([outcome.score(rng.integers(0, n, n)) for _ in range(draws)])
+
+
 def difference(
-    one: Mapping[int, Outcome], other: Mapping[int, Outcome], draws: int = DRAWS
+    one: Mapping[int, Outcome],
+    other: Mapping[int, Outcome],
+    drawn_one: Mapping[int, np.ndarray],
+    drawn_other: Mapping[int, np.ndarray],
 ) -> tuple[float, tuple[float, float]]:
-    """How much better `one` is than `other`, {seed: outcome} both: the mean over common seeds, and its interval."""
+    """How much better `one` is than `other`: the mean over the seeds that both have, and its interval.
+
+    Args:
+      one: {seed: outcome}.
+      other: likewise.
+      drawn_one: {seed: scores on rows drawn anew}, from `resampled`.
+      drawn_other: likewise.
+
+    Returns:
+      The difference and the ends of its interval; NaN and an infinite interval if there is no common seed.
+    """
     seeds = sorted(set(one) & set(other))
     if not seeds:
         return float("nan"), (float("-inf"), float("inf"))
-    rng = np.random.default_rng(0)
-    n = len(one[seeds[0]].labels)
-
-    def at(picked: Sequence[int], rows: np.ndarray | None) -> float:
-        return float(np.mean([one[s].score(rows) - other[s].score(rows) for s in picked]))
-
-    drawn = [at(rng.choice(seeds, len(seeds)).tolist(), rng.integers(0, n, n)) for _ in range(draws)]
-    low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return at(seeds, None), (float(low), float(high))
+    gaps = np.stack([drawn_one[s] - drawn_other[s] for s in seeds])  # [seeds, draws]
+    picked = np.random.default_rng(1).integers(0, len(seeds), gaps.shape)
+    low, high = np.percentile(np.take_along_axis(gaps, picked, axis=0).mean(0), [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return float(np.mean([one[s].score() - other[s].score() for s in seeds])), (float(low), float(high))
 
 
 def markdown(table: Mapping[str, Mapping[str, Row]], finished: int, total: int, picture: str | None) -> str:

@@ -1,4 +1,4 @@
-"""The command line of the programs: a config file, overrides of its fields, and few flags; what is wrong is one line."""
+"""The command line of the programs: a config file, overrides of its fields, few flags; a mistake is one line."""
 
 import os
 import runpy

@@ -7,6 +7,7 @@ on another machine, or shared among several.
 
 import json
 import re
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ def check(grid: Config) -> None:
             raise UserError(f"cell {cell.name}: {error}") from None
 
 
-def run_all(grid: Config, folder: Path, workdir: Path, console: Console) -> Iterator[tuple[int, int]]:
+def run_all(grid: Config, folder: Path, workdir: Path, console: Console) -> Iterator[Cell]:
     """Runs the cells that have no file in `folder` yet.
 
     Args:
@@ -151,7 +152,7 @@ def run_all(grid: Config, folder: Path, workdir: Path, console: Console) -> Iter
       console: shows the cells and the time left.
 
     Yields:
-      The number of finished cells and of all, before the first and after each.
+      Each cell, when it is finished.
 
     Raises:
       UserError: if a file is of a cell with another config, or a run fails.
@@ -159,9 +160,8 @@ def run_all(grid: Config, folder: Path, workdir: Path, console: Console) -> Iter
     every = cells(grid)
     todo = [cell for cell in every if not _finished(grid, cell, folder)]
     spent: list[float] = []
-    yield len(every) - len(todo), len(every)
     for i, cell in enumerate(todo):
-        left = f", about {_duration(np.mean(spent) * (len(todo) - i))} left" if spent else ""
+        left = f", about {_duration(statistics.fmean(spent) * (len(todo) - i))} left" if spent else ""
         console.title(f"cell {len(every) - len(todo) + i + 1} of {len(every)}: {cell.name}{left}")
         start = time.monotonic()
         config = config_of(grid, cell)
@@ -169,7 +169,7 @@ def run_all(grid: Config, folder: Path, workdir: Path, console: Console) -> Iter
         files.write_json(folder / f"{cell.name}.json", _found(config, cell, report, workdir / cell.name))
         jax.clear_caches()  # programs of other cells are of no use, and hundreds of them fill the memory
         spent.append(time.monotonic() - start)
-        yield len(every) - len(todo) + i + 1, len(every)
+        yield cell
 
 
 def _duration(seconds: float) -> str:
@@ -204,14 +204,14 @@ def _config(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps({"method": config.method, **found}))
 
 
-def _packed(values: np.ndarray) -> str | list[float]:
+def _packed(values: np.ndarray) -> str | list[int] | list[float]:
     """Class ids as one string of digits, where there are at most ten; values with six digits."""
-    if np.issubdtype(values.dtype, np.integer) and values.max(initial=0) < 10:
-        return "".join(map(str, values))
-    return [float(f"{x:.6g}") for x in values.tolist()]
+    if not np.issubdtype(values.dtype, np.integer):
+        return [float(f"{x:.6g}") for x in values.tolist()]
+    return "".join(map(str, values)) if values.max(initial=0) < 10 else values.tolist()
 
 
-def _unpacked(values: str | list[float]) -> np.ndarray:
+def _unpacked(values: str | list[int] | list[float]) -> np.ndarray:
     return np.array([int(x) for x in values]) if isinstance(values, str) else np.array(values)
 
 
@@ -241,6 +241,7 @@ def outcomes(grid: Config, folder: Path) -> list[Outcome]:
         row = files.read_json(folder / f"{cell.name}.json")
         task = tasks.setdefault(cell.task, configs.task_of(config_of(grid, cell)))
         name = cell.variant if cell.learning_rate is None else f"{cell.variant} @ {cell.learning_rate:g}"
-        arrays = (_unpacked(row[key]) for key in ("predictions", "labels"))
-        found.append(Outcome(task, name, cell.seed, *arrays, row["trainable_percent"], row["added_percent"]))
+        predictions, labels = _unpacked(row["predictions"]), _unpacked(row["labels"])
+        sizes = row["trainable_percent"], row["added_percent"]
+        found.append(Outcome(task, name, cell.seed, predictions, labels, *sizes))
     return found

@@ -2,9 +2,10 @@
 
     python -m jpeft.workbench.regret --config configs/compare_plans.py:sst2 --cells docs/results/plans
 
-Reads the finished cells of a comparison whose variants are plans, measures every criterion on the same seeds (kept beside
-the cells, so measured once), and prints, for each criterion: Kendall's tau between what it predicts and the trained
-scores, the regret of its favourite among the plans, and its own pick. A plan's prediction is the sum over its layers.
+Reads the finished cells of a comparison whose variants are plans, measures every criterion on the same seeds (kept
+beside the cells, so measured once), and prints, for each criterion: Kendall's tau between what it predicts and the
+trained scores, the regret of its favourite among the plans, and its own pick. A plan's prediction is the sum over its
+layers.
 """
 
 import json
@@ -24,7 +25,6 @@ from jpeft.plans.plan import Entry, Plan
 from jpeft.report import tables
 from jpeft.report.comparison import Outcome
 from jpeft.run import command, experiment
-from jpeft.run import config as configs
 from jpeft.run.config import CRITERIA, Config
 from jpeft.run.console import Console
 from jpeft.run.criteria import CRITERIA as MEASURES
@@ -127,16 +127,14 @@ def verdict(
 def _table(task: str, verdicts: Mapping[str, Verdict], ceiling: float, room: float, plans: int, seeds: int) -> str:
     lines = [
         f"## {task}: {plans} plans, {seeds} seeds", "",
-        f"Headroom, best plan less best uniform plan, cross-fitted: {100 * room:+.2f} points. Kendall's tau of one seed "
-        f"with another: {ceiling:.2f}.", "",
+        f"Headroom, best plan less best uniform plan, cross-fitted: {100 * room:+.2f} points. Kendall's tau of one "
+        f"seed with another: {ceiling:.2f}.", "",
         "| criterion | tau | regret | against the best uniform plan | training passes | its own pick |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]  # fmt: skip
     for name, v in verdicts.items():
-        pick = "; ".join(tables.plan_lines(v.pick))
-        lines.append(
-            f"| {name} | {v.tau:+.2f} | {100 * v.regret:+.2f} | {100 * v.against_uniform:+.2f} | {v.passes:,.0f} | {pick} |"
-        )
+        cells = f"{v.tau:+.2f}", f"{100 * v.regret:+.2f}", f"{100 * v.against_uniform:+.2f}", f"{v.passes:,.0f}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {'; '.join(tables.plan_lines(v.pick))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -145,7 +143,8 @@ def run(argv: list[str]) -> None:
     own = {"cells": "Folder of the finished cells.", "criteria": "Comma-separated; all but thesis by default."}
     given = command.parse(argv, __doc__ or "", own, "configs/compare_plans.py:sst2", lambda: "see the file")
     grid, folder, console = given.config, Path(given.flags["cells"] or "cells"), Console()
-    chosen = [c for c in CRITERIA if c != "thesis"] if not given.flags["criteria"] else given.flags["criteria"].split(",")
+    asked = given.flags["criteria"]
+    chosen = asked.split(",") if asked else [name for name in CRITERIA if name != "thesis"]
     outcomes = compare.outcomes(grid, folder)
     for task in grid.tasks:
         rows: list[Outcome] = [o for o in outcomes if o.task.name == task]

@@ -1,0 +1,80 @@
+"""Comparisons: means, spread, and intervals that know the noise of rows and of seeds."""
+
+import numpy as np
+import pytest
+
+from jpeft.data.tasks import TASKS
+from jpeft.report import comparison
+from jpeft.report.comparison import Outcome
+
+N = 2000
+LABELS = np.random.default_rng(0).integers(0, 2, N)
+
+
+def outcome(variant, seed, accuracy, task="sst2", trainable=1.0):
+    right = np.random.default_rng([seed, int(1e6 * accuracy), len(variant)]).random(N) < accuracy
+    return Outcome(TASKS[task], variant, seed, np.where(right, LABELS, 1 - LABELS), LABELS, trainable, 0.5)
+
+
+def test_the_interval_is_that_of_the_normal_approximation():
+    one, two = outcome("one", 1, 0.80), outcome("two", 1, 0.90)
+    row = comparison.summarise([one, two])["sst2"]["one"]
+    hits = (one.predictions == LABELS).astype(float) - (two.predictions == LABELS)
+    assert row.behind == pytest.approx(hits.mean())
+    half = 1.96 * hits.std() / np.sqrt(N)
+    assert row.interval == pytest.approx((hits.mean() - half, hits.mean() + half), abs=0.15 * half)
+    assert not row.tied
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    steady = [outcome("worse", s, 0.84) for s in (1, 2, 3, 4)]
+    wild = [outcome("worse", s, 0.84 + d) for s, d in zip((1, 2, 3, 4), (-0.06, 0.06, -0.05, 0.05), strict=True)]
+    best = [outcome("best", s, 0.87) for s in (1, 2, 3, 4)]
+    narrow, wide = (comparison.summarise([*x, *best])["sst2"]["worse"].interval for x in (steady, wild))
+    assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
+    assert narrow[1] < 0 < wide[1]
+
+
+def test_the_best_comes_first_and_equals_tie():
+    a, b = outcome("a", 1, 0.9), outcome("a", 1, 0.9)._replace(variant="b")
+    rows = comparison.summarise([outcome("c", 1, 0.6), a, b])["sst2"]
+    assert list(rows) == ["a", "b", "c"]
+    assert (rows["b"].behind, rows["b"].interval) == (0.0, (0.0, 0.0))
+    assert [row.tied for row in rows.values()] == [True, True, False]
+    assert rows["a"].std is None
+
+
+def test_only_common_seeds_are_paired():
+    rows = comparison.summarise(
+        [outcome("a", 1, 0.9), outcome("a", 2, 0.9), outcome("b", 1, 0.8), outcome("c", 3, 0.1)]
+    )
+    one, two = outcome("a", 1, 0.9), outcome("b", 1, 0.8)
+    assert rows["sst2"]["b"].behind == pytest.approx(two.score() - one.score())
+    assert np.isnan(rows["sst2"]["c"].behind)
+    assert rows["sst2"]["c"].tied  # for all that is known
+
+
+def test_a_regression_is_scored_by_its_values():
+    labels = np.linspace(0, 5, 50)
+    found = Outcome(TASKS["stsb"], "x", 1, 2 * labels + np.random.default_rng(0).normal(size=50), labels, 1.0, 0.0)
+    assert found.score() == pytest.approx(np.corrcoef(found.predictions, labels)[0, 1])
+
+
+def test_the_page_and_the_picture(tmp_path):
+    outcomes = [
+        outcome(variant, seed, accuracy, task, trainable)
+        for task in ("sst2", "cola")
+        for variant, accuracy, trainable in (("lora", 0.9, 0.3), ("head", 0.6, 0.0))
+        for seed in (1, 2)
+        if (variant, task) != ("head", "cola")
+    ]
+    table = comparison.summarise(outcomes, draws=50)
+    page = comparison.markdown(table, 6, 8, "report.png")
+    assert "**6 of 8 cells are finished.**" in page
+    rows = [line for line in page.splitlines() if line.startswith(("| lora", "| head"))]
+    assert rows[0].startswith("| lora | 0.300 | 0.500 | **")
+    assert rows[1].startswith("| head | 0.000 | 0.500 | ")
+    assert rows[1].endswith(" | - |")
+    assert "![Scores by task and variant](report.png)" in page
+    comparison.picture(tmp_path / "report.png", table, outcomes)
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

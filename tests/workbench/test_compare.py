@@ -1,0 +1,103 @@
+"""A grid of runs: which cells there are, what is kept of them, and what is refused before any work."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jpeft import UserError
+from jpeft.run.console import Console
+from jpeft.workbench import compare
+from jpeft.workbench.compare import Cell
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def grid(tiny_config):
+    """Two variants with two seeds, runs of seconds."""
+
+    def make(tasks=("mrpc",), seeds=(1, 2), **variants):
+        grid = compare.default(variants or {"head": {"method": "head"}}, tasks, seeds)
+        tiny = tiny_config("head")
+        grid.run.model, grid.run.data.path = tiny.model, tiny.data.path
+        grid.run.train.update(num_epochs=1, max_length=8)
+        return grid
+
+    return make
+
+
+def test_cells_in_the_order_in_which_a_stopped_grid_is_of_most_use():
+    grid = compare.default(("lora", "head"), ("mrpc", "cola"), (1, 2), (1e-3, 5e-4))
+    names = [cell.name for cell in compare.cells(grid)]
+    assert names[:5] == [
+        "mrpc-head-0.001-1", "mrpc-lora-0.001-1", "mrpc-head-0.0005-1", "mrpc-lora-0.0005-1", "mrpc-head-0.001-2",
+    ]  # fmt: skip
+    assert len(names) == len(set(names)) == 16
+
+
+def test_the_config_of_a_cell_has_the_fields_of_all_its_sources(grid):
+    config = grid(small={"method": "lora", "peft": {"lora": {"rank": 2}}})
+    config.by_task = {"mrpc": {"train": {"batch_size": 4}}}
+    found = compare.config_of(config, Cell("mrpc", "small", 3e-3, 7))
+    assert (found.method, found.task, found.seeds, found.peft.lora.rank) == ("lora", "mrpc", (7,), 2)
+    assert (found.train.batch_size, found.train.num_epochs, found.train.learning_rate) == (4, 1, 3e-3)
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ({"a": {"method": "lroa"}}, r"cell mrpc-a-1: config.method 'lroa' is unknown: did you mean 'lora'"),
+        ({"a": {"method": "lora", "peft": {"lora": {"rnak": 2}}}},
+         r"config.variants\['a'\]: 'peft.lora.rnak' is not a field of a run: did you mean 'peft.lora.rank'"),
+        ({"a b": {"method": "head"}, "a_b": {"method": "head"}}, "two cells are called 'mrpc-a_b-1'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_before_any_work(grid, variants, message):
+    with pytest.raises(UserError, match=message):
+        compare.check(grid(**variants))
+
+
+def test_nothing_to_compare(grid):
+    with pytest.raises(UserError, match=r"config\.seeds is empty"):
+        compare.check(grid(seeds=()))
+
+
+def test_a_cell_is_one_small_file_and_is_not_run_again(grid, tmp_path, monkeypatch):
+    config = grid(tasks=("mrpc", "stsb"), seeds=(1,))
+    compare.check(config)
+    cells, runs = tmp_path / "cells", tmp_path / "runs"
+    assert [cell.task for cell in compare.run_all(config, cells, runs, QUIET)] == ["mrpc", "stsb"]
+    classes, values = (json.loads((cells / f"{task}-head-1.json").read_text()) for task in ("mrpc", "stsb"))
+    assert len(classes["predictions"]) == len(classes["labels"]) == 18
+    assert set(classes["labels"]) == {"0", "1"}
+    assert len(values["predictions"]) == 18
+    assert "path" not in json.dumps(classes["config"])  # where the data lie is the machine's
+    right = np.mean([a == b for a, b in zip(classes["predictions"], classes["labels"], strict=True)])
+    assert classes["metrics"]["accuracy"] == pytest.approx(right)
+
+    outcomes = compare.outcomes(config, cells)
+    assert [o.score() for o in outcomes] == [
+        pytest.approx(classes["metrics"]["accuracy"]), pytest.approx(values["metrics"]["pearson"], abs=1e-4),
+    ]  # fmt: skip
+    monkeypatch.setattr(compare.experiment, "run", lambda *_: pytest.fail("it ran a finished cell"))
+    assert list(compare.run_all(config, cells, tmp_path / "elsewhere", QUIET)) == []
+
+
+def test_files_of_other_cells_are_refused(grid, tmp_path):
+    config = grid(seeds=(1,))
+    list(compare.run_all(config, tmp_path, tmp_path / "runs", QUIET))
+    config.run.train.num_epochs = 2
+    with pytest.raises(UserError, match=r"of another config \(train.num_epochs was 1, now 2\)"):
+        list(compare.run_all(config, tmp_path, tmp_path / "runs", QUIET))
+    (tmp_path / "mrpc-head-1.json").write_text("[")
+    with pytest.raises(UserError, match="is not the file of a cell: delete it"):
+        compare.outcomes(config, tmp_path)
+
+
+def test_class_ids_are_digits_while_there_are_ten():
+    assert compare._packed(np.array([0, 9, 2])) == "092"
+    np.testing.assert_array_equal(compare._unpacked("092"), [0, 9, 2])
+    many = compare._unpacked(compare._packed(np.array([0, 10, 2])))
+    np.testing.assert_array_equal(many, [0, 10, 2])
+    assert np.issubdtype(many.dtype, np.integer)
