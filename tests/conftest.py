@@ -28,11 +28,12 @@ from jpeft.models import Bert, BertConfig
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-def _compile_cheaply() -> None:
+def _compile_cheaply() -> str:
     """Spares a third of the time to compile: without optimisation, XLA's older code generator is much the faster one.
 
     With it, it is much the slower one, so programs that are optimised are compiled as users compile them. JAX has no
-    public setting for this; where the private one is gone, the tests only take longer.
+    public setting for this; where the private one is gone, the tests only take longer. Returns the flag that does the
+    same in the processes that tests start.
     """
     option = {"xla_cpu_use_fusion_emitters": False}
     try:
@@ -41,16 +42,17 @@ def _compile_cheaply() -> None:
         jax.jit(lambda x: x + 1, compiler_options=option).lower(0).compile()  # does this version know it?
         standard = compiler.get_compile_options
     except (ImportError, AttributeError, jax.errors.JaxRuntimeError):
-        return
+        return ""
 
     def cheap(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         own = option if jax.config.read("jax_disable_most_optimizations") else {}
         return standard(*args, env_options_overrides={**own, **(env_options_overrides or {})}, **kwargs)
 
     compiler.get_compile_options = cheap
+    return "--xla_cpu_use_fusion_emitters=false"
 
 
-_compile_cheaply()
+CHEAP = _compile_cheaply()
 
 
 @pytest.fixture(autouse=True, scope="module")

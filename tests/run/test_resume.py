@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import CHEAP
 
 from jpeft.run import experiment
 from jpeft.run.console import Console
@@ -30,7 +31,7 @@ def start(tmp_path, tiny_config, tiny_model, tiny_glue):
         "    return config\n"
     )
     command = [sys.executable, "-m", "jpeft.main", "--config", config, "--workdir", tmp_path / "killed"]
-    environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {**os.environ, "XLA_FLAGS": CHEAP, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return lambda: subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -8,6 +8,7 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+from conftest import CHEAP
 from transforms.test_registry import SMALL
 
 import jpeft
@@ -77,7 +78,7 @@ print("same on", len(many.trainable["params"]["classifier"]["kernel"].sharding.d
 
 
 def test_a_step_on_eight_devices_is_that_on_one(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {CHEAP}")
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "same on 8 devices" in done.stdout

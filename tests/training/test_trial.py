@@ -1,0 +1,68 @@
+"""Short trainings: what is attributed to the entries adds up to what the held-out loss really fell by."""
+
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from training.test_loop import DATA, METHOD, MODEL
+
+import jpeft
+from jpeft.data import batching
+from jpeft.data.task import example_losses
+from jpeft.training import step
+from jpeft.training.trial import held_out_gradient, held_out_loss, trial
+
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    x = jax.numpy.ones((1, 8), int)
+    params = MODEL.init(jax.random.key(0), x)["params"]
+    leaves = jpeft.init(METHOD, jax.random.key(1), jpeft.sites(MODEL, x), params)
+    return jpeft.partition(METHOD, params, leaves, "classifier")
+
+
+def start(parts, attribute, every, rate=1e-2):
+    optimizer = optax.adam(rate)
+    total = held_out_loss(step.eval_step(MODEL, METHOD), example_losses)
+    held = [batch for batch, _ in batching.eval_batches(DATA.dev, 4, DATA.buckets)]
+    batches = (b for epoch in itertools.count(1) for b in batching.train_batches(DATA.train, 8, DATA.buckets, 5, epoch))
+    return trial(
+        jax.jit(step.train_step(MODEL, METHOD, optimizer)), jax.jit(held_out_gradient(total) if attribute else total),
+        step.init_state(parts.trainable, optimizer), parts.frozen, batches, held, KEY, every, attribute,
+    )  # fmt: skip
+
+
+def test_what_is_attributed_adds_up_to_the_decrease(parts):
+    reached = list(itertools.islice(start(parts, True, 1, 1e-3), 9))
+    assert [r.step for r in reached] == list(range(9))
+    for r in reached:
+        total = sum(float(np.sum(x)) for x in jax.tree.leaves(r.drop))
+        assert total == pytest.approx(
+            reached[0].loss - r.loss, abs=0.02 * abs(reached[0].loss - reached[-1].loss) + 1e-6
+        )
+    assert any(np.any(x) for x in jax.tree.leaves(reached[-1].drop["peft"]))
+
+
+def test_the_loss_is_the_mean_over_the_held_out_rows(parts):
+    first = next(start(parts, False, 3))
+    logits = np.concatenate(
+        [
+            np.asarray(step.eval_step(MODEL, METHOD)(parts.trainable, parts.frozen, batch))[batch.weights > 0]
+            for batch, _ in batching.eval_batches(DATA.dev, 4, DATA.buckets)
+        ]
+    )
+    labels = np.concatenate(
+        [batch.labels[batch.weights > 0] for batch, _ in batching.eval_batches(DATA.dev, 4, DATA.buckets)]
+    )
+    assert first.loss == pytest.approx(float(example_losses(jax.numpy.asarray(logits), labels).mean()), rel=1e-5)
+    assert first.drop is None
+
+
+def test_looking_does_not_change_the_training(parts):
+    often, seldom = (list(itertools.islice(start(parts, False, n), 1 + 6 // n))[-1] for n in (1, 3))
+    assert often.step == seldom.step == 6
+    assert often.loss == pytest.approx(seldom.loss, rel=1e-6)

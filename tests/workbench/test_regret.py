@@ -1,0 +1,48 @@
+"""What a criterion predicts, held against trained scores, on numbers where the answer is known."""
+
+import itertools
+
+import pytest
+
+from jpeft.plans.plan import Entry
+from jpeft.workbench import regret
+
+KINDS = {"good": Entry("lora", {"rank": 2}), "bad": Entry("lora", {"rank": 1})}
+POOL = {
+    "-".join(names): {layer: [KINDS[name]] for layer, name in enumerate(names)}
+    for names in itertools.product(KINDS, repeat=3)
+}
+WORTH = {"good": 0.02, "bad": 0.01}
+TRAINED = {
+    seed: {name: 0.7 + sum(WORTH[kind] * (layer + 1) for layer, kind in enumerate(name.split("-"))) for name in POOL}
+    for seed in (1, 2)
+}
+CANDIDATES = regret.candidates_of(POOL)
+
+
+def scores(sign=1.0):
+    return {layer: {regret._name(KINDS[k]): sign * v * (layer + 1) for k, v in WORTH.items()} for layer in range(3)}
+
+
+def test_a_criterion_that_is_right_has_no_regret():
+    found = regret.verdict({1: scores(), 2: scores()}, TRAINED, POOL, CANDIDATES, 9.0)
+    assert found.tau == pytest.approx(1.0)
+    assert found.regret == pytest.approx(0.0)
+    assert found.against_uniform == pytest.approx(0.0)  # the best plan is a uniform one here
+    assert found.pick == POOL["good-good-good"]
+
+
+def test_a_criterion_that_is_wrong_pays_for_it():
+    found = regret.verdict({1: scores(-1), 2: scores(-1)}, TRAINED, POOL, CANDIDATES, 9.0)
+    assert found.tau == pytest.approx(-1.0)
+    assert found.regret == pytest.approx(0.06)
+    assert found.against_uniform == pytest.approx(-0.06)
+
+
+def test_headroom_is_not_flattered_by_the_noise_that_chose_the_plan():
+    uniform = ["good-good-good", "bad-bad-bad"]
+    lucky = {seed: dict(row) for seed, row in TRAINED.items()}
+    lucky[1]["bad-good-bad"] = 0.99  # on one seed only
+    assert regret.headroom(TRAINED, uniform) == pytest.approx(0.0)
+    gap = TRAINED[2]["bad-good-bad"] - TRAINED[2]["good-good-good"]
+    assert regret.headroom(lucky, uniform) == pytest.approx((gap + 0.0) / 2)
