@@ -6,8 +6,10 @@
 AdamW, batch 16, learning rate 5e-4, 10 epochs, warm-up 6 %, weight decay 0.1, linear decay.
 For RoBERTa add --config.model=roberta-base.
 
-The thesis claims more than each of its modules alone; it prints no table of scores. Its plan for this task is
-`--config.fishpal.plan=thesis_mrpc` (twelve layers).
+The choice is by the default criterion, a race (docs/choice.md), and each kind of module trains at its own rate. The
+rule of the thesis, and one rate for all, is `--config.fishpal.criterion=thesis`; its plan for this task is
+`--config.fishpal.plan=thesis_mrpc` (twelve layers). The thesis claims more than each of its modules alone; it prints no
+table of scores.
 """
 
 from jpeft.run import config as c

@@ -52,7 +52,8 @@ def default(task: str, method: str) -> Config:
     """A run with the recipe of the FishPAL thesis; a file under `configs/` changes what its experiment changes.
 
     Fields that are None take a value that is known later: `data.path` the hub or JPEFT_GLUE_DIR, `train.learning_rate`
-    the method's own, `train.max_train_examples` all, `fishpal.plan` the plan that is measured.
+    the method's own, `train.max_train_examples` all, `fishpal.plan` the plan that `fishpal.criterion` finds,
+    `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
     """
     return ConfigDict(
         {
@@ -118,17 +119,12 @@ def _placeholder(hint: Any) -> Any:
 def demo(config: Config) -> Config:
     """The same method at a size for two CPU cores: packaged MiniLM weights and the built-in data, no network.
 
-    A thousand steps want a higher learning rate than a full recipe: four times the method's own. The factors of the
-    thesis were set on RoBERTa-base; on MiniLM a factor of 10,000 gives prefix throughout. With 25 for the prefix and 1
-    for the others the lower layers still got prefixes, and the loss stayed at chance in so few steps. With 10 the
-    choice is between adapter and LoRA.
+    A thousand steps want a higher learning rate than a full recipe: four times the method's own.
     """
     config.task = "synthetic"
     config.model = "minilm"
     config.train.learning_rate = None
     config.train.update(num_epochs=4, max_length=64, learning_rate=4 * learning_rate(config))
-    if METHODS[config.method.split("+")[0]].chooses:
-        config.fishpal.factors.update(prefix=10.0, pfeiffer=1.0)
     config.seeds = (11,)
     return config
 

@@ -6,35 +6,110 @@ import numpy as np
 import pytest
 
 from jpeft.plans import plan as plans
+from jpeft.run import config as configs
 from jpeft.run import criteria, experiment
-from jpeft.run.config import CRITERIA
 from jpeft.run.console import Console
+from jpeft.run.seed import begin
+from jpeft.training.trial import Reached
+
+QUIET = Console(quiet=True)
 
 
-def run(config, workdir):
-    return experiment.run(config, workdir, Console(quiet=True))
+@pytest.fixture
+def seed(tiny_config, tmp_path):
+    """A seed that could be trained, for a criterion."""
+
+    def make(criterion, task="mrpc", **fields):
+        config = tiny_config("fishpal", task, num_epochs=1, max_length=8)
+        config.fishpal.update(criterion=criterion, **fields)
+        configs.check(config)
+        return begin(config, 11, experiment.load(config, QUIET), tmp_path, QUIET)
+
+    return make
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_every_criterion_chooses_and_says_what_it_cost(tiny_config, tmp_path, criterion):
-    config = tiny_config("fishpal", num_epochs=1, max_length=8)
-    config.fishpal.criterion = criterion
-    report = run(config, tmp_path)
-    found = json.loads((tmp_path / "seed_11" / "choice.json").read_text())
-    scores = {int(layer): row for layer, row in found["scores"].items()}
-    assert list(scores) == [0, 1]
-    assert all(list(row) == list(config.fishpal.candidates) for row in scores.values())
-    assert np.isfinite([value for row in scores.values() for value in row.values()]).all()
-    chosen = plans.read(str(tmp_path / "seed_11" / "plan.json"))
-    assert {layer: entries[0].method for layer, entries in chosen.items()} == {
-        layer: max(row, key=row.get) for layer, row in scores.items()
-    }
-    assert report["choice"]["criterion"] == criterion
-    assert (report["choice"]["passes"] > 0) == (criterion not in ("random", "size", "magnitude", "depth"))
-    page = (tmp_path / "report.md").read_text()
-    assert f"Chosen by `{criterion}`" in page
-    assert "](choice.png)" in page
+def unkept(name, fn, tree, n, *rest):
+    raise AssertionError(f"{name}: only the rule of the thesis measures with the run's own files")
+
+
+@pytest.mark.parametrize("criterion", [name for name in configs.CRITERIA if name != "thesis"])
+def test_every_criterion_scores_every_candidate_in_every_layer(seed, criterion):
+    found = criteria.CRITERIA[criterion](seed(criterion), CANDIDATES, unkept)
+    assert list(found.scores) == [0, 1]
+    assert all(list(row) == list(CANDIDATES) for row in found.scores.values())
+    assert np.isfinite([value for row in found.scores.values() for value in row.values()]).all()
+    assert (found.passes > 0) == (criterion not in ("random", "size", "magnitude", "depth"))
+
+
+CANDIDATES = {"pfeiffer": plans.Entry("pfeiffer", {"bottleneck": 4}), "lora": plans.Entry("lora", {"rank": 2})}
 
 
 def test_the_config_knows_all_criteria():
-    assert tuple(criteria.CRITERIA) == CRITERIA
+    assert tuple(criteria.CRITERIA) == configs.CRITERIA
+
+
+def test_size_counts_what_trains(seed):
+    scores = criteria.CRITERIA["size"](seed("size"), CANDIDATES, unkept).scores
+    assert scores[0] == scores[1] == {"pfeiffer": 2 * 16 * 4 + 4 + 16, "lora": 2 * (16 * 2 + 2 * 16)}
+
+
+def test_a_measurement_depends_on_the_labels_and_a_regression_has_values(seed):
+    one, other = (criteria.CRITERIA[name](seed(name), CANDIDATES, unkept) for name in ("adam_step", "shuffled_labels"))
+    assert one.scores != other.scores
+    values = criteria.CRITERIA["adam_step"](seed("adam_step", "stsb"), CANDIDATES, unkept)
+    assert np.isfinite([value for row in values.scores.values() for value in row.values()]).all()
+
+
+def test_halves_and_the_examples_of_the_head_are_disjoint(seed):
+    case = seed("adam_step")
+    ready = criteria.prepare(case, 20)
+    assert (ready.a.size, ready.b.size, len(ready.rows)) == (10, 10, 20)
+    assert ready.passes == pytest.approx((45 - 20) / 3)  # all others, where there are so few
+    assert len(set(ready.rows.tolist())) == 20
+    changed = ready.params["classifier"]["kernel"] != case.base.params["classifier"]["kernel"]
+    assert changed.all()
+
+
+def test_a_race_is_won_by_the_lowest_loss_of_those_who_are_left(seed, monkeypatch):
+    """Three runners: the slow one drops out after a round, although it would have been the fastest in the end."""
+    losses = {"slow": [1.0, 0.9, 0.1], "middle": [1.0, 0.7, 0.6], "quick": [1.0, 0.6, 0.65]}
+    entries = {name: plans.Entry("lora", {"rank": 2, "alpha": 1.0 + i}) for i, name in enumerate(losses)}
+
+    def trial(seed, entry, *rest):
+        name = next(name for name, other in entries.items() if other == entry)
+        for loss in losses[name]:
+            yield Reached(0, loss, None, None)
+
+    monkeypatch.setattr(criteria, "_trial", trial)
+    found = criteria.race(seed("race"), entries, unkept)
+    assert found.about["held_out_losses"] == [
+        {"slow": 0.9, "middle": 0.7, "quick": 0.6},
+        {"quick": 0.65, "middle": 0.6},
+    ]
+    assert sorted(entries, key=found.scores[0].get) == ["slow", "quick", "middle"]
+
+
+def test_a_run_chooses_by_a_race_and_says_what_it_cost(tiny_config, tmp_path):
+    config = tiny_config("fishpal", num_epochs=1, max_length=8)
+    config.fishpal.criterion = "race"
+    report = experiment.run(config, tmp_path, QUIET)
+    found = json.loads((tmp_path / "seed_11" / "choice.json").read_text())
+    scores = {name: found["scores"]["0"][name] for name in config.fishpal.candidates}
+    chosen = plans.read(str(tmp_path / "seed_11" / "plan.json"))
+    assert [entries[0].method for entries in chosen.values()] == [max(scores, key=scores.get)] * 2
+    assert report["choice"]["criterion"] == "race"
+    assert report["choice"]["share"] == pytest.approx(found["passes"] / 45)
+    page = (tmp_path / "report.md").read_text()
+    assert "Chosen by `race`" in page
+    assert "](choice.png)" in page
+
+
+def test_a_plan_within_a_budget(tiny_config, tmp_path):
+    config = tiny_config("fishpal", num_epochs=1, max_length=8)
+    config.fishpal.update(criterion="depth", sizes=(1, 2), budget="300")
+    report = experiment.run(config, tmp_path, QUIET)
+    found = json.loads((tmp_path / "seed_11" / "choice.json").read_text())
+    assert list(found["scores"]["0"]) == ["prefix", "prefix x2", "pfeiffer", "pfeiffer x2", "lora", "lora x2"]
+    chosen = plans.read(str(tmp_path / "seed_11" / "plan.json"))
+    assert list(chosen) == [0, 1]
+    assert 148 <= report["parameters"]["trainable"] - report["parameters"]["head"] <= 300
