@@ -74,7 +74,7 @@ def default(task: str, method: str) -> Config:
             },
             "peft": {name: _section(name) for name in MODULES},
             "fishpal": {
-                "candidates": ("prefix", "pfeiffer", "lora"),
+                "candidates": ("lora", "pfeiffer", "prefix"),  # the first one where a race finds no difference
                 "criterion": "race",
                 "sizes": (1,),
                 "budget": placeholder(str),
@@ -231,7 +231,10 @@ def check(config: Config) -> None:
         )
     for size in config.fishpal.sizes:
         _above_zero("fishpal.sizes", size)
-    candidates(config)
+    try:
+        candidates(config)
+    except UserError as error:
+        raise UserError(f"config.fishpal.sizes: {error}") from None
     if config.fishpal.budget is not None:
         budget(config)
     if config.fishpal.budget_of not in ("trainable", "added"):

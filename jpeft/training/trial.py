@@ -19,29 +19,33 @@ class Reached(NamedTuple):
 
     Attributes:
       step: updates made.
-      loss: mean held-out loss; None if it was not computed.
-      drop: like `trainable`, how much of the decrease of the held-out loss each entry accounts for; None likewise.
-      trainable: what trains, now.
+      losses: [n], of the held-out examples.
+      drop: like `trainable`, how much of the decrease of their mean each entry accounts for; None unless asked for.
     """
 
     step: int
-    loss: float
-    drop: Any
-    trainable: Any
+    losses: np.ndarray
+    drop: Any = None
+
+    @property
+    def loss(self) -> float:
+        """The mean held-out loss."""
+        return float(self.losses.mean())
 
 
 def held_out_loss(evaluate: Callable[[Tree, Tree, Batch], Array], loss: Callable[[Array, Array], Array]) -> Callable:
-    """The function (trainable, frozen, batch) -> sum of the losses of its rows. Jit it."""
+    """The function (trainable, frozen, batch) -> (sum of the losses of its rows, these losses [b]). Jit it."""
 
-    def total(trainable: Tree, frozen: Tree, batch: Batch) -> Array:
-        return jnp.sum(batch.weights * loss(evaluate(trainable, frozen, batch), batch.labels))
+    def total(trainable: Tree, frozen: Tree, batch: Batch) -> tuple[Array, Array]:
+        losses = loss(evaluate(trainable, frozen, batch), batch.labels)
+        return jnp.sum(batch.weights * losses), losses
 
     return total
 
 
-def held_out_gradient(total: Callable[[Tree, Tree, Batch], Array]) -> Callable:
-    """The function (trainable, frozen, batch) -> (sum of the losses, its gradient). Jit it."""
-    return jax.value_and_grad(total)
+def held_out_gradient(total: Callable[[Tree, Tree, Batch], tuple[Array, Array]]) -> Callable:
+    """The function (trainable, frozen, batch) -> ((sum of the losses, the losses), gradient of the sum). Jit it."""
+    return jax.value_and_grad(total, has_aux=True)
 
 
 def trial(
@@ -73,33 +77,33 @@ def trial(
       attribute: whether to compute `drop`, which needs the gradient at each look.
 
     Yields:
-      Where the trial stands, before the first step and after every `every` steps.
+      Where the trial stands, after every `every` steps.
     """
     n = sum(float(np.sum(batch.weights)) for batch in held)
 
-    def look(trainable: Tree) -> tuple[float, Any]:
+    def look(trainable: Tree) -> tuple[np.ndarray, Any]:
         found = [total(trainable, frozen, batch) for batch in held]
+        sums = [each[0] if attribute else each for each in found]
+        losses = [np.asarray(rows)[batch.weights > 0] for (_, rows), batch in zip(sums, held, strict=True)]
         if not attribute:
-            return float(sum(found)) / n, None
-        gradient = jax.tree.map(lambda *g: np.sum([np.asarray(x, np.float64) for x in g], axis=0) / n,
-                                *(g for _, g in found))  # fmt: skip
-        return float(sum(value for value, _ in found)) / n, gradient
+            return np.concatenate(losses), None
+        mean = jax.tree.map(lambda *g: sum(np.asarray(x, np.float64) for x in g) / n, *(g for _, g in found))
+        return np.concatenate(losses), mean
 
-    step, drop = 0, None
-    loss, gradient = look(state.trainable)
+    step, drop, gradient = 0, None, None
     if attribute:
+        _, gradient = look(state.trainable)
         drop = jax.tree.map(np.zeros_like, gradient)
-    yield Reached(step, loss, drop, state.trainable)
     while True:
         before = jax.tree.map(lambda x: np.array(x, np.float64), state.trainable) if attribute else None
         for _ in range(every):
             state, _ = train(state, frozen, next(batches), key)
             step += 1
-        loss, later = look(state.trainable)
+        losses, later = look(state.trainable)
         if attribute:
             drop = jax.tree.map(
                 lambda total, g, h, old, new: total - (g + h) / 2 * (np.asarray(new, np.float64) - old),
                 drop, gradient, later, before, state.trainable,
             )  # fmt: skip
             gradient = later
-        yield Reached(step, loss, drop, state.trainable)
+        yield Reached(step, losses, drop)

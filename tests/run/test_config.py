@@ -4,6 +4,7 @@ import json
 import pytest
 
 from jpeft.core.errors import UserError
+from jpeft.plans.plan import Entry
 from jpeft.run import config as configs
 from jpeft.transforms.registry import METHODS, MODULES
 
@@ -107,8 +108,16 @@ def test_variants():
         ({"seeds": (True,)}, "config.seeds must be a tuple of integers"),
         ({"seeds": (1.5,)}, "config.seeds must be a tuple of integers"),
         ({"peft__lora__layers": (0, 1)}, "config.peft.lora.layers is set, but fishpal itself chooses the layers"),
-        ({"peft__ia3__layers": (0,)}, "config.peft.ia3.layers is set, but config.fishpal.candidates are prefix"),
+        ({"peft__ia3__layers": (0,)}, "config.peft.ia3.layers is set, but config.fishpal.candidates are lora"),
         ({"method": "lora", "peft__pfeiffer__bottleneck": 4}, "config.peft.pfeiffer.bottleneck is set, but config.me"),
+        ({"fishpal__criterion": "adam"}, "config.fishpal.criterion 'adam' is unknown: did you mean 'adam_step'"),
+        ({"fishpal__sizes": (0,)}, "config.fishpal.sizes must be above 0, got 0"),
+        ({"fishpal__sizes": (0.3,)}, "config.fishpal.sizes: lora has rank 8, which cannot be made 0.3 times as large"),
+        ({"fishpal__sizes": (2,), "fishpal__candidates": ("ia3",)}, "config.fishpal.sizes: ia3 comes in one size only"),
+        ({"fishpal__budget": "many"}, "config.fishpal.budget must be a number of parameters or a percentage, '0.5%'"),
+        ({"fishpal__budget": "-1%"}, "config.fishpal.budget must be a number of parameters or a percentage, '0.5%'"),
+        ({"fishpal__budget_of": "all"}, "config.fishpal.budget_of must be 'trainable' or 'added', got 'all'"),
+        ({"fishpal__learning_rates__lora": 0.0}, "config.fishpal.learning_rates.lora must be above 0, got 0.0"),
         ({"method": "lora", "fishpal__num_examples": 4}, "config.fishpal.num_examples is set, but config.method is"),
         ({"method": "adapter"}, "config.method 'adapter' is called 'pfeiffer'"),
         ({"fishpal__plan": "thesis_mnli", "peft__lora__rank": 4}, "is set, but config.fishpal.plan brings its own"),
@@ -145,3 +154,32 @@ def test_patterns_of_a_method_are_set_as_a_dict():
     config.peft.lora.rank_pattern = {"query": 4}
     configs.check(config)
     assert configs.options(config, "lora") == {"rank_pattern": {"query": 4}}
+
+
+def test_each_kind_trains_at_its_own_rate_but_by_the_thesis_at_one():
+    config = make()
+    rates = configs.rates(config)
+    assert rates["lora"] == rates["pfeiffer"] == pytest.approx(1.0)
+    assert rates["prefix"] == pytest.approx(2e-4 / 5e-4)
+    assert configs.rates(make(train__learning_rate=2e-3)) == rates  # all scale with the learning rate
+    own = configs.rates(make(train__learning_rate=2e-3, fishpal__learning_rates__prefix=1e-3))
+    assert own["prefix"] == pytest.approx(0.5)
+    assert configs.rates(make(fishpal__criterion="thesis")) == {}
+    assert configs.rates(make(method="lora")) == {}
+
+
+def test_candidates_come_in_sizes():
+    found = configs.candidates(make(fishpal__sizes=(0.5, 1), peft__lora__rank=4))
+    assert found == {
+        "lora x0.5": Entry("lora", {"rank": 2, "alpha": 8.0}),
+        "lora": Entry("lora", {"rank": 4}),
+        "pfeiffer x0.5": Entry("pfeiffer", {"reduction_factor": 32.0}),
+        "pfeiffer": Entry("pfeiffer", {}),
+        "prefix x0.5": Entry("prefix", {"num_virtual_tokens": 5}),
+        "prefix": Entry("prefix", {}),
+    }
+
+
+@pytest.mark.parametrize(("given", "found"), [("0.5%", (0.5, True)), ("100,000", (1e5, False)), ("2e4", (2e4, False))])
+def test_a_budget_is_a_number_or_a_percentage(given, found):
+    assert configs.budget(make(fishpal__budget=given)) == found

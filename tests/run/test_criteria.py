@@ -7,7 +7,7 @@ import pytest
 
 from jpeft.plans import plan as plans
 from jpeft.run import config as configs
-from jpeft.run import criteria, experiment
+from jpeft.run import criteria, experiment, measuring, trials
 from jpeft.run.console import Console
 from jpeft.run.seed import begin
 from jpeft.training.trial import Reached
@@ -62,7 +62,7 @@ def test_a_measurement_depends_on_the_labels_and_a_regression_has_values(seed):
 
 def test_halves_and_the_examples_of_the_head_are_disjoint(seed):
     case = seed("adam_step")
-    ready = criteria.prepare(case, 20)
+    ready = measuring.prepare(case, 20)
     assert (ready.a.size, ready.b.size, len(ready.rows)) == (10, 10, 20)
     assert ready.passes == pytest.approx((45 - 20) / 3)  # all others, where there are so few
     assert len(set(ready.rows.tolist())) == 20
@@ -72,21 +72,28 @@ def test_halves_and_the_examples_of_the_head_are_disjoint(seed):
 
 def test_a_race_is_won_by_the_lowest_loss_of_those_who_are_left(seed, monkeypatch):
     """Three runners: the slow one drops out after a round, although it would have been the fastest in the end."""
-    losses = {"slow": [1.0, 0.9, 0.1], "middle": [1.0, 0.7, 0.6], "quick": [1.0, 0.6, 0.65]}
+    losses = {"slow": [0.9, 0.1], "middle": [0.7, 0.6], "quick": [0.6, 0.65]}
     entries = {name: plans.Entry("lora", {"rank": 2, "alpha": 1.0 + i}) for i, name in enumerate(losses)}
 
     def trial(seed, entry, *rest):
         name = next(name for name, other in entries.items() if other == entry)
         for loss in losses[name]:
-            yield Reached(0, loss, None, None)
+            yield Reached(0, np.full(10, loss))
 
-    monkeypatch.setattr(criteria, "_trial", trial)
-    found = criteria.race(seed("race"), entries, unkept)
-    assert found.about["held_out_losses"] == [
-        {"slow": 0.9, "middle": 0.7, "quick": 0.6},
-        {"quick": 0.65, "middle": 0.6},
-    ]
+    monkeypatch.setattr(trials, "_trial", trial)
+    found = trials.race(seed("race"), entries, unkept)
+    first, second = ({n: round(x, 3) for n, x in row.items()} for row in found.about["held_out_losses"])
+    assert (first, second) == ({"slow": 0.9, "middle": 0.7, "quick": 0.6}, {"quick": 0.65, "middle": 0.6})
     assert sorted(entries, key=found.scores[0].get) == ["slow", "quick", "middle"]
+
+
+def test_a_lead_within_one_standard_error_is_no_lead():
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=400)  # what examples have in common does not blur the differences
+    noise = rng.normal(size=400)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)  # a standard error of 0.05
+    losses = {"first": common + 0.04 + noise, "far": common + 0.2 + noise, "best": common, "near": common + 0.01}
+    assert trials.ranking(losses) == ["first", "best", "near", "far"]
 
 
 def test_a_run_chooses_by_a_race_and_says_what_it_cost(tiny_config, tmp_path):
@@ -109,7 +116,7 @@ def test_a_plan_within_a_budget(tiny_config, tmp_path):
     config.fishpal.update(criterion="depth", sizes=(1, 2), budget="300")
     report = experiment.run(config, tmp_path, QUIET)
     found = json.loads((tmp_path / "seed_11" / "choice.json").read_text())
-    assert list(found["scores"]["0"]) == ["prefix", "prefix x2", "pfeiffer", "pfeiffer x2", "lora", "lora x2"]
+    assert list(found["scores"]["0"]) == ["lora", "lora x2", "pfeiffer", "pfeiffer x2", "prefix", "prefix x2"]
     chosen = plans.read(str(tmp_path / "seed_11" / "plan.json"))
     assert list(chosen) == [0, 1]
     assert 148 <= report["parameters"]["trainable"] - report["parameters"]["head"] <= 300

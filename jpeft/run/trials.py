@@ -1,0 +1,116 @@
+"""Criteria that train: each candidate alone, for a few steps or for a share of the run, watched on other examples."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jpeft.core.partition import partition
+from jpeft.data import batching
+from jpeft.data.batching import Examples
+from jpeft.plans import gains
+from jpeft.plans.fishpal import Candidates, Scores
+from jpeft.plans.plan import Entry
+from jpeft.run import config as configs
+from jpeft.run.measuring import Found, alone, lengths, prepare
+from jpeft.run.seed import Seed
+from jpeft.training import optim, step
+from jpeft.training.trial import Reached, held_out_gradient, held_out_loss, trial
+
+__all__ = ["loss_drop", "race", "ranking"]
+
+RACE_SHARE = 0.06  # of the run's steps, for the whole race; looking at the held-out examples comes on top
+RACE_HELD = 256  # held-out examples of a race
+DROP_STEPS = 8
+DROP_HELD = 64  # held-out examples of `loss_drop`
+WARMUP = 4  # steps of a trial
+
+
+def loss_drop(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Found:
+    """The decrease of the held-out loss in a few steps of training, attributed to each layer along the way."""
+    ready = prepare(seed, 2 * max(DROP_HELD, seed.config.train.batch_size * DROP_STEPS))
+    held = batching.take(ready.b, range(min(DROP_HELD, ready.b.size)))
+    scores: Scores = {}
+    passes = ready.passes
+    for name, entry in candidates.items():
+        for reached in itertools.islice(_trial(seed, entry, ready.params, ready.a, held, 1, True), DROP_STEPS):
+            drop, loss = reached.drop["peft"], reached.loss
+        for layer, value in gains.by_layer(drop).items():
+            scores.setdefault(layer, {})[name] = value
+        passes += DROP_STEPS * seed.config.train.batch_size + (DROP_STEPS + 1) * held.size
+        seed.console.say(f"  {name}: held-out loss {loss:.4f} after {DROP_STEPS} steps")
+    return Found(dict(sorted(scores.items())), passes)
+
+
+def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Found:
+    """A race of uniform plans: each candidate trains in all layers for a small share of the run; in each round the
+    better half of them goes on, by held-out loss. The score is the same in every layer.
+
+    A lead of less than one standard error is no lead: among candidates that close to the best, the one that
+    `config.fishpal.candidates` names first is ahead (the rule of Breiman et al. 1984, *Classification and Regression
+    Trees*). Successive halving: Karnin et al. 2013 (ICML); Jamieson and Talwalkar 2016, arXiv:1502.07943.
+    """  # fmt: skip
+    batch_size, layers = seed.config.train.batch_size, seed.base.config.num_hidden_layers
+    total = seed.config.train.num_epochs * batching.num_batches(seed.data.train.size, batch_size)
+    sizes = [len(candidates)]
+    while sizes[-1] > 2:
+        sizes.append(math.ceil(sizes[-1] / 2))
+    steps = max(4, round(RACE_SHARE * total / sum(sizes)))
+    ready = prepare(seed, 2 * RACE_HELD)
+    # All but the held-out half is there to train on.
+    out = set(ready.rows[ready.a.size :].tolist())
+    train = batching.take(seed.data.train, [i for i in range(seed.data.train.size) if i not in out])
+    runs = {name: _trial(seed, entry, ready.params, train, ready.b, steps, False) for name, entry in candidates.items()}
+    passes = ready.passes
+    alive, order, history = list(candidates), [], []
+    for size in sizes:
+        losses = {name: next(runs[name]).losses for name in alive}
+        passes += len(alive) * (steps * batch_size + ready.b.size / 3)
+        history.append({name: float(x.mean()) for name, x in losses.items()})
+        told = ", ".join(f"{name} {loss:.4f}" for name, loss in history[-1].items())
+        seed.console.say(f"  held-out loss after {steps * len(history)} steps: {told}")
+        ranked = ranking(losses)
+        alive = [name for name in candidates if name in ranked[: math.ceil(size / 2)]]
+        order = [*ranked, *(name for name in order if name not in ranked)]
+    # Ranks, not losses, since those who dropped out early have not trained as long.
+    scores = {name: (len(order) - order.index(name)) / layers for name in candidates}
+    return Found(dict.fromkeys(range(layers), scores), passes, {"steps": steps, "held_out_losses": history})
+
+
+def ranking(losses: Mapping[str, np.ndarray]) -> list[str]:
+    """Names from the best to the worst: first those within one standard error of the lowest mean loss, in their order.
+
+    Args:
+      losses: {name: [n]}, of the same examples.
+    """
+    best = min(losses, key=lambda name: losses[name].mean())
+    gaps = {name: own - losses[best] for name, own in losses.items()}
+    tied = [name for name, gap in gaps.items() if gap.mean() <= gap.std(ddof=1) / math.sqrt(gap.size)]
+    return [*tied, *sorted((name for name in losses if name not in tied), key=lambda name: losses[name].mean())]
+
+
+def _trial(
+    seed: Seed, entry: Entry, params: Any, train: Examples, held: Examples, every: int, attribute: bool
+) -> Iterator[Reached]:
+    """A trial of a candidate in all layers, at its own rate, from the fitted head on."""
+    method, leaves = alone(seed, entry)
+    parts = partition(method, params, leaves, trains=seed.head)
+    # A warm-up in which Adam's variances settle, then the full rate: a schedule down to zero would end before it tells.
+    schedule = optax.linear_schedule(0.0, configs.learning_rate(seed.config), WARMUP)
+    optimizer = optim.adamw(schedule, seed.config.train.weight_decay, parts)
+    run = jax.jit(step.train_step(seed.model, method, optimizer, seed.data.task.loss), donate_argnums=0)
+    total = held_out_loss(step.eval_step(seed.model, method), seed.data.task.loss)
+    total = jax.jit(held_out_gradient(total) if attribute else total)
+    batches = _endless(train, seed)
+    eyes = [batch for batch, _ in batching.eval_batches(held, 32, lengths(seed))]
+    state = step.init_state(parts.trainable, optimizer)
+    return trial(run, total, state, parts.frozen, batches, eyes, seed.dropout_key, every, attribute)
+
+
+def _endless(train: Examples, seed: Seed) -> Iterator[Any]:
+    for epoch in itertools.count(1):
+        yield from batching.train_batches(train, seed.config.train.batch_size, lengths(seed), seed.seed, epoch)
