@@ -147,7 +147,7 @@ def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: C
         if method_of.chooses:
             plan = choose.plan(seed)
             modules = plans.spec(plan)
-            _say_plan(plan, console)
+            _say_plan(plan, config, console)
         else:
             modules = configs.modules(config)
         method = plans.build(modules, configs.rates(config))
@@ -179,8 +179,9 @@ def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: C
     )
 
 
-def _say_plan(plan: Plan, console: Console) -> None:
+def _say_plan(plan: Plan, config: Config, console: Console) -> None:
     console.say("  plan, layer by layer: " + "; ".join(tables.plan_lines(plan)))
     methods = {entry.method for entries in plan.values() for entry in entries}
-    if len(methods) == 1:
+    by_layer = config.fishpal.plan is not None or config.fishpal.criterion != "race"
+    if len(methods) == 1 and by_layer:
         console.warn(f"the plan is {methods.pop()} throughout: the choice by layer changed nothing")

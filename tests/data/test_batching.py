@@ -174,6 +174,12 @@ def test_sample_is_seeded_and_nested(examples):
     assert batching.sample(examples, 10**6, seed=4)[0].size == examples.size
 
 
+def test_rows_can_be_drawn_before_they_are_tokenised(examples):
+    _, indices = batching.sample(examples, 7, seed=3)
+    assert batching.drawn(examples.size, 7, seed=3).tolist() == indices.tolist()
+    assert sorted(batching.drawn(5, 99, seed=3).tolist()) == [0, 1, 2, 3, 4]
+
+
 def test_take_keeps_the_order_asked_for(examples):
     np.testing.assert_array_equal(batching.take(examples, [7, 3, 3]).labels, [7, 3, 3])
     assert batching.take(examples, []).size == 0

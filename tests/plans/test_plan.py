@@ -9,6 +9,7 @@ from conftest import randomised
 import jpeft
 from jpeft import Entry, UserError
 from jpeft.core import tree
+from jpeft.core.partition import rates
 from jpeft.models import Bert, BertConfig
 from jpeft.plans import plan
 
@@ -87,6 +88,34 @@ def test_named_plans_and_files(tmp_path):
     assert plan.read(str(file)) == {0: [LORA]}
     with pytest.raises(UserError, match="did you mean 'thesis_mnli'"):
         plan.read("thesis_mnl")
+
+
+def test_a_plan_can_be_given_as_json_itself():
+    mixed = {0: [LORA], 1: [ADAPTER]}
+    assert plan.read(plan.dumps(mixed)) == mixed
+    with pytest.raises(UserError, match="plan is not JSON"):
+        plan.read("{")
+
+
+def test_every_kind_of_a_plan_trains_at_its_own_rate():
+    mixed = {0: [Entry("lora", {"learning_rate_ratio": 4.0})], 1: [ADAPTER, Entry("prefix")]}
+    rate = rates(plan.build(mixed, {"lora": 0.5, "pfeiffer": 3.0}))
+    assert rate(("lora_0", "encoder/layer_0/attention/query", "a")) == 0.5
+    assert rate(("lora_0", "encoder/layer_0/attention/query", "b")) == 2.0  # as LoRA+ has it, times the kind's
+    assert rate(("pfeiffer_0", "encoder/layer_1/ffn_add_norm", "down", "kernel")) == 3.0
+    assert rate(("prefix_0", "shared", "embedding")) == 1.0
+
+
+def test_a_module_at_another_size():
+    assert plan.resized(Entry("lora", {"rank": 4, "targets": "query"}), 2).options == {
+        "rank": 8, "alpha": 32.0, "targets": "query",
+    }  # fmt: skip
+    assert plan.resized(Entry("houlsby", {"bottleneck": 6}), 0.5).options == {"bottleneck": 3}
+    assert plan.resized(Entry("mam"), 0.5).options == {"num_virtual_tokens": 15, "bottleneck": 256}
+    with pytest.raises(UserError, match=r"lora has rank 3, which cannot be made 0\.5 times as large"):
+        plan.resized(Entry("lora", {"rank": 3}), 0.5)
+    with pytest.raises(UserError, match="bitfit comes in one size only"):
+        plan.resized(Entry("bitfit"), 2)
 
 
 def test_a_layer_that_does_not_exist():

@@ -6,6 +6,8 @@ import pytest
 
 import jpeft
 from jpeft.core.errors import UserError
+from jpeft.core.files import read_leaves
+from jpeft.data.tasks import TASKS
 from jpeft.plans import fishpal
 from jpeft.run import experiment, measured
 from jpeft.run.console import Console
@@ -63,6 +65,10 @@ def check_report(config, workdir, report):
         saved = jpeft.load(folder)
         assert saved.task == config.task
         assert np.isfinite(jpeft.predict(saved, [("the dog", "a cat")])).all()
+    for row in report["metrics"]["per_seed"]:
+        kept = read_leaves(workdir / f"seed_{row['seed']}" / experiment.PREDICTIONS)
+        scores = TASKS[config.task].score(np.asarray(kept["logits"]), np.asarray(kept["labels"]))
+        assert scores == pytest.approx(row["last"])
     file = workdir / f"seed_{config.seeds[0]}" / "model" / "modules.safetensors"
     assert abs(file.stat().st_size - report["parameters"]["module_bytes"]) < 500
 

@@ -114,7 +114,10 @@ def test_killed_while_it_evaluates_it_ends_the_same(tmp_path, start, whole, monk
 
 
 def test_a_finished_run_trains_no_more(tmp_path, start, whole):
-    check_same(start(tmp_path / "whole", dies_after=0)[0], whole)
+    """It evaluates once more, since logits are not in checkpoints."""
+    again = start(tmp_path / "whole", dies_after=0)[0]
+    check_same(again, whole)
+    chex.assert_trees_all_equal(again.logits, whole.logits)
 
 
 def test_seconds_add_up_over_starts(tmp_path, start):

@@ -68,6 +68,10 @@ def test_an_event_for_every_step_and_every_epoch(events):
     assert events[3].loss_sum == pytest.approx(sum(event.loss for event in events[:4]))
     assert events[4].loss == events[4].row["train_loss"] == pytest.approx(events[3].loss_sum / 4)
     assert all(float(event.grad_norm) > 0 for event in events if event.row is None)
+    for event in events:
+        assert (event.logits is None) == (event.row is None)
+        if event.row is not None:
+            assert DATA.task.score(event.logits, DATA.dev.labels)["accuracy"] == event.row["accuracy"]
 
 
 @pytest.mark.parametrize("at", [0, 2, 3, 4, 8, 12])
