@@ -10,7 +10,7 @@ import numpy as np
 from jpeft.core.site import layer_of
 from jpeft.plans.fishpal import Scores
 
-__all__ = ["choice", "fisher_map", "methods"]
+__all__ = ["choice", "fisher_map", "methods", "race"]
 
 DECADES = 6  # of Fisher information that a map tells apart
 
@@ -70,6 +70,40 @@ def choice(path: Path, by_seed: Mapping[int, Scores], kept: Mapping[int, Mapping
         panel.tick_params(length=0)
     panels[-1].set_xlabel("layer")
     figure.colorbar(image, ax=panels, label="log10 of score" if log else "score", shrink=0.9)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def race(path: Path, by_seed: Mapping[int, Mapping[str, Any]], title: str) -> None:
+    """Writes a PNG: one panel a seed, the held-out loss of each candidate over the steps that it trained.
+
+    Args:
+      path: of the PNG.
+      by_seed: {"steps": of a round, "held_out_losses": [{candidate: loss} for each round], "scores": ...}, as a race
+        finds them; the candidate with the highest score is drawn thick.
+      title: stands above.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.2 + 3.4 * len(by_seed), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(by_seed), squeeze=False, sharey=True)[0]
+    for panel, (seed, found) in zip(panels, by_seed.items(), strict=True):
+        scores = next(iter(found["scores"].values()))
+        winner = max(scores, key=scores.__getitem__)
+        for name in scores:
+            losses = [row[name] for row in found["held_out_losses"] if name in row]
+            steps = [found["steps"] * (i + 1) for i in range(len(losses))]
+            chosen = name == winner
+            label = f"{name} (chosen)" if chosen else name
+            panel.plot(steps, losses, "o-", linewidth=3 if chosen else 1, label=label, zorder=3 if chosen else 2)
+        panel.set_xlim(left=0)
+        panel.set_title(f"seed {seed}", fontsize=9, loc="left")
+        panel.set_xlabel("steps", fontsize=8)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    panels[0].set_ylabel("held-out loss")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
 

@@ -92,7 +92,10 @@ def write(
         criterion = config.fishpal.criterion
         title = f"Scores by {criterion!r}, and the module that each layer got\n{config.task}, {config.model}"
         kept = {seed: _kept(config, chosen[seed]) for seed in choices}
-        plots.choice(workdir / PICTURE, {seed: _scores(found) for seed, found in choices.items()}, kept, title)
+        if criterion == "race":  # its scores are alike in all layers
+            plots.race(workdir / PICTURE, choices, f"Race of the candidates\n{config.task}, {config.model}")
+        else:
+            plots.choice(workdir / PICTURE, {seed: _scores(found) for seed, found in choices.items()}, kept, title)
         costs = {name: statistics.fmean(found[name] for found in choices.values()) for name in ("passes", "share")}
         report["choice"] = {"criterion": criterion, **costs, "seconds": sum(c["seconds"] for c in choices.values())}
     files.write_json(workdir / "report.json", report)

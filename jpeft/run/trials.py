@@ -77,7 +77,7 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
         alive = [name for name in candidates if name in ranked[: math.ceil(size / 2)]]
         order = [*ranked, *(name for name in order if name not in ranked)]
     # Ranks, not losses, since those who dropped out early have not trained as long.
-    scores = {name: (len(order) - order.index(name)) / layers for name in candidates}
+    scores = {name: float(len(order) - order.index(name)) for name in candidates}
     return Found(dict.fromkeys(range(layers), scores), passes, {"steps": steps, "held_out_losses": history})
 
 

@@ -47,6 +47,17 @@ def test_odd_scores_are_drawn(tmp_path, scores):
     assert min(size(tmp_path / "x.png")) > 100
 
 
+def test_a_race_has_a_panel_a_seed(tmp_path):
+    found = {
+        "steps": 12,
+        "held_out_losses": [{"lora": 0.9, "prefix": 0.8, "pfeiffer": 1.0}, {"lora": 0.7, "prefix": 0.75}],
+        "scores": {"0": {"lora": 3.0, "pfeiffer": 1.0, "prefix": 2.0}},
+    }
+    for seeds in (1, 3):
+        plots.race(tmp_path / "x.png", dict.fromkeys(range(seeds), found), "title")
+        assert size(tmp_path / "x.png") == (round(150 * (1.2 + 3.4 * seeds)), 480)
+
+
 def test_a_seed_without_scores_beside_one_with(tmp_path):
     zero = {layer: dict.fromkeys(row, 0.0) for layer, row in MIXED.items()}
     plots.choice(tmp_path / "x.png", {1: zero, 2: MIXED}, {1: {}, 2: kept({2: MIXED})[2]}, "title")
