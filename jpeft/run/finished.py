@@ -137,4 +137,5 @@ def _scores(choice: dict[str, Any]) -> fishpal.Scores:
 def _kept(config: Config, plan: Plan) -> dict[int, str]:
     """The name of the candidate that each layer of the plan has."""
     known = {(entry.method, json.dumps(entry.options)): name for name, entry in configs.candidates(config).items()}
-    return {layer: known[entry.method, json.dumps(dict(entry.options))] for layer, (entry,) in plan.items()}
+    names = {layer: [known.get((e.method, json.dumps(dict(e.options)))) for e in row] for layer, row in plan.items()}
+    return {layer: name for layer, (name, *_) in names.items() if name is not None}  # a plan may be edited by hand

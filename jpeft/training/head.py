@@ -75,7 +75,11 @@ def fit_head(params: Params, site: Site, read: np.ndarray, labels: np.ndarray) -
     if np.issubdtype(labels.dtype, np.integer):
         classes, counts = np.unique(labels, return_counts=True)
         if len(classes) < 2 or counts.min() < 3:
-            raise UserError("the examples that the head is fitted on have too few classes: raise fishpal.num_examples")
+            least = 0 if len(classes) < 2 else counts.min()
+            raise UserError(
+                f"a head cannot be fitted on {len(labels)} examples with {least} of a class: expected 3 at least; give "
+                "more training data, or set config.fishpal.criterion=thesis, which needs no fitted head"
+            )
         plain = LogisticRegression(max_iter=1000)
         search = GridSearchCV(plain, {"C": STRENGTHS}, scoring="neg_log_loss", cv=3)
         model = search.fit(read, labels).best_estimator_
