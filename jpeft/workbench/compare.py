@@ -118,8 +118,7 @@ def _set(config: Config, fields: Mapping[str, Any], where: str) -> None:
         name = ".".join(names)
         if name not in known:
             raise UserError(f"config.{where}: {name!r} is not a field of a run: {nearest(name, known)}")
-        if value is not None:
-            config.update_from_flattened_dict({name: value})
+        config.update_from_flattened_dict({name: value})  # None, too: it is a value, as of a prefix's `mlp_hidden`
 
 
 def check(grid: Config) -> None:
@@ -224,11 +223,15 @@ def _finished(grid: Config, cell: Cell, folder: Path) -> bool:
     except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{path} is not the file of a cell: delete it") from None
     new = _config(config_of(grid, cell))
-    differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    differ = [name for name in {**old, **new} if (name in old, old.get(name)) != (name in new, new.get(name))]
     if differ:
-        told = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differ)
+        told = "; ".join(f"{name} was {_told(old, name)}, now {_told(new, name)}" for name in differ)
         raise UserError(f"{path} is of another config ({told}): choose another folder for --cells")
     return True
+
+
+def _told(config: Mapping[str, Any], name: str) -> str:
+    return repr(config[name]) if name in config else "not set"
 
 
 def outcomes(grid: Config, folder: Path) -> list[Outcome]:

@@ -95,6 +95,22 @@ def test_files_of_other_cells_are_refused(grid, tmp_path):
         compare.outcomes(config, tmp_path)
 
 
+def test_an_option_can_be_set_to_none(grid):
+    """As a prefix without an MLP is; left out, the variant would train another module under its name."""
+    config = grid(flat={"method": "prefix", "peft": {"prefix": {"mlp_hidden": None}}})
+    found = compare.config_of(config, Cell("mrpc", "flat", None, 1))
+    assert found.peft.prefix.mlp_hidden is None
+    assert compare._config(found)["peft.prefix.mlp_hidden"] is None
+
+
+def test_a_field_of_none_is_not_a_field_that_is_absent(grid, tmp_path):
+    plain, flat = (grid(seeds=(1,), x={"method": "prefix", "peft": {"prefix": o}}) for o in ({}, {"mlp_hidden": None}))
+    row = {"config": compare._config(compare.config_of(plain, Cell("mrpc", "x", None, 1)))}
+    (tmp_path / "mrpc-x-1.json").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=r"peft.prefix.mlp_hidden was not set, now None"):
+        compare._finished(flat, Cell("mrpc", "x", None, 1), tmp_path)
+
+
 def test_class_ids_are_digits_while_there_are_ten():
     assert compare._packed(np.array([0, 9, 2])) == "092"
     np.testing.assert_array_equal(compare._unpacked("092"), [0, 9, 2])
