@@ -167,6 +167,7 @@ def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: C
         task=data.task.name,
         labels=data.task.labels,
         max_length=config.train.max_length,
+        num_texts=len(data.task.text),
     )
     return Result(
         list(last.history),

@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jpeft.core.errors import UserError
 from jpeft.core.files import read_json, read_leaves, write_json, write_leaves
-from jpeft.core.hook import apply
 from jpeft.core.transform import Chain, fold
 from jpeft.core.tree import flatten, split, union
 from jpeft.models.bert import Bert
 from jpeft.plans.plan import Spec, build
 from jpeft.version import __version__
 
-__all__ = ["Saved", "load", "predict", "save"]
+__all__ = ["Saved", "load", "save"]
 
 WEIGHTS, DESCRIPTION = "modules.safetensors", "jpeft.json"
 
@@ -38,6 +36,7 @@ class Saved(NamedTuple):
       task: the task it was trained on.
       max_length: tokens that an input was cut to in training.
       tokenizer: folder of the base model's tokenizer.
+      num_texts: 1 if it was trained on sentences, 2 if on pairs; None in folders of earlier versions.
     """
 
     model: Bert
@@ -47,6 +46,7 @@ class Saved(NamedTuple):
     task: str
     max_length: int
     tokenizer: Path
+    num_texts: int | None = None
 
 
 def save(
@@ -59,6 +59,7 @@ def save(
     task: str,
     labels: Sequence[str],
     max_length: int,
+    num_texts: int,
 ) -> int:
     """Writes a folder that `load` reads.
 
@@ -71,6 +72,7 @@ def save(
       task: the task's name.
       labels: class names; () for regression.
       max_length: tokens that inputs were cut to.
+      num_texts: 1 for sentences, 2 for pairs.
 
     Returns:
       The size of the weights file in bytes.
@@ -83,6 +85,7 @@ def save(
         "task": task,
         "labels": list(labels),
         "max_length": max_length,
+        "num_texts": num_texts,
         "modules": modules,
     }
     write_json(folder / DESCRIPTION, description)
@@ -125,16 +128,5 @@ def load(folder: str | Path, base: str | None = None) -> Saved:
         description["task"],
         description["max_length"],
         loaded.folder,
+        description.get("num_texts"),
     )
-
-
-def predict(saved: Saved, texts: Sequence[str | tuple[str, str]]) -> np.ndarray:
-    """Float32 logits [n, num_labels] of sentences or sentence pairs, as one padded batch."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer)
-    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=saved.max_length, return_tensors="np")
-    mask = encoded["attention_mask"]
-    types = encoded.get("token_type_ids", np.zeros_like(mask))
-    logits, _ = apply(saved.model, saved.transform, saved.variables, encoded["input_ids"], mask, types, mask=mask)
-    return np.asarray(logits)

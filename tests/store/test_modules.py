@@ -43,7 +43,7 @@ def make(folder, base, kind, labels=("no", "yes")):
     moved = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), trainable)
     size = saved.save(
         folder, moved, SPECS[kind], base=loaded.source, fingerprint=pretrained.fingerprint(frozen), task="mrpc",
-        labels=labels, max_length=16,
+        labels=labels, max_length=16, num_texts=2,
     )  # fmt: skip
     assert size == (folder / "modules.safetensors").stat().st_size
     variables = {"params": tree.union(loaded.params, moved["params"]), "peft": moved["peft"]}
@@ -57,7 +57,7 @@ def test_loaded_modules_give_the_same_logits(tmp_path, tiny_model, kind):
     assert np.abs(expected - plain).max() > 1e-3
     back = jpeft.load(tmp_path)
     np.testing.assert_allclose(logits(back.model, back.transform, back.variables), expected, rtol=0, atol=1e-6)
-    assert (back.labels, back.task, back.max_length) == (("no", "yes"), "mrpc", 16)
+    assert (back.labels, back.task, back.max_length, back.num_texts) == (("no", "yes"), "mrpc", 16, 2)
     assert back.tokenizer == tiny_model
 
 
@@ -127,29 +127,3 @@ def test_saving_again_replaces(tmp_path, tiny_model):
     back = jpeft.load(tmp_path)
     np.testing.assert_allclose(logits(back.model, back.transform, back.variables), expected, rtol=0, atol=1e-6)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["jpeft.json", "modules.safetensors"]
-
-
-def test_predict(tmp_path, tiny_model):
-    make(tmp_path, tiny_model, "plan")
-    back = jpeft.load(tmp_path)
-    pairs = [("the dog runs", "the cat sleeps"), ("a tree", "a house"), ("the dog runs", "the cat sees a big tree")]
-    together = jpeft.predict(back, pairs)
-    assert together.shape == (3, 2)
-    assert together.dtype == np.float32
-    alone = np.concatenate([jpeft.predict(back, [pair]) for pair in pairs])
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-    assert np.abs(together[0] - together[2]).max() > 1e-3
-    # [CLS] the dog runs [SEP] the cat sleeps [SEP], by hand
-    ids = np.array([[2, 4, 6, 10, 3, 4, 7, 11, 3]], np.int32)
-    types = np.array([[0, 0, 0, 0, 0, 1, 1, 1, 1]], np.int32)
-    mask = np.ones_like(ids)
-    by_hand = jpeft.apply(back.model, back.transform, back.variables, ids, mask, types, mask=mask)[0]
-    np.testing.assert_allclose(together[:1], by_hand, atol=1e-5)
-
-
-def test_predict_takes_sentences_and_cuts_them(tmp_path, tiny_model):
-    make(tmp_path, tiny_model, "lora")
-    back = jpeft.load(tmp_path)
-    long = "the dog " * 40
-    assert jpeft.predict(back, ["the dog", long]).shape == (2, 2)
-    np.testing.assert_allclose(jpeft.predict(back, [long]), jpeft.predict(back, ["the dog " * 7]), atol=1e-5)

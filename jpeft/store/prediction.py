@@ -1,0 +1,65 @@
+"""Logits of texts from trained modules: grouped by length, in compiled batches."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jpeft.core.errors import UserError
+from jpeft.data.batching import Batch, eval_batches, length_buckets, tokenize
+from jpeft.store.modules import Saved
+from jpeft.training.step import forward
+
+__all__ = ["predict"]
+
+BATCH_SIZE = 32
+
+# One program for each model, transform and shape of a batch: the next call finds it compiled.
+_forward = jax.jit(forward, static_argnums=(0, 1))
+
+
+def predict(saved: Saved, texts: Sequence[str | tuple[str, str]]) -> np.ndarray:
+    """Computes logits of sentences or sentence pairs.
+
+    Rows are sorted by length into batches of at most 32 with at most four padded lengths. Each shape is compiled once;
+    later calls with the same `saved` reuse it.
+
+    Args:
+      saved: from `jpeft.load`.
+      texts: sentences, or pairs of them; longer inputs are cut as in training.
+
+    Returns:
+      Float32 logits [n, num_labels], in the order of `texts`.
+
+    Raises:
+      UserError: if `texts` is a single string, mixes sentences with pairs, or has not as many texts in a row as the
+        model was trained on.
+    """
+    from transformers import AutoTokenizer
+
+    width = len(saved.labels) or 1
+    if not len(texts):
+        return np.zeros((0, width), np.float32)
+    columns = _columns(texts, saved.num_texts)
+    tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer)
+    split = {**columns, "label": np.zeros(len(texts), np.int32)}
+    examples = tokenize(split, tuple(columns), tokenizer, saved.max_length, np.int32)
+    logits = np.zeros((len(texts), width), np.float32)
+    nothing = {"params": {}, "peft": {}}
+    size = min(BATCH_SIZE, len(texts))
+    for batch, rows in eval_batches(examples, size, length_buckets(examples.lengths)):
+        logits[rows] = _forward(saved.model, saved.transform, nothing, saved.variables, Batch(*batch))[: len(rows)]
+    return logits
+
+
+def _columns(texts: Sequence[str | tuple[str, str]], wanted: int | None) -> dict[str, list[str]]:
+    if isinstance(texts, str):
+        raise UserError(f"expected a list of sentences or pairs, got one string: predict(saved, [{texts[:40]!r}])")
+    rows = [tuple(row) if isinstance(row, tuple | list) else (row,) for row in texts]
+    wanted = wanted or min(len(rows[0]), 2)
+    names = ("sentence1", "sentence2")[:wanted]
+    for i, row in enumerate(rows):
+        if len(row) != wanted or not all(isinstance(text, str) for text in row):
+            what = "a sentence" if wanted == 1 else "a pair of sentences"
+            raise UserError(f"text {i}: expected {what}, as the training data or the first row, got {texts[i]!r:.60}")
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
