@@ -8,10 +8,12 @@ not list are not in the graph.
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.transform import Chain, Transform, chain, members
@@ -35,21 +37,44 @@ def make(method: str, **options: Any) -> Transform | Chain:
     """The transform of a method, by name.
 
     Raises:
-      UserError: if the method or an option is unknown, or an option's value is out of range.
+      UserError: if the method or an option is unknown, or an option's value is of another type than in the signature of
+        the method, not finite, or out of range.
     """
     method = _current(method)
     factory = METHODS[method].make if method in METHODS else None
     if factory is None:
         wrong = "is not a module" if method in METHODS else "is unknown"
         raise UserError(f"method {method!r} {wrong}: {nearest(method, MODULES)}")
-    known = inspect.signature(factory).parameters
-    for name in options:
+    known = get_type_hints(factory)
+    known.pop("return", None)
+    for name, value in options.items():
         if name not in known:
             raise UserError(f"{method} has no option {name!r}: {nearest(name, known)}")
-    try:
-        return factory(**options)
-    except TypeError as error:
-        raise UserError(f"an option of {method} has the wrong type: {error}") from None
+        kinds = get_args(known[name]) if isinstance(known[name], UnionType) else (known[name],)
+        if not any(_is(value, kind) for kind in kinds):
+            wanted = " or ".join(_WORDS.get(get_origin(kind) or kind, str(kind)) for kind in kinds)
+            raise UserError(f"{name} must be {wanted}, got {value!r:.60}")
+    return factory(**options)
+
+
+_WORDS = {
+    bool: "true or false", int: "an integer", float: "a finite number", str: "a string", NoneType: "null",
+    Sequence: "a list", Mapping: "an object",
+}  # fmt: skip
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether an option is of a type, as JSON has them: true is not 1, but 1 is 1.0."""
+    origin = get_origin(kind) or kind
+    if origin is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if origin is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is Sequence:
+        (of,) = get_args(kind)
+        of = get_args(of) if isinstance(of, UnionType) else (of,)
+        return isinstance(value, list | tuple) and all(any(_is(x, k) for k in of) for x in value)
+    return isinstance(value, origin)
 
 
 def _current(name: str) -> str:
@@ -159,17 +184,22 @@ def loads(text: str, source: str = "plan") -> Plan:
       source: its name in error messages, such as a file name.
 
     Raises:
-      UserError: if the text is not JSON or not a plan, or a method or option does not exist.
+      UserError: if the text is not JSON or not a plan, names a layer twice or no module at all, or has an unknown
+        method, an unknown option or a value that does not fit.
     """
     try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
+        raw = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, source))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not JSON: {error}") from None
     if not isinstance(raw, dict) or not all(
         re.fullmatch("0|[1-9][0-9]*", layer) and isinstance(raw[layer], list) for layer in raw
     ):
         shape = '{"<layer>": [{"method": ..., "options": {...}}, ...], ...}'
         raise UserError(f"{source} is not a plan: expected {shape}")
+    if not any(raw.values()):
+        raise UserError(f"{source} has no module in any layer: to train the head alone, use the method 'head'")
     plan = {}
     for layer, entries in raw.items():
         for entry in entries:
@@ -183,6 +213,15 @@ def loads(text: str, source: str = "plan") -> Plan:
                 raise UserError(f"{source}, layer {layer}: {error}") from None
         plan[int(layer)] = [Entry(_current(entry["method"]), entry.get("options", {})) for entry in entries]
     return plan
+
+
+def _once(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
+    """An object of JSON; of two equal names, `json` would drop the first."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{source} has {name!r} twice in one object")
+    return dict(pairs)
 
 
 def _is_entry(raw: Any) -> bool:
@@ -204,7 +243,10 @@ def read(name_or_path: str) -> Plan:
     path = Path(name_or_path)
     if not path.is_file():
         raise UserError(f"plan {name_or_path!r} is neither a file nor a named plan: {nearest(name_or_path, PLANS)}")
-    return loads(path.read_text(encoding="utf-8"), str(path))
+    try:
+        return loads(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from None
 
 
 def _layers(prefix: Sequence[int] = (), adapter: Sequence[int] = (), lora: Sequence[int] = ()) -> Plan:

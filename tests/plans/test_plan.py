@@ -69,7 +69,21 @@ def test_json_in_and_out():
         ('{"0": [{"method": "lora", "options": {"rnk": 3}}]}', "no option 'rnk': did you mean 'rank'"),
         ('{"3": [{"method": "lora", "options": {"rank": 0}}]}', "layer 3: rank must be positive"),
         ('{"0": [{"method": "lora", "options": {"layers": [0]}}]}', "drop the option 'layers'"),
-        ('{"0": [{"method": "lora", "options": {"alpha": "x"}}]}', "wrong type"),
+        ('{"0": [{"method": "lora", "options": {"alpha": "x"}}]}', "layer 0: alpha must be a finite number, got 'x'"),
+        ('{"0": [{"method": "lora", "options": {"alpha": Infinity}}]}', "alpha must be a finite number, got inf"),
+        ('{"0": [{"method": "lora", "options": {"rank": true}}]}', "rank must be an integer, got True"),
+        ('{"0": [{"method": "lora", "options": {"gate": "yes"}}]}', "gate must be true or false, got 'yes'"),
+        (
+            '{"0": [{"method": "lora", "options": {"rank_pattern": 3}}]}',
+            "rank_pattern must be an object or null, got 3",
+        ),
+        ('{"0": [{"method": "p_tuning", "options": {"template": [null]}}]}', "template must be a list or null"),
+        ("{}", "has no module in any layer: to train the head alone, use the method 'head'"),
+        ('{"0": [], "1": []}', "has no module in any layer"),
+        ('{"0": [{"method": "lora"}], "0": []}', "a plan has '0' twice"),
+        ('{"0": [{"method": "lora", "options": {"rank": 1, "rank": 2}}]}', "a plan has 'rank' twice"),
+        ("[" * 200_000, "is not JSON"),
+        ('{"0": ' + "9" * 5000 + "}", "is not JSON"),
         ('{"0": [{"method": ["lora"]}]}', "layer 0: expected a method and its options"),
         ('{"0": [{"method": 3}]}', "layer 0: expected a method and its options"),
         ('{"0": [{"method": "lora", "options": 3}]}', "layer 0: expected a method and its options"),
@@ -88,6 +102,12 @@ def test_named_plans_and_files(tmp_path):
     assert plan.read(str(file)) == {0: [LORA]}
     with pytest.raises(UserError, match="did you mean 'thesis_mnli'"):
         plan.read("thesis_mnl")
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match=r"plan\.json is not UTF-8"):
+        plan.read(str(tmp_path / "plan.json"))
 
 
 def test_a_plan_can_be_given_as_json_itself():
