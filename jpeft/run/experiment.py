@@ -13,6 +13,7 @@ from jpeft.core.errors import UserError
 from jpeft.core.partition import partition
 from jpeft.core.summary import summary
 from jpeft.data import batching
+from jpeft.data import tokenizer as tokenizers
 from jpeft.data.task import Data, Task
 from jpeft.models import pretrained
 from jpeft.plans import plan as plans
@@ -112,8 +113,6 @@ def _use_compilation_cache() -> None:
 
 
 def _load_data(config: Config, task: Task, base: pretrained.Pretrained, console: Console) -> Data:
-    from transformers import AutoTokenizer
-
     if not task.trainable:
         raise UserError(f"config.task {task.name!r} is a test set without training data: train config.task 'mnli'")
     splits = task.splits(config.data.path)
@@ -121,7 +120,7 @@ def _load_data(config: Config, task: Task, base: pretrained.Pretrained, console:
         console.warn(f"{task.name} {name}: {count} rows have an empty text")
     if splits.absent:
         console.say(f"  {splits.source} has no {', '.join(splits.absent)} split; none is needed")
-    tokenizer = AutoTokenizer.from_pretrained(base.folder)
+    tokenizer = tokenizers.load(base.folder, base.config.vocab_size)
     given = splits.splits | {"train": _few(splits.splits["train"], config.train.max_train_examples)}
     train, dev = (task.encode(given[name], tokenizer, config.train.max_length) for name in ("train", task.eval_split))
     lengths = [length for examples in (train, dev) for length in examples.lengths]

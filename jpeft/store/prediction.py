@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jpeft.core.errors import UserError
+from jpeft.data import tokenizer as tokenizers
 from jpeft.data.batching import Batch, eval_batches, length_buckets, tokenize
 from jpeft.store.modules import Saved
 from jpeft.training.step import forward
@@ -35,19 +36,19 @@ def predict(saved: Saved, texts: Sequence[str | tuple[str, str]]) -> np.ndarray:
       UserError: if `texts` is a single string, mixes sentences with pairs, or has not as many texts in a row as the
         model was trained on.
     """
-    from transformers import AutoTokenizer
-
     width = len(saved.labels) or 1
     if not len(texts):
         return np.zeros((0, width), np.float32)
     columns = _columns(texts, saved.num_texts)
-    tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer)
+    config = saved.model.config
+    tokenizer = tokenizers.load(saved.tokenizer, config.vocab_size)
     split = {**columns, "label": np.zeros(len(texts), np.int32)}
     examples = tokenize(split, tuple(columns), tokenizer, saved.max_length, np.int32)
     logits = np.zeros((len(texts), width), np.float32)
     nothing = {"params": {}, "peft": {}}
     size = min(BATCH_SIZE, len(texts))
-    for batch, rows in eval_batches(examples, size, length_buckets(examples.lengths)):
+    buckets = tuple(min(bucket, config.max_length) for bucket in length_buckets(examples.lengths))
+    for batch, rows in eval_batches(examples, size, buckets):
         logits[rows] = _forward(saved.model, saved.transform, nothing, saved.variables, Batch(*batch))[: len(rows)]
     return logits
 

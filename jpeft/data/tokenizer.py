@@ -1,0 +1,43 @@
+"""The tokenizer of a base model, refused where it would turn text into tokens that the model does not know."""
+
+from pathlib import Path
+from typing import Any
+
+from jpeft.core.errors import UserError
+
+__all__ = ["load"]
+
+
+def load(folder: Path, vocab_size: int) -> Any:
+    """Loads the Hugging Face tokenizer in a model's folder.
+
+    Args:
+      folder: of the base model.
+      vocab_size: rows of the model's word embedding.
+
+    Raises:
+      UserError: if the folder holds no vocabulary (`transformers` then makes an empty tokenizer, to which every word is
+        unknown), one that cannot be read, or one with ids beyond the embedding.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever its parsers raise, of JSON, of Rust, of a missing class
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot read the tokenizer in {folder}: expected the base model's tokenizer.json or vocabulary "
+            f"({reason:.120})"
+        ) from None
+    files = sorted(set(tokenizer.vocab_files_names.values()))
+    if not any((folder / name).is_file() for name in files):
+        raise UserError(
+            f"{folder} holds no vocabulary: expected {' or '.join(files)} of the base model beside its weights"
+        )
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has ids up to {largest}, the model's embedding {vocab_size} rows: expected the "
+            f"tokenizer that belongs to this model"
+        )
+    return tokenizer

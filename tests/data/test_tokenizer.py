@@ -1,0 +1,43 @@
+import shutil
+
+import pytest
+
+from jpeft.core.errors import UserError
+from jpeft.data import tokenizer
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+def test_words_have_their_own_ids(folder):
+    assert tokenizer.load(folder, 18)("the dog")["input_ids"] == [2, 4, 6, 3]
+
+
+def test_a_folder_without_a_vocabulary(folder):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"model: expected the base model's tokenizer\.json or vocabulary"):
+        tokenizer.load(folder, 18)
+
+
+def test_a_vocabulary_that_is_not_one(folder):
+    (folder / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(UserError, match=r"cannot read the tokenizer in .*model: expected") as caught:
+        tokenizer.load(folder, 18)
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_beyond_the_embedding(folder):
+    with pytest.raises(UserError, match=r"has ids up to 17, the model's embedding 17 rows"):
+        tokenizer.load(folder, 17)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_transformers_makes_an_empty_tokenizer_of_a_config_alone(folder, kind):
+    """The trap: without any file of a vocabulary it does not fail, and every word is unknown."""
+    for file in folder.glob("*token*"):
+        file.unlink()
+    (folder / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    with pytest.raises(UserError, match=r"holds no vocabulary: expected (merges\.txt or )?tokenizer\.json or vocab"):
+        tokenizer.load(folder, 30522)
