@@ -8,8 +8,9 @@ not list are not in the graph.
 
 import inspect
 import json
-import math
 import re
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -67,7 +68,9 @@ def _is(value: Any, kind: Any) -> bool:
     """Whether an option is of a type, as JSON has them: true is not 1, but 1 is 1.0."""
     origin = get_origin(kind) or kind
     if origin is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return abs(value) <= sys.float_info.max  # an int of JSON may be beyond all floats; nan compares as false
     if origin is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin is Sequence:
@@ -217,11 +220,11 @@ def loads(text: str, source: str = "plan") -> Plan:
 
 def _once(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
     """An object of JSON; of two equal names, `json` would drop the first."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{source} has {name!r} twice in one object")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise UserError(f"{source} has {name!r} twice in one object")
+    return found
 
 
 def _is_entry(raw: Any) -> bool:

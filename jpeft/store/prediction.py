@@ -33,8 +33,8 @@ def predict(saved: Saved, texts: Sequence[str | tuple[str, str]]) -> np.ndarray:
       Float32 logits [n, num_labels], in the order of `texts`.
 
     Raises:
-      UserError: if `texts` is a single string, mixes sentences with pairs, or has not as many texts in a row as the
-        model was trained on.
+      UserError: if `texts` is a single string, mixes sentences with pairs, or holds sentences although the model was
+        trained on pairs, or the reverse; or if the tokenizer does not belong to the model.
     """
     width = len(saved.labels) or 1
     if not len(texts):
@@ -57,10 +57,11 @@ def _columns(texts: Sequence[str | tuple[str, str]], wanted: int | None) -> dict
     if isinstance(texts, str):
         raise UserError(f"expected a list of sentences or pairs, got one string: predict(saved, [{texts[:40]!r}])")
     rows = [tuple(row) if isinstance(row, tuple | list) else (row,) for row in texts]
+    like = "as in training" if wanted else "like text 0"
     wanted = wanted or min(len(rows[0]), 2)
     names = ("sentence1", "sentence2")[:wanted]
     for i, row in enumerate(rows):
         if len(row) != wanted or not all(isinstance(text, str) for text in row):
             what = "a sentence" if wanted == 1 else "a pair of sentences"
-            raise UserError(f"text {i}: expected {what}, as the training data or the first row, got {texts[i]!r:.60}")
+            raise UserError(f"text {i}: expected {what}, {like}, got {texts[i]!r:.60}")
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}

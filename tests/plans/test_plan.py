@@ -71,6 +71,8 @@ def test_json_in_and_out():
         ('{"0": [{"method": "lora", "options": {"layers": [0]}}]}', "drop the option 'layers'"),
         ('{"0": [{"method": "lora", "options": {"alpha": "x"}}]}', "layer 0: alpha must be a finite number, got 'x'"),
         ('{"0": [{"method": "lora", "options": {"alpha": Infinity}}]}', "alpha must be a finite number, got inf"),
+        (f'{{"0": [{{"method": "lora", "options": {{"alpha": 1{"0" * 400}}}}}]}}', "alpha must be a finite number"),
+        ('{"0": [{"method": "lora", "options": {"alpha": NaN}}]}', "alpha must be a finite number, got nan"),
         ('{"0": [{"method": "lora", "options": {"rank": true}}]}', "rank must be an integer, got True"),
         ('{"0": [{"method": "lora", "options": {"gate": "yes"}}]}', "gate must be true or false, got 'yes'"),
         (
