@@ -119,7 +119,7 @@ def verdict(
             regrets.append(trained[judge][max(names, key=lambda n: mean[n])] - trained[judge][favourite])
             gaps.append(trained[judge][favourite] - trained[judge][max(uniform, key=lambda n: mean[n])])
     first = next(iter(scores.values()))
-    plain = {name for plan in (pool[name] for name in uniform) for row in plan.values() for name in map(_name, row)}
+    plain = [_name(pool[name][0][0]) for name in uniform]  # in the order of the pool, which decides ties
     pick = fishpal.choose({layer: {n: row[n] for n in plain} for layer, row in first.items()}, candidates)
     return Verdict(float(np.mean(taus)), float(np.mean(regrets)), float(np.mean(gaps)), pick, passes)
 

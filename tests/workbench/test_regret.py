@@ -39,6 +39,13 @@ def test_a_criterion_that_is_wrong_pays_for_it():
     assert found.against_uniform == pytest.approx(-0.06)
 
 
+def test_a_tie_goes_to_the_plan_that_is_listed_first():
+    pool = {f"all {rank}": {layer: [Entry("lora", {"rank": rank})] for layer in range(2)} for rank in range(9, 0, -1)}
+    even = {layer: {regret._name(plan[layer][0]): 1.0 for plan in pool.values()} for layer in range(2)}
+    trained = {1: dict.fromkeys(pool, 0.5)}
+    assert regret.verdict({1: even}, trained, pool, regret.candidates_of(pool), 0.0).pick == pool["all 9"]
+
+
 def test_headroom_is_not_flattered_by_the_noise_that_chose_the_plan():
     uniform = ["good-good-good", "bad-bad-bad"]
     lucky = {seed: dict(row) for seed, row in TRAINED.items()}
