@@ -13,6 +13,7 @@ Run again with the same config and workdir, it resumes. The workdir then holds r
 parse), metrics.jsonl, and seed_<n>/model (the trained modules, for `jpeft.load`).
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def run(argv: list[str]) -> None:
     given = command.parse(argv, __doc__ or "", own, "fishpal,mnli,demo", defaults, names=True)
     from jpeft.run import experiment  # after the flags, so that --help and their errors come at once
 
-    experiment.run(given.config, Path(given.flags["workdir"] or f"runs/{given.name}"))
+    line = shlex.join(["python", "-m", "jpeft.main", *argv[1:]])
+    experiment.run(given.config, Path(given.flags["workdir"] or f"runs/{given.name}"), command=line)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import jpeft
 from jpeft import main as program
 
 # ml_collections loads the config file with it.
@@ -70,6 +71,14 @@ OVERRIDES = {
     "--config.data.train=x.csv": ["config.data.train is set, but config.task 'mrpc' does not read it"],
     "--config.task=custom": ["config.data.path is set, but config.task 'custom' does not read it"],
     "--config.task=nothing.py": ["config.task 'nothing.py': there is no such file"],
+    "--config.method=full+lora": ["config.method 'full+lora': 'full' stands alone and cannot be joined by '+'"],
+    "--config.method=lora+fishpal": ["'fishpal' stands alone"],
+    "--config.train.weight_decay=inf": ["config.train.weight_decay must be from 0 to 100, got inf"],
+    "--config.train.batch_size=1000000": ["config.train.batch_size must be from 1 to 16,384"],
+    "--config.train.learning_rate=1e30": ["config.train.learning_rate must be above 0 and below 1,000,000"],
+    "--config.peft.lora.rank=1000000000": ["config.peft.lora: rank must be at most 65,536"],
+    "--config.peft.lora.rank_pattern=[]": ["--config.peft.lora.rank_pattern must be a JSON object"],
+    "--config.peft.lora.layers=()": ["layers is empty: expected at least one layer"],
     "--config.seeds=(0,4294967296)": ["config.seeds must be a tuple of integers from 0 to 2**32 - 1"],
     "--config.peft.lora.layers=(5,)": ["5"],
     "--config.peft.lora.targets=qeury": ["qeury"],
@@ -81,6 +90,51 @@ def test_a_wrong_argument_is_one_line(failing, config, override):
     line = failing(f"--config={config}", override)
     for part in OVERRIDES[override]:
         assert part in line
+
+
+def test_a_flag_given_twice_is_refused(failing, config):
+    assert failing(f"--config={config}", "--config.seeds=(1,)", "--config.seeds=(2,)").endswith(
+        "--config.seeds is given twice"
+    )
+
+
+def test_a_pattern_is_set_by_its_json(tmp_path, config, capsys):
+    work = tmp_path / "work"
+    arguments = [f"--config={config}", f"--workdir={work}", '--config.peft.lora.rank_pattern={"layer_0/.*/query": 3}']
+    assert program.main(["jpeft", *arguments]) == 0
+    assert json.loads((work / "config.json").read_text())["peft"]["lora"]["rank_pattern"] == {"layer_0/.*/query": 3}
+    leaves = jpeft.load(work / "seed_11" / "model").variables["peft"]["lora_0"]
+    assert {name: x["a"].shape[1] for name, x in leaves.items() if "query" in name} == {
+        "encoder/layer_0/attention/query": 3,
+        "encoder/layer_1/attention/query": 8,
+    }
+    assert "--config.peft.lora.rank_pattern={" in (work / "report.md").read_text()
+
+
+def test_a_full_disk_is_one_line(failing, config, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr("jpeft.core.files.write_text", full)
+    assert "No space left on device: 'somewhere'" in failing(f"--config={config}")
+
+
+def test_a_bug_is_no_line(config, tmp_path, monkeypatch):
+    """Whatever is not the user's to mend comes with its traceback."""
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("jpeft.run.experiment.run", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        program.main(["jpeft", f"--config={config}", f"--workdir={tmp_path / 'work'}"])
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        program.main(["jpeft", "--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"jpeft {jpeft.__version__}\n"
 
 
 def test_the_config_is_missing(failing):
@@ -103,6 +157,13 @@ def test_an_unknown_variant(failing, config):
         ("import nothing_of_this_name\n", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
         ("def get_config():\n    raise ValueError('two\\nlines')\n", "ValueError: two lines"),
         ("x = 1\n", "get_config"),
+        ("def get_config():\n    return None\n", "get_config() returned NoneType, expected a ConfigDict"),
+        ("def get_config():\n    return {'task': 'mrpc'}\n", "get_config() returned dict"),
+        ("def get_config():\n    raise SystemExit(0)\n", "SystemExit: 0"),
+        (
+            "import ml_collections as m\ndef get_config():\n    return m.ConfigDict({'task': 'mrpc'})\n",
+            "the config lacks data, fishpal",
+        ),
     ],
 )
 def test_a_config_file_that_cannot_be_run(failing, config, text, message):
@@ -134,7 +195,7 @@ def test_labels_that_do_not_fit(failing, config, tmp_path, tiny_glue):
 
 
 def test_a_workdir_of_another_config(failing, config, tmp_path):
-    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "seed_11" / "model").mkdir(parents=True)
     (tmp_path / "work" / "config.json").write_text(json.dumps({"task": "mrpc", "train": {"num_epochs": 9}}))
     line = failing(f"--config={config}")
     assert "belongs to another config" in line

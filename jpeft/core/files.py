@@ -1,5 +1,10 @@
-"""Atomic file writes: a file is written under a temporary name, then renamed."""
+"""Atomic file writes, and reads that trust nothing.
 
+A file is written under a temporary name, then renamed. Records and leaves carry a hash of their contents, so a file
+that was damaged, cut short or edited is refused with one line.
+"""
+
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -12,10 +17,16 @@ import numpy as np
 from jpeft.core.errors import UserError
 from jpeft.core.tree import empty_paths, flatten, unflatten
 
-__all__ = ["append_json", "keep_lines", "read_json", "read_leaves", "write_json", "write_leaves", "write_text"]
+__all__ = [
+    "append_json", "file_hash", "keep_lines", "read_json", "read_leaves", "read_record", "read_tensors", "write_json",
+    "write_leaves", "write_record", "write_text",
+]  # fmt: skip
 
-
-EMPTY = "empty"  # the metadata entry that lists empty dicts, which safetensors cannot hold
+FORMAT = "jpeft"  # the metadata entry of our safetensors files: JSON with all of the following
+EMPTY = "empty"  # the paths of empty dicts, which safetensors cannot hold
+HASH = "sha256"  # the entry, of a record or of metadata, with the hash of all the rest
+CHANGED = f"was changed or damaged after it was written, its contents do not match its {HASH}: restore or delete it"
+KIND = "kind"  # the entry that says what a record is of
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,8 +43,46 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Reads a JSON file.
+
+    Raises:
+      UserError: if it does not exist or is not JSON.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(f"{path} is not JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:  # not UTF-8 and integers of thousands of digits are among them
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def write_record(path: Path, kind: str, fields: Mapping[str, Any]) -> None:
+    """Writes a JSON object with its kind and a hash of its contents, for `read_record`."""
+    named = json.loads(json.dumps({KIND: kind, **fields}, allow_nan=False))  # as it will be read: keys are strings
+    write_json(path, {**named, HASH: _json_hash(named)})
+
+
+def read_record(path: Path, kind: str) -> dict[str, Any]:
+    """The fields that `write_record` wrote.
+
+    Raises:
+      UserError: if the file does not exist, is not such a record, or was changed since it was written.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get(KIND) != kind or not isinstance(record.get(HASH), str):
+        raise UserError(f"{path} is not a {kind} of this version of jpeft")
+    written = record.pop(HASH)
+    if written != _json_hash(record):
+        raise UserError(f"{path} {CHANGED}")
+    del record[KIND]
+    return record
+
+
+def _json_hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def append_json(path: Path, value: Any) -> None:
@@ -43,17 +92,19 @@ def append_json(path: Path, value: Any) -> None:
 
 
 def keep_lines(path: Path, keep: Callable[[Any], bool]) -> None:
-    """Rewrites a file of JSON lines with the values that `keep` accepts. A line cut short by a crash is dropped."""
+    """Rewrites a file of JSON lines with the objects that `keep` accepts.
+
+    A line that is no such object, or that `keep` cannot judge, is dropped: a crash may have cut it short.
+    """
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
+            if keep(json.loads(line)):
+                kept.append(line + "\n")
+        except (ValueError, RecursionError, KeyError, TypeError):
             continue
-        if keep(value):
-            kept.append(line + "\n")
     write_text(path, "".join(kept))
 
 
@@ -65,14 +116,23 @@ def write_leaves(path: str | Path, leaves: Mapping[str, Any], about: Mapping[str
       leaves: the arrays. Empty dicts are stored too, as names in the metadata.
       about: additional metadata.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
-    tensors = {":".join(keys): np.asarray(x) for keys, x in flatten(leaves).items()}
-    empty = {EMPTY: json.dumps([":".join(keys) for keys in paths])} if (paths := empty_paths(leaves)) else {}
-    save_file(tensors, beside, metadata={"format": "jpeft", **empty, **(about or {})})
+    tensors = {":".join(keys): np.asarray(x, order="C") for keys, x in flatten(leaves).items()}
+    described = {"about": dict(about or {}), EMPTY: [":".join(keys) for keys in empty_paths(leaves)]}
+    described[HASH] = _tensor_hash(tensors, described)
+    beside.touch()
+    mode = beside.stat().st_mode
+    try:
+        # In one entry: safetensors writes several in any order, and equal leaves should give equal files.
+        save_file(tensors, beside, metadata={FORMAT: json.dumps(described, sort_keys=True)})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"cannot write {path}: {error}") from error
+    beside.chmod(mode)  # safetensors makes files that only their owner can read
     os.replace(beside, path)
 
 
@@ -80,21 +140,53 @@ def read_leaves(path: str | Path) -> dict[str, Any]:
     """The inverse of `write_leaves`; returns JAX arrays.
 
     Raises:
-      UserError: if the file does not exist or is not a safetensors file.
+      UserError: as `read_tensors`.
     """
+    tensors, described = _read(path)
+    leaves: dict[tuple[str, ...], Any] = {tuple(k.split(":")): jax.numpy.asarray(x) for k, x in tensors.items()}
+    try:
+        return unflatten(leaves | {tuple(key.split(":")): {} for key in described[EMPTY]})
+    except (ValueError, AttributeError, TypeError) as error:  # names that are no tree
+        raise UserError(f"{path} is not a safetensors file of leaves: {error}") from None
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays that `write_leaves` wrote, by their paths joined by ":", and what it was told about them.
+
+    Raises:
+      UserError: if the file does not exist, was not written by `write_leaves`, or was changed since.
+    """
+    tensors, described = _read(path)
+    return tensors, described["about"]
+
+
+def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
-    from safetensors.numpy import load_file
 
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
-    leaves: dict[tuple[str, ...], Any] = {}
     try:
-        for key, x in load_file(path).items():
-            leaves[tuple(key.split(":"))] = jax.numpy.asarray(x)
         with safe_open(path, "np") as file:
-            empty = json.loads((file.metadata() or {}).get(EMPTY, "[]"))
-    except (SafetensorError, json.JSONDecodeError) as error:
+            described = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, TypeError, ValueError, AttributeError) as error:  # the latter where NumPy lacks a type
         raise UserError(f"{path} is not a safetensors file of leaves: {error}") from None
-    for key in empty:
-        leaves[tuple(key.split(":"))] = {}
-    return unflatten(leaves)
+    if not isinstance(described, dict) or HASH not in described:
+        raise UserError(f"{path} is not a safetensors file of leaves: it does not carry their {HASH}")
+    if described.pop(HASH) != _tensor_hash(tensors, described):
+        raise UserError(f"{path} {CHANGED}")
+    return tensors, described
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, HASH).hexdigest()
+
+
+def _tensor_hash(tensors: Mapping[str, np.ndarray], described: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.shape} {x.dtype}\n".encode())
+        digest.update(x.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -266,6 +266,8 @@ def find(
     if layers is None:
         return tuple(hits)
     wanted_layers = set(layers)
+    if not wanted_layers:
+        raise UserError("layers is empty: expected at least one layer, or None for all")
     for layer in sorted(wanted_layers - {site.layer for site in hits}):
         have = sorted({site.layer for site in hits if site.layer is not None})
         span = f"layers {have[0]}-{have[-1]} do" if have else "its matches are not in numbered layers"

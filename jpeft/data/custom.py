@@ -153,9 +153,16 @@ def _class_of(row: Any, label: str, file: Path, number: int, hidden: bool = Fals
         if hidden:
             return None
         raise UserError(f"{file}, row {number}: the label is empty")
+    if isinstance(value, bool):
+        return str(value).lower()  # as JSON and most CSV files have it
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value)
+    if not isinstance(value, str | int | float) or (isinstance(value, float) and not np.isfinite(value)):
+        raise UserError(f"{file}, row {number}: label {value!r:.60} is neither a name nor a number")
+    text = str(value)
+    if len(text) > 200 or not text.isprintable():
+        raise UserError(f"{file}, row {number}: label {text!r:.60} cannot be the name of a class")
+    return text
 
 
 def _is_number(text: str) -> bool:

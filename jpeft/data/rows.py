@@ -38,6 +38,8 @@ def rows(file: Path) -> Iterator[Mapping[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{file}, row {number}: not JSON, {error.msg} at column {error.colno}") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets without end
+                raise UserError(f"{file}, row {number}: not JSON that can be read ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{file}, row {number}: not a JSON object")
             yield row
@@ -68,19 +70,34 @@ def columns(file: Path, task: Task, hidden: bool, label: str = "label") -> dict[
                 raise UserError(f"{where}: no column {name!r}; {nearest(name, row)}")
             if not isinstance(row[name], str):
                 raise UserError(f"{where}: {name!r} is {row[name]!r}, which is not text")
+            if not _is_unicode(row[name]):
+                raise UserError(f"{where}: {name!r} holds half of a surrogate pair, which is not a character")
             found[name].append(row[name])
         if label not in row and not hidden:
             raise UserError(f"{where}: no column {label!r}; {nearest(label, row)}")
         found["label"].append(_label(task, row.get(label, -1), hidden, where))
-        found["idx"].append(int(row["idx"]) if str(row.get("idx")).isdecimal() else number - 1)
+        found["idx"].append(_index(row.get("idx"), number - 1))
     if not found["label"]:
         raise UserError(f"{file} has no rows")
     return found
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _index(value: Any, otherwise: int) -> int:
+    text = str(value) if isinstance(value, int | str) else ""
+    return int(text) if len(text) < 19 and text.isdecimal() and text.isascii() else otherwise
+
+
 def _label(task: Task, value: Any, hidden: bool, where: str) -> int | float:
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if number == -1 and hidden:
@@ -107,6 +124,8 @@ def _table(file: Path, separator: str) -> Iterator[Mapping[str, str]]:
         for number, row in enumerate(fields):
             if header is None:
                 header = row
+                if twice := [name for name in header if header.count(name) > 1]:
+                    raise UserError(f"{file}: column {twice[0]!r} is there twice")
             elif len(row) != len(header):
                 raise UserError(f"{file}, row {number}: {len(row)} fields where the header has {len(header)}")
             else:
@@ -117,11 +136,17 @@ def _table(file: Path, separator: str) -> Iterator[Mapping[str, str]]:
 
 def _lines(file: Path) -> Iterator[str]:
     # Decoded line by line, to know the line that is not UTF-8; and split at line feeds only.
-    number = 0
+    number, blank = 0, []
     try:
         with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
             for number, line in enumerate(stream, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip("\r\n"):  # at the end of a file such lines mean nothing
+                    blank.append(text)
+                    continue
+                yield from blank
+                blank.clear()
+                yield text
     except UnicodeDecodeError as error:
         raise UserError(f"{file}, line {number}: not UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:

@@ -111,6 +111,18 @@ class Task:
         """
         return metrics.compute(self.metrics, logits, labels, self.num_labels)
 
+    def baseline(self, train: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The metrics of an answer that reads no text: the most frequent class, or the mean value, of the training.
+
+        Args:
+          train: [n] labels of the training examples.
+          labels: [m] labels to be scored on.
+        """
+        if not self.labels:
+            return self.score(np.full((len(labels), 1), train.mean()), labels)
+        counts = np.bincount(train, minlength=self.num_labels)
+        return self.score(np.eye(self.num_labels)[np.full(len(labels), counts.argmax())], labels)
+
 
 class Data(NamedTuple):
     """A tokenised task.

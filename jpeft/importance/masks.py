@@ -20,7 +20,7 @@ from jax import Array
 
 from jpeft.core import tree
 from jpeft.core.errors import UserError
-from jpeft.core.files import write_leaves
+from jpeft.core.files import read_tensors, write_leaves
 
 __all__ = ["magnitude", "pack", "packed", "random", "read_mask", "top", "write_mask"]
 
@@ -180,21 +180,11 @@ def read_mask(path: Path, params: Any, model: str) -> Any:
       A mask like `params`.
 
     Raises:
-      UserError: if it is for another model, or is not a mask.
+      UserError: if it is for another model, is not a mask, or was damaged.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.numpy import load_file
-
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        with safe_open(path, "np") as file:
-            made_for = (file.metadata() or {}).get(MODEL)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a mask: {error}") from None
-    if made_for != model:
-        raise UserError(f"mask {path} was made for another model: {made_for}, not {model}")
-    found = load_file(path)
+    found, about = read_tensors(path)
+    if about.get(MODEL) != model:
+        raise UserError(f"mask {path} was made for another model: {about.get(MODEL)}, not {model}")
     mask = jax.tree_util.tree_map_with_path(
         lambda at, _: _selection(at, found.pop(jax.tree_util.keystr(at, simple=True, separator=":"), False)), params
     )

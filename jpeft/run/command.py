@@ -1,5 +1,6 @@
 """The command line of the programs: a config file, overrides of its fields, few flags; a mistake is one line."""
 
+import json
 import os
 import runpy
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from jpeft.core import tree
 from jpeft.core.errors import UserError, nearest
+from jpeft.version import __version__
 
 __all__ = ["Arguments", "call", "parse"]
 
@@ -46,9 +49,14 @@ def parse(
       UserError: for whatever is wrong.
     """
     argv = _named(argv) if names else argv
+    if "--version" in argv[1:]:
+        print(f"jpeft {__version__}")
+        raise SystemExit(0)
     text = "A file such as configs/fishpal_mnli.py, or METHOD,TASK." if names else f"A file such as {example}."
     if any(arg in ("-h", "-help", "--help", "--helpshort", "--helpfull") for arg in argv[1:]):
-        lines = [f"  --{name:9}{help}" for name, help in {"config": text, **own}.items()]
+        lines = [
+            f"  --{name:9}{help}" for name, help in {"config": text, **own, "version": "Prints the version."}.items()
+        ]
         print(f"{doc}\nFlags:\n" + "\n".join(lines))
         print("\nFields of the config and their defaults (see jpeft/run/config.py):\n")
         print(defaults())
@@ -61,7 +69,9 @@ def parse(
     if not path.is_file():
         have = [str(other) for other in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
         raise UserError(f"config file {str(path)!r} does not exist" + (f": {nearest(str(path), have)}" if have else ""))
-    _check_overrides(argv, _fields(given[0]))
+    made = _made(given[0], defaults())
+    argv, patterns = _patterns(argv, made)
+    _check_overrides(argv, [".".join(("config", *names)) for names in tree.flatten(made.to_dict())])
     # Not absl's global flags: a program can be called more than once, and overrides come from its `argv`.
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", help_string=text, flag_values=values, sys_argv=argv)
@@ -71,13 +81,15 @@ def parse(
         rest = values(argv)
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"unknown flag --{error.flagname}: {nearest(error.flagname, ['config', *own])}") from None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"--config: {' '.join(str(error).split())}") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: values are given as --config.train.num_epochs=3")
     stem, _, variant = Path(config_flags.get_config_filename(values["config"])).name.partition(":")
     name = variant.replace(",", "_") if "," in variant else Path(stem).stem + (f"_{variant}" if variant else "")
-    return Arguments(values["config"].value, name, {flag: values[flag].value for flag in own})
+    config: Any = values["config"].value
+    config.update_from_flattened_dict(patterns)
+    return Arguments(config, name, {flag: values[flag].value for flag in own})
 
 
 def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
@@ -86,33 +98,88 @@ def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
     try:
         program(sys.argv if argv is None else argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_line(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that cannot be written: the machine's, and not a bug
+        print(f"error: {_line(error)}; what was saved before is intact", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: out of memory ({_line(error):.150}): try a smaller config.train.batch_size", file=sys.stderr)
+        return 2
     return 0
 
 
-def _fields(given: str) -> list[str]:
-    """The fields of the config that a file makes, "config.train.num_epochs" for one."""
-    from jpeft.core import tree
+def _line(error: Exception) -> str:
+    """The message in one line, with what no terminal can show escaped."""
+    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
 
+
+def _made(given: str, standard: Any) -> Any:
+    """The config that a file makes.
+
+    Raises:
+      UserError: if the file fails, or makes something else than a config with the fields of `standard`.
+    """
     path, _, variant = given.partition(":")
     try:
         config = runpy.run_path(path)["get_config"](*([variant] if variant else []))
     except UserError:
         raise
-    except Exception as error:  # a config file is a program
+    except (Exception, SystemExit) as error:  # a config file is a program
         raise UserError(f"config file {path!r}: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    return [".".join(("config", *names)) for names in tree.flatten(config.to_dict())]
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise UserError(f"config file {path!r}: get_config() returned {kind}, expected a ConfigDict")
+    missing = set(standard) - set(config)
+    if missing:
+        raise UserError(f"config file {path!r}: the config lacks {', '.join(sorted(missing))}: start from default()")
+    return config
+
+
+def _patterns(argv: list[str], config: Any) -> tuple[list[str], dict[str, Any]]:
+    """Takes the overrides of fields that are dicts, such as rank_pattern, out of the arguments, and parses them."""
+    rest, found = [], {}
+    for arg in argv:
+        name, equals, text = arg.lstrip("-").partition("=")
+        names = name.split(".")[1:]
+        if not (equals and names and arg.startswith("-") and _type(config, names) is dict):
+            rest.append(arg)
+            continue
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"--{name} must be a JSON object such as '{{\"layer_0/.*/query\": 4}}', got {text!r}")
+        if ".".join(names) in found:
+            raise UserError(f"--{name} is given twice")
+        found[".".join(names)] = value
+    return rest, found
+
+
+def _type(config: Any, names: list[str]) -> Any:
+    """The type of a field; None if there is no such field."""
+    for name in names[:-1]:
+        config = config.get(name) if isinstance(config, ConfigDict) else None
+    return config.get_type(names[-1]) if isinstance(config, ConfigDict) and names[-1] in config else None
 
 
 def _check_overrides(argv: list[str], fields: list[str]) -> None:
+    seen = set()
     for arg in argv[1:]:
+        if not arg.startswith("-"):
+            continue
         name = arg.split("=", 1)[0].lstrip("-")
-        if arg.startswith(("--config.", "-config.")) and name not in fields:
+        if name.startswith("config.") and name not in fields:
             raise UserError(f"{name} is not a field of the config: {nearest(name, fields)}")
+        if name in seen:
+            raise UserError(f"--{name} is given twice")
+        seen.add(name)
 
 
 def _named(argv: list[str]) -> list[str]:

@@ -33,6 +33,7 @@ __all__ = [
     "variant",
 ]
 
+MOST_SEEDS = 1000
 CUSTOM = "custom"  # the task that `config.data` defines
 # What FishPAL can choose by; `jpeft.run.criteria` says how.
 CRITERIA = (
@@ -52,7 +53,8 @@ def default(task: str, method: str) -> Config:
     """A run with the recipe of the FishPAL thesis; a file under `configs/` changes what its experiment changes.
 
     Fields that are None take a value that is known later: `data.path` the hub or JPEFT_GLUE_DIR, `train.learning_rate`
-    the method's own, `train.max_train_examples` all, `fishpal.plan` the plan that `fishpal.criterion` finds,
+    the method's own, `init_from` new modules, or those of another run's model folder,
+    `train.max_train_examples` all, `fishpal.plan` the plan that `fishpal.criterion` finds,
     `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
     """
     return ConfigDict(
@@ -60,6 +62,7 @@ def default(task: str, method: str) -> Config:
             "task": task,
             "model": "bert-base-uncased",
             "method": method,
+            "init_from": placeholder(str),
             "data": {
                 "path": placeholder(str),
                 "train": placeholder(str),
@@ -210,6 +213,7 @@ def check(config: Config) -> None:
     Raises:
       UserError: for the first field that cannot be, with what it could be.
     """
+    _check_fields(config, default("mrpc", "head"), "config")
     check_names(config)
     _check_data(config)
     for method in MODULES:
@@ -243,10 +247,12 @@ def check(config: Config) -> None:
         if rate is not None:
             _above_zero(f"fishpal.learning_rates.{name}", rate)
     train = config.train
-    _at_least(1, **{"fishpal.num_examples": config.fishpal.num_examples})
-    _at_least(1, **{f"train.{name}": train[name] for name in ("num_epochs", "batch_size", "max_train_examples")})
-    _at_least(8, **{"train.max_length": train.max_length})
-    _at_least(0, **{"train.weight_decay": train.weight_decay})
+    _within(1, 10**9, "fishpal.num_examples", config.fishpal.num_examples)
+    _within(1, 10**5, "train.num_epochs", train.num_epochs)
+    _within(1, 2**14, "train.batch_size", train.batch_size)
+    _within(1, 10**9, "train.max_train_examples", train.max_train_examples)
+    _within(8, 2**16, "train.max_length", train.max_length)
+    _within(0, 100, "train.weight_decay", train.weight_decay)
     for name, factor in config.fishpal.factors.items():
         _above_zero(f"fishpal.factors.{name}", factor)
     _above_zero("train.learning_rate", learning_rate(config))
@@ -256,6 +262,33 @@ def check(config: Config) -> None:
         raise UserError(f"config.train.dtype must be 'float32' or 'bfloat16', got {train.dtype!r}")
     _check_seeds(config.seeds)
     _check_read(config)
+
+
+def _check_fields(config: Config, standard: Config, path: str) -> None:
+    """Finds that a config has the fields of `default`, of their types: a file may have made it from scratch."""
+    for name in config:
+        if name not in standard:
+            raise UserError(f"{path}.{name} is not a field of the config: {nearest(name, standard)}")
+    for name in standard:
+        if name not in config:
+            raise UserError(f"{path}.{name} is missing: start from the config that default() makes")
+        value, kind = config[name], standard.get_type(name)
+        if isinstance(standard[name], ConfigDict) and isinstance(value, ConfigDict):
+            _check_fields(value, standard[name], f"{path}.{name}")
+        elif path.startswith("config.peft."):
+            continue  # the signatures of the methods say what fits
+        elif not (value is None and standard[name] is None) and not _is_a(value, kind):
+            raise UserError(f"{path}.{name} must be of type {kind.__name__}, got {value!r:.60}")
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is dict:
+        return isinstance(value, dict | ConfigDict)
+    if kind is tuple:
+        return isinstance(value, tuple | list)
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def task_of(config: Config) -> Task:
@@ -294,6 +327,8 @@ def check_names(config: Config) -> None:
         known = method_names() if len(parts) == 1 else MODULES
         if part in RENAMED:
             raise UserError(f"config.method {part!r} is called {RENAMED[part]!r}")
+        if part in METHODS and part not in known:
+            raise UserError(f"config.method {config.method!r}: {part!r} stands alone and cannot be joined by '+'")
         if part not in known:
             raise UserError(f"config.method {part!r} is unknown: {nearest(part, known)}")
 
@@ -314,6 +349,8 @@ def _check_seeds(seeds: Any) -> None:
     sequence = isinstance(seeds, tuple | list)
     if not sequence or not seeds or not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds):
         raise UserError(f"config.seeds must be a tuple of integers from 0 to 2**32 - 1, at least one, got {seeds!r}")
+    if len(seeds) > MOST_SEEDS:
+        raise UserError(f"config.seeds must be at most {MOST_SEEDS:,}, got {len(seeds):,}")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"config.seeds must be distinct, got {seeds!r}")
 
@@ -345,12 +382,11 @@ def _reader(config: Config) -> str:
     return f"config.fishpal.candidates are {', '.join(config.fishpal.candidates)}"
 
 
-def _at_least(least: int, **fields: float | None) -> None:
-    for name, value in fields.items():
-        if value is not None and not value >= least:
-            raise UserError(f"config.{name} must be at least {least}, got {value}")
+def _within(least: float, most: float, name: str, value: float | None) -> None:
+    if value is not None and not least <= value <= most:
+        raise UserError(f"config.{name} must be from {least:,} to {most:,}, got {value}")
 
 
 def _above_zero(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise UserError(f"config.{name} must be above 0, got {value}")
+    if not 0 < value < 1e6:
+        raise UserError(f"config.{name} must be above 0 and below 1,000,000, got {value}")

@@ -48,9 +48,13 @@ class Console:
 
     Args:
       quiet: print nothing at all.
+
+    Attributes:
+      warnings: all that were printed, or would have been.
     """
 
     def __init__(self, quiet: bool = False):
+        self.warnings: list[str] = []
         self._rich = rich.console.Console(quiet=quiet, highlight=False, soft_wrap=True)
 
     def say(self, text: str = "") -> None:
@@ -62,7 +66,8 @@ class Console:
         self._rich.print(text, style="bold", markup=False)
 
     def warn(self, text: str) -> None:
-        """Prints a warning."""
+        """Prints a warning, and keeps it for the report."""
+        self.warnings.append(text)
         self._rich.print(f"warning: {text}", style="yellow", markup=False)
 
     @contextmanager

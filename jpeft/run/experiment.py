@@ -1,12 +1,10 @@
 """A whole run, top to bottom: data, model, choose, train, evaluate, export, report."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
 
 from jpeft.core import files, tree
 from jpeft.core.errors import UserError
@@ -16,16 +14,20 @@ from jpeft.data import batching
 from jpeft.data import tokenizer as tokenizers
 from jpeft.data.task import Data, Task
 from jpeft.models import pretrained
+from jpeft.models.pretrained import Pretrained
 from jpeft.plans import plan as plans
 from jpeft.plans.plan import Plan
 from jpeft.report import tables
 from jpeft.run import choose, finished
 from jpeft.run import config as configs
+from jpeft.run import workdir as workdirs
 from jpeft.run.clock import Clock
 from jpeft.run.config import Config
 from jpeft.run.console import Console
 from jpeft.run.finished import Result
 from jpeft.run.seed import begin, load_model, train
+from jpeft.run.start import start
+from jpeft.run.workdir import Inputs
 from jpeft.store import modules as modules_on_disk
 from jpeft.transforms.registry import METHODS
 
@@ -34,13 +36,14 @@ __all__ = ["PREDICTIONS", "load", "run"]
 PREDICTIONS = "predictions.safetensors"  # "logits" [n, num_labels] and "labels" [n] of the dev examples, in their order
 
 
-def run(config: Config, workdir: Path, console: Console | None = None) -> dict[str, Any]:
+def run(config: Config, workdir: Path, console: Console | None = None, command: str | None = None) -> dict[str, Any]:
     """Runs an experiment, or what is left of it, and returns its report.
 
     Args:
       config: see `jpeft.run.config.default`.
       workdir: made if need be; a workdir that holds an unfinished run of the same config is resumed.
       console: where to print; None means standard output.
+      command: the command line that makes this run, for the report.
 
     Returns:
       The contents of `report.json`.
@@ -50,36 +53,50 @@ def run(config: Config, workdir: Path, console: Console | None = None) -> dict[s
     """
     console = console or Console()
     configs.check(config)
-    _check_workdir(workdir, config)
+    with workdirs.locked(workdir):
+        return _run(config, workdir, console, command)
+
+
+def _run(config: Config, workdir: Path, console: Console, command: str | None) -> dict[str, Any]:
+    workdirs.check_config(workdir, config)
     _use_compilation_cache()
     console.title(f"{config.method} on {config.task} with {config.model}, in {workdir}")
     clock = Clock()
     with clock.timing("load"):
-        data = load(config, console)
-    seconds = clock.seconds
-    # Only now: a run that failed for a path or a name leaves the workdir to the one that is corrected.
-    files.write_json(workdir / "config.json", json.loads(config.to_json()))
+        data, inputs = load(config, console)
+        workdirs.begin(workdir, config, inputs)
     results = {}
     for seed in config.seeds:
         path = workdir / f"seed_{seed}" / "result.json"
-        if path.is_file():
+        if path.is_file() and _intact(path, seed, console):
             console.say(f"  seed {seed}: finished earlier")
         else:
-            result = _run_seed(config, seed, data, workdir, console)
-            files.write_json(path, result._asdict())
-        results[seed] = Result(**files.read_json(path))
-    return finished.write(config, data.task, results, seconds, workdir, console)
+            finished.save(path, _run_seed(config, seed, data, workdir, console))
+        results[seed] = finished.read(path)
+    return finished.write(config, data, results, clock.seconds, workdir, console, command)
 
 
-def load(config: Config, console: Console) -> Data:
-    """Loads and tokenises the data of a run, and says what they are.
+def _intact(path: Path, seed: int, console: Console) -> bool:
+    """Whether all that a finished seed should have left is there and as it was written."""
+    try:
+        finished.read(path)
+        modules_on_disk.verify(path.parent / "model")
+        files.read_leaves(path.parent / PREDICTIONS)
+    except UserError as error:
+        console.warn(f"seed {seed} is finished, but {error}; made again, from the last checkpoint if there is one")
+        return False
+    return True
+
+
+def load(config: Config, console: Console) -> tuple[Data, Inputs]:
+    """Loads and tokenises the data of a run, and says what they are; the inputs identify them and the base model.
 
     Raises:
       UserError: if the data or the model cannot be loaded.
     """
     task = configs.task_of(config)
     base = load_model(config, task.num_labels, config.seeds[0])  # each seed loads its own, with another head
-    data = _load_data(config, task, base, console)
+    data, source = _load_data(config, task, base, console)
     lengths = ", ".join(map(str, data.buckets))
     console.say(
         f"  {data.train.size:,} examples to train on, {data.dev.size:,} of {task.eval_split} to evaluate on, "
@@ -87,21 +104,7 @@ def load(config: Config, console: Console) -> Data:
     )
     if base.fresh:
         console.say(f"  not in the checkpoint, so initialised and trained: {', '.join(base.fresh)}")
-    return data
-
-
-def _check_workdir(workdir: Path, config: Config) -> None:
-    """Finds that a workdir is new or this config's."""
-    path = workdir / "config.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"workdir {workdir} is a file, not a folder")
-    if not path.is_file():
-        return
-    old, new = (flatten_dict(x, sep=".") for x in (files.read_json(path), json.loads(config.to_json())))
-    differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    if differ:
-        told = "; ".join(f"config.{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differ)
-        raise UserError(f"workdir {workdir} belongs to another config ({told}): choose another --workdir")
+    return data, workdirs.inputs(data, base, source, config.init_from)
 
 
 def _use_compilation_cache() -> None:
@@ -112,7 +115,7 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _load_data(config: Config, task: Task, base: pretrained.Pretrained, console: Console) -> Data:
+def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -> tuple[Data, str]:
     if not task.trainable:
         raise UserError(f"config.task {task.name!r} is a test set without training data: train config.task 'mnli'")
     splits = task.splits(config.data.path)
@@ -125,7 +128,7 @@ def _load_data(config: Config, task: Task, base: pretrained.Pretrained, console:
     train, dev = (task.encode(given[name], tokenizer, config.train.max_length) for name in ("train", task.eval_split))
     lengths = [length for examples in (train, dev) for length in examples.lengths]
     buckets = tuple(min(bucket, base.config.max_length) for bucket in batching.length_buckets(lengths))
-    return Data(task, train, dev, buckets)
+    return Data(task, train, dev, buckets), splits.source
 
 
 def _few(split: Any, most: int | None) -> Any:
@@ -139,8 +142,8 @@ def _few(split: Any, most: int | None) -> Any:
 def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: Console) -> Result:
     """Chooses, trains, evaluates and exports for one seed."""
     console.title(f"seed {number}")
+    warned = len(console.warnings)
     seed = begin(config, number, data, workdir, console)
-    params = seed.base.params
     method_of = METHODS[config.method.split("+")[0]]
     with seed.clock.timing("fisher"):
         if method_of.chooses:
@@ -150,7 +153,7 @@ def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: C
         else:
             modules = configs.modules(config)
         method = plans.build(modules, configs.rates(config))
-        leaves = choose.leaves(seed, method)
+        params, leaves = start(seed, modules, choose.leaves(seed, method))
     parts = partition(method, params, leaves, trains=params if method_of.trains_base else seed.head)
     table = summary(method, leaves, params, parts.trainable["params"])
     console.say(str(table))
@@ -176,6 +179,7 @@ def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: C
         data.train.size * config.train.num_epochs,
         data.dev.size * config.train.num_epochs,
         finished.peak_memory(),
+        console.warnings[warned:],
     )
 
 

@@ -11,22 +11,26 @@ import flax
 import jax
 
 from jpeft.core import files, tree
+from jpeft.core.errors import UserError
 from jpeft.core.summary import Summary
-from jpeft.data.task import Task
+from jpeft.data.task import Data
 from jpeft.models import Bert
 from jpeft.plans import fishpal
 from jpeft.plans import plan as plans
 from jpeft.plans.plan import Plan
 from jpeft.report import plots, tables
 from jpeft.run import config as configs
+from jpeft.run.choose import CHOICE
 from jpeft.run.config import Config
 from jpeft.run.console import Console
 from jpeft.transforms.registry import METHODS
 from jpeft.version import __version__
 
-__all__ = ["Result", "count", "peak_memory", "write"]
+__all__ = ["Result", "count", "peak_memory", "read", "save", "write"]
 
 PICTURE = "choice.png"
+RECIPE = ("num_epochs", "batch_size", "max_length", "dtype", "warmup_ratio", "weight_decay")
+RESULT = "result of one seed"  # the kind of the record
 
 
 class Result(NamedTuple):
@@ -40,6 +44,7 @@ class Result(NamedTuple):
       train_examples: examples trained on, epochs counted.
       dev_examples: likewise for evaluation.
       peak_memory_bytes: of the accelerator, or of the process on CPU.
+      warnings: of this seed.
     """
 
     history: list[dict[str, Any]]
@@ -49,18 +54,47 @@ class Result(NamedTuple):
     train_examples: int
     dev_examples: int
     peak_memory_bytes: int
+    warnings: list[str]
+
+
+def save(path: Path, result: Result) -> None:
+    """Writes the result of one seed."""
+    files.write_record(path, RESULT, result._asdict())
+
+
+def read(path: Path) -> Result:
+    """The inverse of `save`.
+
+    Raises:
+      UserError: if the file is not such a result, or was changed.
+    """
+    found = files.read_record(path, RESULT)
+    if set(found) != set(Result._fields):
+        raise UserError(f"{path} is not a result of this version of jpeft")
+    return Result(**found)
 
 
 def write(
     config: Config,
-    task: Task,
+    data: Data,
     results: dict[int, Result],
     seconds: dict[str, float],
     workdir: Path,
     console: Console,
+    command: str | None = None,
 ) -> dict[str, Any]:
-    """Writes `report.json`, `report.md` and the picture, prints the table, and returns what `report.json` holds."""
-    per_seed = []
+    """Writes `report.json`, `report.md` and the picture, prints the table, and returns what `report.json` holds.
+
+    Args:
+      config: of the run.
+      data: that it trained and was evaluated on.
+      results: by seed.
+      seconds: besides those of the seeds.
+      workdir: where to write.
+      console: where to print.
+      command: the command line that made the run, if there was one.
+    """
+    task, per_seed = data.task, []
     for seed, result in results.items():
         last = {name: result.history[-1][name] for name in task.metrics}
         best = max(result.history, key=lambda row: row[task.primary])
@@ -76,18 +110,26 @@ def write(
         "split": task.eval_split,
         "primary_metric": task.primary,
         "metrics": {**tables.spread([row["last"] for row in per_seed]), "per_seed": per_seed},
+        "baseline": {
+            "answer": "majority class" if task.labels else "mean value",
+            "metrics": task.baseline(data.train.labels, data.dev.labels),
+        },
+        "examples": {"train": data.train.size, "evaluation": data.dev.size},
+        "recipe": {name: config.train[name] for name in RECIPE},
         "parameters": tables.average([result.parameters for result in results.values()]),
         "seconds": {**seconds, **spent},
         "examples_per_second": sum(r.train_examples for r in results.values()) / spent["train"],
         "inference_examples_per_second": sum(r.dev_examples for r in results.values()) / spent["evaluate"],
         "peak_memory_bytes": max(result.peak_memory_bytes for result in results.values()),
         "learning_rate": configs.learning_rate(config),
+        "warnings": list(dict.fromkeys([*console.warnings, *(w for r in results.values() for w in r.warnings)])),
+        "command": command,
         "device": jax.local_devices()[0].device_kind,
         "versions": {"jpeft": __version__, "jax": jax.__version__, "flax": flax.__version__},
     }
     folders = {seed: workdir / f"seed_{seed}" for seed in results}
     chosen = {seed: plans.read(str(f / "plan.json")) for seed, f in folders.items() if (f / "plan.json").is_file()}
-    choices = {seed: files.read_json(f / "choice.json") for seed, f in folders.items() if (f / "choice.json").is_file()}
+    choices = {seed: files.read_record(p, CHOICE) for seed, f in folders.items() if (p := f / "choice.json").is_file()}
     if choices:
         criterion = config.fishpal.criterion
         title = f"Scores by {criterion!r}, and the module that each layer got\n{config.task}, {config.model}"
@@ -98,13 +140,15 @@ def write(
             plots.choice(workdir / PICTURE, {seed: _scores(found) for seed, found in choices.items()}, kept, title)
         costs = {name: statistics.fmean(found[name] for found in choices.values()) for name in ("passes", "share")}
         report["choice"] = {"criterion": criterion, **costs, "seconds": sum(c["seconds"] for c in choices.values())}
-    files.write_json(workdir / "report.json", report)
+    files.write_record(workdir / "report.json", tables.REPORT, report)
     summaries = {seed: result.summary for seed, result in results.items()}
     maps = [f"{f.name}/{path.name}" for f in folders.values() for path in sorted(f.glob("fisher*.png"))]
     page = tables.markdown(report, chosen, summaries, PICTURE if choices else None, maps)
     files.write_text(workdir / "report.md", page)
     console.say()
     console.say(tables.compare([report]))
+    if tables.no_better(report):
+        console.warn(tables.no_better(report))
     console.say(f"\nreport: {workdir / 'report.md'}; modules: {workdir}/seed_{config.seeds[0]}/model")
     return report
 

@@ -84,18 +84,12 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads a result: {leaf's path joined by ":": array}, and what it was measured from.
 
     Raises:
-      UserError: if it is not such a file.
+      UserError: if it is not such a file, or was damaged.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.numpy import load_file
-
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
+    arrays, metadata = files.read_tensors(path)
     try:
-        with safe_open(path, "np") as file:
-            about = json.loads((file.metadata() or {}).get("about", "null"))
-        arrays = load_file(path)
-    except (SafetensorError, json.JSONDecodeError) as error:
+        about = json.loads(metadata.get("about", "null"))
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} does not hold Fisher information: {error}") from None
     if not isinstance(about, dict) or "done" not in about:
         raise UserError(f"{path} does not say what it was measured from")

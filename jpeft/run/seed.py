@@ -108,7 +108,7 @@ def train(seed: Seed, method: Transform | Chain, parts: Partition) -> Event:
     training = step.train_step(seed.model, method, optimizer, seed.data.task.loss)
     steps = Steps.compiled(training, step.eval_step(seed.model, method))
     state, history, loss_sum = step.init_state(parts.trainable, optimizer), (), 0.0
-    restored = checkpoint.restore(seed.folder / "checkpoints", state)
+    restored = checkpoint.restore(seed.folder / "checkpoints", state, seed.console.warn)
     if restored is not None:
         state, (history, loss_sum, spent) = restored
         clock.seconds.update(spent)

@@ -4,6 +4,8 @@
     model/modules.safetensors   the folded leaves, the head, and base parameters where they were trained
 
 Names in the safetensors file are tree paths joined by ":", such as "peft:lora_0:encoder/layer_3/attention/query:a".
+Both files carry a hash of their contents, and the description that of the weights: what was damaged or edited since is
+refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +15,18 @@ from typing import Any, NamedTuple
 import jax
 
 from jpeft.core.errors import UserError
-from jpeft.core.files import read_json, read_leaves, write_json, write_leaves
+from jpeft.core.files import file_hash, read_leaves, read_record, write_leaves, write_record
 from jpeft.core.transform import Chain, fold
 from jpeft.core.tree import flatten, split, union
 from jpeft.models.bert import Bert
 from jpeft.plans.plan import Spec, build
 from jpeft.version import __version__
 
-__all__ = ["Saved", "load", "save"]
+__all__ = ["Saved", "load", "read", "save", "verify"]
 
 WEIGHTS, DESCRIPTION = "modules.safetensors", "jpeft.json"
+KIND = "description of trained modules"
+FORMAT = 1  # of the folder; raised when what an earlier version writes cannot be read any more
 
 
 class Saved(NamedTuple):
@@ -36,7 +40,7 @@ class Saved(NamedTuple):
       task: the task it was trained on.
       max_length: tokens that an input was cut to in training.
       tokenizer: folder of the base model's tokenizer.
-      num_texts: 1 if it was trained on sentences, 2 if on pairs; None in folders of earlier versions.
+      num_texts: 1 if it was trained on sentences, 2 if on pairs.
     """
 
     model: Bert
@@ -46,7 +50,7 @@ class Saved(NamedTuple):
     task: str
     max_length: int
     tokenizer: Path
-    num_texts: int | None = None
+    num_texts: int
 
 
 def save(
@@ -80,7 +84,9 @@ def save(
     kept = {"params": trainable["params"], "peft": fold(build(modules), trainable["peft"])}
     write_leaves(folder / WEIGHTS, kept)
     description = {
+        "format": FORMAT,
         "jpeft": __version__,
+        "weights": file_hash(folder / WEIGHTS),
         "base": {"name": base, "fingerprint": fingerprint},
         "task": task,
         "labels": list(labels),
@@ -88,8 +94,40 @@ def save(
         "num_texts": num_texts,
         "modules": modules,
     }
-    write_json(folder / DESCRIPTION, description)
+    write_record(folder / DESCRIPTION, KIND, description)
     return (folder / WEIGHTS).stat().st_size
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Finds that a folder is as `save` wrote it, and returns its description.
+
+    Raises:
+      UserError: if it is not.
+    """
+    if not (folder / DESCRIPTION).is_file() or not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder} holds no trained modules: expected {DESCRIPTION} and {WEIGHTS}")
+    description = read_record(folder / DESCRIPTION, KIND)
+    if description.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} was written by jpeft {description.get('jpeft')}, in a format unknown to {__version__}"
+        )
+    if file_hash(folder / WEIGHTS) != description["weights"]:
+        raise UserError(f"{folder / WEIGHTS} was changed or damaged, or belongs to another {DESCRIPTION}")
+    return description
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The description of a folder, and its arrays: {"params": the head and what else trained, "peft": folded leaves}.
+
+    Raises:
+      UserError: if the folder is not as `save` wrote it, or holds numbers that are not finite.
+    """
+    description = verify(folder)
+    kept = read_leaves(folder / WEIGHTS)
+    bad = next((path for path, x in flatten(kept).items() if not bool(jax.numpy.isfinite(x).all())), None)
+    if bad is not None:
+        raise UserError(f"{folder / WEIGHTS}: {':'.join(bad)} is not finite")
+    return description, kept
 
 
 def load(folder: str | Path, base: str | None = None) -> Saved:
@@ -103,18 +141,16 @@ def load(folder: str | Path, base: str | None = None) -> Saved:
       The model, its transform and its variables.
 
     Raises:
-      UserError: if the folder is not one of ours or the base model is another one.
+      UserError: if the folder is not one of ours, was changed since it was written, holds weights that are not finite,
+        or the base model is another one.
     """
     from jpeft.models import pretrained
 
     folder = Path(folder)
-    if not (folder / DESCRIPTION).is_file() or not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder} holds no trained modules: expected {DESCRIPTION} and {WEIGHTS}")
-    description = read_json(folder / DESCRIPTION)
+    description, kept = read(folder)
     labels = tuple(description["labels"])
     name = base or description["base"]["name"]
     loaded = pretrained.load(name, num_labels=len(labels) or 1, key=jax.random.key(0))
-    kept = read_leaves(folder / WEIGHTS)
     trained = flatten(kept["params"])
     _, frozen = split(loaded.params, lambda path: path in trained)
     if pretrained.fingerprint(frozen) != description["base"]["fingerprint"]:
@@ -128,5 +164,5 @@ def load(folder: str | Path, base: str | None = None) -> Saved:
         description["task"],
         description["max_length"],
         loaded.folder,
-        description.get("num_texts"),
+        description["num_texts"],
     )

@@ -53,15 +53,13 @@ def predict(saved: Saved, texts: Sequence[str | tuple[str, str]]) -> np.ndarray:
     return logits
 
 
-def _columns(texts: Sequence[str | tuple[str, str]], wanted: int | None) -> dict[str, list[str]]:
+def _columns(texts: Sequence[str | tuple[str, str]], wanted: int) -> dict[str, list[str]]:
     if isinstance(texts, str):
         raise UserError(f"expected a list of sentences or pairs, got one string: predict(saved, [{texts[:40]!r}])")
     rows = [tuple(row) if isinstance(row, tuple | list) else (row,) for row in texts]
-    like = "as in training" if wanted else "like text 0"
-    wanted = wanted or min(len(rows[0]), 2)
     names = ("sentence1", "sentence2")[:wanted]
     for i, row in enumerate(rows):
         if len(row) != wanted or not all(isinstance(text, str) for text in row):
             what = "a sentence" if wanted == 1 else "a pair of sentences"
-            raise UserError(f"text {i}: expected {what}, {like}, got {texts[i]!r:.60}")
+            raise UserError(f"text {i}: expected {what}, as in training, got {texts[i]!r:.60}")
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}

@@ -1,14 +1,25 @@
-"""Orbax checkpoints of everything but the frozen base; a run resumes from the latest."""
+"""Orbax checkpoints of everything but the frozen base; a run resumes from the latest that is as it was written.
 
+A checkpoint carries a hash of its contents. Two are kept, so that the one before is there when the latest is damaged.
+"""
+
+import hashlib
+import json
+import shutil
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jpeft.core.errors import UserError
 from jpeft.training.step import State
 
 __all__ = ["Progress", "Restored", "restore", "save"]
+
+HASH = "sha256"  # beside the progress
 
 
 class Progress(NamedTuple):
@@ -36,52 +47,93 @@ def _manager(folder: Path) -> Any:
     import orbax.checkpoint as ocp
 
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
+        max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def save(folder: Path, state: State, progress: Progress) -> None:
-    """Writes `folder/<step>` atomically, then deletes the one before. A step that is there already is left as it is."""
+    """Writes `folder/<step>` atomically, then deletes all but the one before. A step that is there is left as it is.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
     import orbax.checkpoint as ocp
 
     with _manager(folder) as manager:
         step = int(state.step)
         if step not in manager.all_steps():
-            items = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress._asdict())
-            )
-            manager.save(step, args=items, force=True)
+            about = {**progress._asdict(), HASH: _hash(state, progress)}
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(about))
+            try:
+                manager.save(step, args=items, force=True)
+            except Exception as error:  # of the file system, in whatever its writers make of it
+                raise UserError(f"cannot write a checkpoint to {folder}: {_first_line(error)}") from error
 
 
-def restore(folder: Path, like: State) -> Restored | None:
-    """Reads the newest checkpoint.
+def restore(folder: Path, like: State, warn: Callable[[str], None] = lambda text: None) -> Restored | None:
+    """Reads the newest checkpoint, or the one before if that one is damaged.
 
     Args:
       folder: where `save` wrote.
       like: a state of the same structure, shapes and dtypes; its values are not read.
+      warn: called with one line about each checkpoint that is passed over.
 
     Returns:
       The state and its progress, or None if there is no checkpoint yet.
 
     Raises:
-      UserError: if what is there is not of this structure, or cannot be read.
+      UserError: if there are checkpoints, but none of this structure that can be read and is as it was written.
     """
-    import orbax.checkpoint as ocp
-
     if not folder.is_dir():
         return None
     with _manager(folder) as manager:
-        step = manager.latest_step()
-        if step is None:
-            return None
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-        try:
-            read = manager.restore(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
-            )
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"checkpoint {folder / str(step)} cannot be resumed ({reason}): delete it") from error
-    return Restored(jax.tree.map(jax.numpy.asarray, read["state"]), Progress(**read["progress"]))
+        steps = sorted(manager.all_steps(), reverse=True)
+        for i, step in enumerate(steps):
+            try:
+                found = _read(manager, step, like)
+                for damaged in steps[:i]:  # or the run, when it gets there again, would find the step saved
+                    shutil.rmtree(folder / str(damaged))
+                return found
+            except _Damaged as error:
+                warn(f"checkpoint {folder / str(step)} cannot be resumed: {error}")
+                reason = error
+    if not steps:
+        return None
+    raise UserError(f"no checkpoint in {folder} can be resumed ({reason}): delete the folder to start again")
+
+
+class _Damaged(Exception):
+    """A checkpoint that cannot be read, with the reason in one line."""
+
+
+def _read(manager: Any, step: int, like: State) -> Restored:
+    import orbax.checkpoint as ocp
+
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+    try:
+        read = manager.restore(step, args=args)
+        state = jax.tree.map(jax.numpy.asarray, read["state"])
+        about = dict(read["progress"])
+        written = about.pop(HASH)
+        progress = Progress(**about)
+    # Whatever its readers raise, of arrays, of JSON, of missing files.
+    except Exception as error:
+        raise _Damaged(_first_line(error)) from error
+    if written != _hash(state, progress):
+        raise _Damaged("its contents do not match its hash")
+    return Restored(state, progress)
+
+
+def _first_line(error: Exception) -> str:
+    return textwrap.shorten((str(error).splitlines() or [type(error).__name__])[0], 200)
+
+
+def _hash(state: State, progress: Progress) -> str:
+    digest = hashlib.sha256(json.dumps(progress._asdict(), sort_keys=True).encode())
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        array = np.asarray(x, order="C")
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -141,6 +141,8 @@ def fit(
             loss_sum += loss
             yield Event(state, epoch, step, loss, loss_sum, measured.grad_norm, history)
         logits = evaluate(steps.eval, state.trainable, frozen, data.dev, data.buckets)
+        if not np.isfinite(logits).all():
+            raise UserError(f"the model's answers are not finite after step {step}: try a lower learning_rate")
         scores = data.task.score(logits, data.dev.labels)
         row = {"epoch": epoch, "step": step, "train_loss": loss_sum / per_epoch, **scores}
         history, loss_sum = (*history, row), 0.0

@@ -218,10 +218,10 @@ def _finished(grid: Config, cell: Cell, folder: Path) -> bool:
     path = folder / f"{cell.name}.json"
     if not path.is_file():
         return False
-    try:
-        old = files.read_json(path)["config"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f"{path} is not the file of a cell: delete it") from None
+    row = files.read_json(path)
+    if not isinstance(row, dict) or not isinstance(row.get("config"), dict):
+        raise UserError(f"{path} is not the file of a cell: delete it")
+    old = row["config"]
     new = _config(config_of(grid, cell))
     differ = [name for name in {**old, **new} if (name in old, old.get(name)) != (name in new, new.get(name))]
     if differ:

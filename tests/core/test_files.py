@@ -1,8 +1,10 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jpeft import UserError
 from jpeft.core import files
@@ -73,3 +75,71 @@ def test_leaves_come_back_with_their_empty_dicts_and_a_path_may_be_text(tmp_path
     (tmp_path / "bad").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is not a safetensors file of leaves"):
         files.read_leaves(tmp_path / "bad")
+
+
+def test_files_are_as_readable_as_any_other(tmp_path):
+    files.write_leaves(tmp_path / "x.safetensors", {"a": np.ones(2)})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_leaves_keep_their_types_and_shapes(tmp_path):
+    leaves = {
+        "h": jnp.ones((2, 0), jnp.bfloat16),
+        "s": np.float32(3),
+        "i": np.arange(3),
+        "b": jnp.ones(2, jnp.bfloat16),
+    }
+    files.write_leaves(tmp_path / "x", leaves)
+    back = files.read_leaves(tmp_path / "x")
+    assert {k: (x.shape, x.dtype.name) for k, x in back.items()} == {
+        "h": ((2, 0), "bfloat16"), "s": ((), "float32"), "i": ((3,), "int32"), "b": ((2,), "bfloat16"),
+    }  # fmt: skip
+
+
+def test_a_flipped_bit_anywhere_is_found(tmp_path):
+    path = tmp_path / "x.safetensors"
+    files.write_leaves(path, {"a": {"b": np.arange(4, dtype=np.float32)}, "c": {}}, {"about": "text"})
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        changed = bytearray(whole)
+        changed[at] ^= 1 << at % 8
+        path.write_bytes(changed)
+        try:
+            back, about = files.read_tensors(path)
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+        else:  # a space that pads the header
+            np.testing.assert_array_equal(back["a:b"], np.arange(4))
+            assert about["about"] == "text"
+
+
+def test_safetensors_of_others_are_no_leaves(tmp_path):
+    save_file({"a": np.ones(2)}, tmp_path / "x")
+    with pytest.raises(UserError, match="does not carry their sha256"):
+        files.read_leaves(tmp_path / "x")
+
+
+def test_records_come_back_and_changes_are_found(tmp_path):
+    path = tmp_path / "x.json"
+    files.write_record(path, "thing", {"scores": {10: 0.1, 2: [1, None]}, "text": "±"})
+    assert files.read_record(path, "thing") == {"scores": {"10": 0.1, "2": [1, None]}, "text": "±"}
+    with pytest.raises(UserError, match="is not a other"):
+        files.read_record(path, "other")
+    whole = path.read_text()
+    for old, new in (("0.1", "0.2"), ("\\u00b1", "+"), ('"10"', '"11"'), ("null", "0")):
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(UserError, match="was changed or damaged"):
+            files.read_record(path, "thing")
+    for text in ("", "{}", "[]", "3", whole[:-3], '{"kind": "thing"}', "[" * 100_000, "\ud800"):
+        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+        with pytest.raises(UserError, match=r"x\.json") as caught:
+            files.read_record(path, "thing")
+        assert "\n" not in str(caught.value)
+
+
+def test_lines_of_no_row_are_dropped(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n[]\n3\n\xff\n{"b": 1}\n{"a": 2}\n')
+    files.keep_lines(path, lambda row: row["a"] > 0)
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'

@@ -91,6 +91,48 @@ def test_labels_that_are_no_classes(tmp_path, rows, message):
         custom(write(tmp_path / "train.csv", rows), ("one",), "answer")
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_blank_lines_at_the_end_mean_nothing_and_others_are_refused(tmp_path, ending):
+    path = tmp_path / f"train.{ending}"
+    write(path)
+    whole = path.read_text()
+    path.write_text(whole + "\n\r\n")
+    splits = custom(str(path), ("one",), "answer").splits().splits
+    assert sum(len(split["label"]) for split in splits.values()) == 12
+    first, rest = whole.split("\n", 1)
+    path.write_text(f"{first}\n\n{rest}")
+    with pytest.raises(UserError, match=r"row 2: not JSON|row 1: (0|1) fields where the header has 3"):
+        custom(str(path), ("one",), "answer")
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_column_that_is_there_twice(tmp_path, ending):
+    with pytest.raises(UserError, match="column 'one' is there twice"):
+        custom(write(tmp_path / f"train.{ending}", names=("one", "one", "answer")), ("one",), "answer")
+
+
+def test_true_and_false_are_classes(tmp_path):
+    task = custom(write(tmp_path / "train.jsonl", [("a", "b", True), ("c", "d", False)] * 3), ("one",), "answer")
+    assert task.labels == ("false", "true")
+
+
+@pytest.mark.parametrize("label", ["[1]", "{}", "NaN", "Infinity", '"a\\nb"', "9" * 5000, '"' + "x" * 201 + '"'])
+def test_a_label_that_is_no_name_is_one_line(tmp_path, label):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"one": "a", "answer": "x"}\n{"one": "b", "answer": ' + label + "}\n")
+    with pytest.raises(UserError, match=r"train\.jsonl, row 2") as caught:
+        custom(str(path), ("one",), "answer")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ['{"one": "\\ud800", "answer": "x"}', "[" * 100_000, '{"one": ' + "9" * 5000 + "}"])
+def test_text_that_is_none_is_one_line(tmp_path, line):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"one": "a", "answer": "x"}\n{"one": "b", "answer": "y"}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"train\.jsonl, row 3"):
+        custom(str(path), ("one",), "answer").splits()
+
+
 def test_a_file_of_an_unknown_kind(tmp_path):
     (tmp_path / "train.txt").write_text("x")
     with pytest.raises(UserError, match=r"train.txt is of an unknown kind: expected \.jsonl"):

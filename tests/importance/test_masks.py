@@ -137,7 +137,7 @@ def test_files_are_as_large_as_the_selection_and_know_their_model(tmp_path):
     write_mask(path, big, "m")
     assert path.stat().st_size <= 4.01 * 10**5
     path.write_bytes(b"no mask")
-    with pytest.raises(UserError, match="is not a mask"):
+    with pytest.raises(UserError, match="is not a safetensors file"):
         read_mask(path, PARAMS, "m")
     with pytest.raises(UserError, match="there is no file"):
         read_mask(tmp_path / "other", PARAMS, "m")

@@ -29,6 +29,13 @@ def report(scores=((0.5, 0.6), (0.7, 0.8)), **changes):
         "inference_examples_per_second": 678.9,
         "peak_memory_bytes": 1_500_000_000,
         "versions": {"jpeft": "0.1", "jax": "0.10"},
+        "baseline": {"answer": "majority class", "metrics": {"accuracy": 0.55, "f1": 0.0}},
+        "examples": {"train": 3668, "evaluation": 408},
+        "recipe": {"num_epochs": 3, "batch_size": 16, "dtype": "float32"},
+        "learning_rate": 5e-4,
+        "device": "cpu",
+        "warnings": [],
+        "command": None,
         **changes,
     }  # fmt: skip
 
@@ -73,8 +80,32 @@ def test_markdown_shows_every_seed_and_the_spread():
     assert "| seconds: compile | 3.2 |" in page or "| seconds: compile | 3.3 |" in page
     assert "| training | 123.5 examples/s |" in page or "| training | 123.4 examples/s |" in page
     assert "Made by jpeft 0.1, jax 0.10." in page
+    assert "| majority class | 55.00 | 0.00 |" in page
+    for row in (
+        "train examples | 3,668",
+        "learning rate | 0.0005",
+        "num epochs | 3",
+        "batch size | 16",
+        "device | cpu",
+    ):
+        assert f"| {row} |" in page
+    assert "## Warnings" not in page
+    assert "No better" not in page
     assert "Which module" not in page
     assert "![" not in page
+
+
+def test_markdown_keeps_the_command_and_the_warnings():
+    page = tables.markdown(report(command="python -m jpeft.main", warnings=["a", "b"]), {}, SUMMARY, None)
+    assert "## Warnings\n\n- a\n- b\n" in page
+    assert "jax 0.10:\n\n    python -m jpeft.main\n" in page
+
+
+def test_a_run_that_does_no_better_than_the_majority_class_says_so():
+    one = report(scores=[(0.55, 0.1)])
+    assert tables.no_better(one).startswith("No better than to answer the majority class always: accuracy 55.00")
+    assert f"**{tables.no_better(one)}**" in tables.markdown(one, {}, SUMMARY, None)
+    assert tables.no_better(report(scores=[(0.56, 0.0)])) == ""
 
 
 def test_markdown_tables_have_rows_of_one_width():
@@ -99,13 +130,31 @@ def test_markdown_shows_plans_and_the_picture():
 def test_compare_aligns_rows_and_leaves_out_what_a_task_lacks():
     other = report(task="sst2", method="fishpal")
     other["metrics"] = {"mean": {"accuracy": 0.9}, "std": {"accuracy": None}, "per_seed": []}
-    lines = tables.compare([report(), other]).splitlines()
+    other["baseline"] = {"answer": "majority class", "metrics": {"accuracy": 0.5}}
+    lines = tables.compare([report(), report(), other]).splitlines()
+    assert lines.pop() == "Not alike, so compare with care: task (mrpc, sst2); seeds (2, 0)."
+    assert lines.pop() == ""
     assert len({len(line) for line in lines}) == 1
     head, rule, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     assert head == ["method", "task", "model", "accuracy", "f1", "trainable %", "added %", "train examples/s"]
     assert set("".join(rule)) == {"-"}
-    assert rows[0][3:5] == ["60.00 ± 14.14", "70.00 ± 14.14"]
-    assert rows[1][:5] == ["fishpal", "sst2", "minilm", "90.00", "-"]
+    assert rows[0][:5] == ["majority class", "mrpc", "", "55.00", "0.00"]
+    assert rows[1][3:5] == rows[2][3:5] == ["60.00 ± 14.14", "70.00 ± 14.14"]
+    assert rows[3][:5] == ["majority class", "sst2", "", "50.00", "-"]
+    assert rows[4][:5] == ["fishpal", "sst2", "minilm", "90.00", "-"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": "bert"}, "model (minilm, bert)"),
+        ({"examples": {"train": 100, "evaluation": 408}}, "training examples (3,668, 100)"),
+        ({"recipe": {"num_epochs": 10}}, "epochs (3, 10)"),
+    ],
+)
+def test_what_makes_runs_hard_to_compare_is_told(changes, says):
+    assert says in tables.compare([report(), report(**changes)])
+    assert "Not alike" not in tables.compare([report(), report()])
 
 
 def test_the_summary_is_told_once_if_all_seeds_agree():

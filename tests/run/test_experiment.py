@@ -1,21 +1,26 @@
 import json
+import shutil
 from collections import Counter
 
+import chex
+import jax
 import numpy as np
 import pytest
 
 import jpeft
 from jpeft.core.errors import UserError
-from jpeft.core.files import read_leaves
+from jpeft.core.files import read_leaves, read_record
 from jpeft.data.tasks import TASKS
 from jpeft.plans import fishpal
+from jpeft.report.tables import REPORT as REPORT_KIND
 from jpeft.run import experiment, measured
 from jpeft.run.console import Console
 from jpeft.transforms.registry import MODULES
 
 REPORT = {
     "task", "method", "model", "split", "primary_metric", "metrics", "parameters", "seconds", "examples_per_second",
-    "inference_examples_per_second", "peak_memory_bytes", "learning_rate", "device", "versions",
+    "inference_examples_per_second", "peak_memory_bytes", "learning_rate", "device", "versions", "baseline",
+    "examples", "recipe", "warnings", "command",
 }  # fmt: skip
 PARAMETERS = {
     "base", "head", "trainable", "trainable_percent", "added_at_inference", "added_percent", "module_bytes",
@@ -41,7 +46,7 @@ def run(config, workdir):
 
 
 def check_report(config, workdir, report):
-    assert json.loads((workdir / "report.json").read_text()) == report
+    assert read_record(workdir / "report.json", REPORT_KIND) == report
     assert set(report) - {"choice"} == REPORT
     assert ("choice" in report) == (config.method == "fishpal" and config.fishpal.plan is None)
     assert set(report["parameters"]) == PARAMETERS
@@ -171,7 +176,7 @@ def test_inputs_longer_than_the_model_takes(tiny_config, tmp_path):
 
 def test_a_workdir_that_is_a_file(tiny_config, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file, not a folder"):
+    with pytest.raises(UserError, match="is a file or in one"):
         run(tiny_config("lora"), tmp_path / "file")
 
 
@@ -218,3 +223,129 @@ def test_what_data_decided_is_asked_once(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(jpeft.core.transform, "prepare", lambda *_: pytest.fail("it looked at the data again"))
     again = run(config, tmp_path)
     assert again["metrics"] == first["metrics"]
+
+
+@pytest.fixture
+def finished(tiny_config, tmp_path):
+    """A finished run, its config, and its files."""
+    config = tiny_config("lora", num_epochs=2, max_length=8)
+    run(config, tmp_path)
+    kept = ("model/jpeft.json", "model/modules.safetensors", experiment.PREDICTIONS, "result.json")
+    return config, tmp_path, {name: (tmp_path / "seed_11" / name).read_bytes() for name in kept}
+
+
+def again(config, workdir):
+    console = Heard()
+    return experiment.run(config, workdir, console), console
+
+
+@pytest.mark.parametrize("name", ["model/jpeft.json", "model/modules.safetensors", experiment.PREDICTIONS])
+@pytest.mark.parametrize("how", ["gone", "flipped"])
+def test_a_finished_run_makes_again_what_is_gone_or_damaged(finished, name, how):
+    config, workdir, kept = finished
+    path = workdir / "seed_11" / name
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(kept[name][:-3] + bytes([kept[name][-3] ^ 1]) + kept[name][-2:])
+    log = (workdir / "metrics.jsonl").read_text()
+    _, console = again(config, workdir)
+    assert any("seed 11 is finished, but " in text for text in console.warnings)
+    assert path.read_bytes() == kept[name]
+    assert (workdir / "metrics.jsonl").read_text() == log  # from the last checkpoint, without a step of training
+    _, console = again(config, workdir)
+    assert not any("is finished, but" in text for text in console.warnings)
+    assert "  seed 11: finished earlier" in console.lines
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"history": []}'])
+def test_a_broken_result_is_made_again(finished, text):
+    config, workdir, kept = finished
+    (workdir / "seed_11" / "result.json").write_text(text)
+    report, _ = again(config, workdir)
+    assert report["metrics"]["per_seed"][0]["last"]
+    assert (workdir / "seed_11" / "model/modules.safetensors").read_bytes() == kept["model/modules.safetensors"]
+
+
+def test_without_checkpoints_it_is_trained_again(finished):
+    config, workdir, kept = finished
+    shutil.rmtree(workdir / "seed_11" / "checkpoints")
+    shutil.rmtree(workdir / "seed_11" / "model")
+    again(config, workdir)
+    assert (workdir / "seed_11" / "model/modules.safetensors").read_bytes() == kept["model/modules.safetensors"]
+
+
+def test_a_seed_is_added_to_a_finished_run(finished):
+    config, workdir, kept = finished
+    config.seeds = (11, 22)
+    report, console = again(config, workdir)
+    assert "  seed 11: finished earlier" in console.lines
+    assert [row["seed"] for row in report["metrics"]["per_seed"]] == [11, 22]
+    assert {name: (workdir / "seed_11" / name).read_bytes() for name in kept} == kept
+    assert jpeft.load(workdir / "seed_22" / "model").task == "mrpc"
+
+
+def test_a_finished_run_whose_data_changed_says_so(finished, tmp_path, tiny_glue):
+    config, workdir, _ = finished
+    shutil.copytree(tiny_glue, tmp_path / "glue")
+    moved = tiny_glue.rename(tiny_glue.with_name("moved"))
+    (tmp_path / "glue").rename(tiny_glue)
+    try:
+        again(config, workdir)  # the same rows
+        lines = (tiny_glue / "mrpc/train.jsonl").read_text().splitlines()
+        (tiny_glue / "mrpc/train.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+        with pytest.raises(UserError, match="the training data: 45 rows, now 44"):
+            again(config, workdir)
+    finally:
+        shutil.rmtree(tiny_glue)
+        moved.rename(tiny_glue)
+
+
+def test_the_report_says_how_the_run_was_made(finished):
+    _, workdir, _ = finished
+    page = (workdir / "report.md").read_text()
+    assert "| train examples | 45 |" in page
+    assert "| num epochs | 2 |" in page
+    assert "| majority class | " in page
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_starts_from_the_modules_of_another(tiny_config, tmp_path, method):
+    """At a rate of next to nothing, all but the head ends where the other run ended."""
+    first = tiny_config(method, num_epochs=1, max_length=8)
+    run(first, tmp_path / "first")
+    second = tiny_config(method, num_epochs=1, max_length=8)
+    second.task, second.init_from = "stsb", str(tmp_path / "first/seed_11/model")
+    second.train.update(learning_rate=1e-12, weight_decay=0.0)
+    _, console = again(second, tmp_path / "second")
+    assert any("trained on mrpc, with a new head" in line for line in console.lines)
+    one, two = (read_leaves(tmp_path / name / "seed_11/model/modules.safetensors") for name in ("first", "second"))
+    assert one["params"].pop("classifier")["kernel"].shape != two["params"].pop("classifier")["kernel"].shape
+    chex.assert_trees_all_close(one, two, atol=1e-6)
+    assert len(jax.tree.leaves(one)) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [
+        ("lora", {"rank": 3}, r'holds lora .*, but this run trains lora {"rank": 3}'),
+        ("pfeiffer", {}, "holds lora .*, but this run trains pfeiffer"),
+    ],
+)
+def test_other_modules_cannot_be_started_from(finished, tiny_config, tmp_path, method, options, says):
+    config = tiny_config(method, num_epochs=1, max_length=8)
+    config.peft[method].update(options)
+    config.init_from = str(finished[1] / "seed_11" / "model")
+    with pytest.raises(UserError, match=says):
+        run(config, tmp_path / "other")
+    config.init_from = str(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no trained modules"):
+        run(config, tmp_path / "other")  # which nothing was computed in yet
+
+
+def test_folded_modules_cannot_be_started_from(tiny_config, tmp_path):
+    config = tiny_config("prefix", num_epochs=1, max_length=8)
+    run(config, tmp_path / "first")
+    config.init_from = str(tmp_path / "first/seed_11/model")
+    with pytest.raises(UserError, match="is saved folded"):
+        run(config, tmp_path / "second")

@@ -1,11 +1,9 @@
-import json
-
 import jax
 import numpy as np
 import pytest
 
 import jpeft
-from jpeft.core import tree
+from jpeft.core import files, tree
 from jpeft.core.errors import UserError
 from jpeft.models import Bert, pretrained
 from jpeft.plans import plan as plans
@@ -102,11 +100,56 @@ def test_another_base_is_refused(tmp_path, tiny_model, other_base, kind):
         jpeft.load(tmp_path / "model", base=str(other_base))
 
 
+def rewrite(folder, **changes):
+    """Changes the description as a program that knows the format would."""
+    description = files.read_record(folder / "jpeft.json", saved.KIND)
+    files.write_record(folder / "jpeft.json", saved.KIND, {**description, **changes})
+
+
+def fingerprint(folder):
+    return files.read_record(folder / "jpeft.json", saved.KIND)["base"]["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"no"', '"on"'), ('"rank": 2', '"rank": 3'), ('"max_length": 16', '"max_length": 8')]
+)
+def test_an_edited_description_is_refused(tmp_path, tiny_model, old, new):
+    make(tmp_path, tiny_model, "lora")
+    text = (tmp_path / "jpeft.json").read_text()
+    assert old in text
+    (tmp_path / "jpeft.json").write_text(text.replace(old, new))
+    with pytest.raises(UserError, match="was changed or damaged"):
+        jpeft.load(tmp_path)
+
+
+def test_a_folder_of_a_later_format_is_refused(tmp_path, tiny_model):
+    make(tmp_path, tiny_model, "lora")
+    rewrite(tmp_path, format=2, jpeft="9.0")
+    with pytest.raises(UserError, match=r"was written by jpeft 9\.0, in a format unknown"):
+        jpeft.load(tmp_path)
+
+
+def test_weights_of_another_folder_are_refused(tmp_path, tiny_model):
+    for name in ("one", "two"):
+        make(tmp_path / name, tiny_model, "prefix" if name == "one" else "lora")
+    (tmp_path / "two" / "modules.safetensors").write_bytes((tmp_path / "one" / "modules.safetensors").read_bytes())
+    with pytest.raises(UserError, match="belongs to another"):
+        jpeft.load(tmp_path / "two")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, tiny_model):
+    make(tmp_path, tiny_model, "lora")
+    leaves = files.read_leaves(tmp_path / "modules.safetensors")
+    leaves["params"]["classifier"]["bias"] = np.array([0, np.nan], np.float32)
+    files.write_leaves(tmp_path / "modules.safetensors", leaves)
+    rewrite(tmp_path, weights=files.file_hash(tmp_path / "modules.safetensors"))
+    with pytest.raises(UserError, match="params:classifier:bias is not finite"):
+        jpeft.load(tmp_path)
+
+
 def test_a_base_that_moved_is_named(tmp_path, tiny_model):
     expected, _ = make(tmp_path / "model", tiny_model, "plan")
-    description = json.loads((tmp_path / "model" / "jpeft.json").read_text())
-    description["base"]["name"] = str(tmp_path / "gone")
-    (tmp_path / "model" / "jpeft.json").write_text(json.dumps(description))
+    rewrite(tmp_path / "model", base={"name": str(tmp_path / "gone"), "fingerprint": fingerprint(tmp_path / "model")})
     with pytest.raises(UserError, match="gone"):
         jpeft.load(tmp_path / "model")
     back = jpeft.load(tmp_path / "model", base=str(tiny_model))

@@ -91,10 +91,3 @@ def test_no_texts(saved):
 def test_what_it_was_not_trained_on(saved, texts, message):
     with pytest.raises(UserError, match=message):
         jpeft.predict(saved, texts)
-
-
-def test_a_folder_of_an_earlier_version_takes_either_but_not_both(saved):
-    old = saved._replace(num_texts=None)
-    assert jpeft.predict(old, ["the dog"]).shape == jpeft.predict(old, PAIRS[:1]).shape == (1, 2)
-    with pytest.raises(UserError, match="text 1: expected a sentence, like text 0, got"):
-        jpeft.predict(old, ["the dog", ("the dog", "a cat")])

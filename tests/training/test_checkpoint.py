@@ -39,10 +39,10 @@ def test_round_trip_is_exact(tmp_path):
     assert restored.progress == PROGRESS
 
 
-def test_the_newest_is_kept_alone(tmp_path):
+def test_the_newest_is_kept_with_the_one_before(tmp_path):
     for step in (3, 9, 10):
         checkpoint.save(tmp_path, state(step), PROGRESS._replace(loss_sum=float(step)))
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdecimal()) == ["10"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdecimal()) == ["10", "9"]
     restored = checkpoint.restore(tmp_path, like())
     assert restored is not None
     assert (int(restored.state.step), restored.progress.loss_sum) == (10, 10.0)
@@ -73,7 +73,7 @@ def test_another_structure_is_refused(tmp_path, other):
         wanted.trainable["params"]["pooler"] = jnp.zeros(3)
     if other == "surplus":
         del wanted.trainable["peft"]["lora_0"]
-    with pytest.raises(UserError, match=r"checkpoint .*3 cannot be resumed .* delete it") as caught:
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be resumed .* delete the folder") as caught:
         checkpoint.restore(tmp_path, wanted)
     assert "\n" not in str(caught.value)
     del caught
@@ -84,9 +84,53 @@ def test_another_structure_is_refused(tmp_path, other):
 def test_a_checkpoint_with_a_file_gone_is_refused(tmp_path):
     checkpoint.save(tmp_path, state(), PROGRESS)
     shutil.rmtree(tmp_path / "3" / "state")
-    with pytest.raises(UserError, match="delete it"):
+    with pytest.raises(UserError, match="delete the folder"):
         checkpoint.restore(tmp_path, like())
     gc.collect()
+
+
+def flip(folder, item):
+    """Flips a bit in the middle of the largest file of an item."""
+    path = max((p for p in (folder / item).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    changed = bytearray(path.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    path.write_bytes(changed)
+
+
+@leaves_coroutines
+@pytest.mark.parametrize("item", ["state", "progress"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, item):
+    for step in (3, 9):
+        checkpoint.save(tmp_path, state(step, width=400), PROGRESS)
+    flip(tmp_path / "9", item)
+    told = []
+    restored = checkpoint.restore(tmp_path, like(width=400), told.append)
+    assert restored is not None
+    chex.assert_trees_all_equal(restored.state, state(3, width=400))
+    assert len(told) == 1
+    assert "9 cannot be resumed" in told[0]
+    checkpoint.save(tmp_path, state(9, width=400), PROGRESS)  # reached again: what was damaged is not in the way
+    restored = checkpoint.restore(tmp_path, like(width=400))
+    assert restored is not None
+    chex.assert_trees_all_equal(restored.state, state(9, width=400))
+    gc.collect()
+
+
+@leaves_coroutines
+def test_damaged_checkpoints_alone_are_refused_and_kept(tmp_path):
+    for step in (3, 9):
+        checkpoint.save(tmp_path, state(step, width=400), PROGRESS)
+        flip(tmp_path / str(step), "state")
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint.restore(tmp_path, like(width=400))
+    assert {"3", "9"} <= {path.name for path in tmp_path.iterdir()}
+    gc.collect()
+
+
+def test_a_disk_that_takes_nothing_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises((UserError, OSError)):
+        checkpoint.save(tmp_path / "file" / "checkpoints", state(), PROGRESS)
 
 
 def test_leftovers_of_a_crash_do_not_matter(tmp_path):

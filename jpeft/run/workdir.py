@@ -1,0 +1,181 @@
+"""A workdir belongs to one process, one config, and the data and weights that it was started with."""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from jpeft.core import files
+from jpeft.core.errors import UserError
+from jpeft.data.batching import Examples
+from jpeft.data.task import Data
+from jpeft.models.pretrained import Pretrained, fingerprint, tokenizer_files
+from jpeft.run.config import Config
+from jpeft.store.modules import verify
+from jpeft.version import RESULTS
+
+__all__ = ["Inputs", "begin", "check", "check_config", "inputs", "locked"]
+
+SHOWN = 4  # differences in a message
+CONFIG, INPUTS = "config.json", "inputs.json"
+
+
+class Inputs(NamedTuple):
+    """What a run computes from, besides its config; two runs with equal inputs have equal results.
+
+    Attributes:
+      source: where the data came from. It may change, as long as the rows do not.
+      train: number and hash of the tokenised examples to train on, with their labels.
+      dev: likewise of those to evaluate on.
+      tokenizer: hash of the tokenizer's files.
+      base: hash of the pretrained parameters.
+      init_from: hash of the modules that training starts from; "" where it starts anew.
+      results: `jpeft.version.RESULTS`, which changes when the same inputs give other numbers.
+    """
+
+    source: str
+    train: tuple[int, str]
+    dev: tuple[int, str]
+    tokenizer: str
+    base: str
+    init_from: str
+    results: int
+
+
+def inputs(data: Data, base: Pretrained, source: str, init_from: str | None = None) -> Inputs:
+    """The inputs of a run; what the checkpoint lacked is left out, since each seed initialises it.
+
+    Raises:
+      UserError: if `init_from` is not a folder of modules.
+    """
+    given = {name: x for name, x in base.params.items() if name not in base.fresh}
+    digest = hashlib.sha256()
+    for file in tokenizer_files(base.folder):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    found = (_digest(data.train), _digest(data.dev), digest.hexdigest(), fingerprint(given), _modules(init_from))
+    return Inputs(source, *found, RESULTS)
+
+
+def _digest(examples: Examples) -> tuple[int, str]:
+    digest = hashlib.sha256()
+    for array in (examples.lengths, *map(_joined, (examples.input_ids, examples.token_type_ids)), examples.labels):
+        digest.update(np.ascontiguousarray(array).data)
+    return examples.size, digest.hexdigest()
+
+
+def _joined(rows: tuple[np.ndarray, ...]) -> np.ndarray:
+    return np.concatenate(rows) if rows else np.zeros(0, np.int32)
+
+
+def _modules(folder: str | None) -> str:
+    return "" if folder is None else verify(Path(folder))["weights"]
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds a workdir, made if need be, against other processes. The lock ends with the process, however it ends.
+
+    Raises:
+      UserError: if another process holds it, or it is not a folder.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"workdir {workdir} is a file or in one: expected a folder") from None
+    with open(workdir / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"workdir {workdir} is in use by {holder}: wait until it is done, or choose another --workdir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def check_config(workdir: Path, config: Config) -> None:
+    """Finds that a workdir is new or this config's; seeds may be added to those that it has.
+
+    Raises:
+      UserError: if it belongs to another config.
+    """
+    path = workdir / CONFIG
+    if not _begun(workdir):
+        return
+    read = files.read_json(path)
+    if not isinstance(read, dict):
+        raise UserError(f"{path} is not the config of a run: choose another --workdir")
+    now = _json(config)
+    had = read.get("seeds")
+    if isinstance(had, list) and all(seed in now["seeds"] for seed in had):
+        read["seeds"] = now["seeds"]
+    old, new = (flatten_dict(x, sep=".") for x in (read, now))
+    differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if differ:
+        told = "; ".join(f"config.{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differ[:SHOWN])
+        told += f"; and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
+        raise UserError(f"workdir {workdir} belongs to another config ({told}): choose another --workdir")
+
+
+def begin(workdir: Path, config: Config, now: Inputs) -> None:
+    """Writes the config and the inputs of a new workdir, or compares the inputs with those it was started with.
+
+    Raises:
+      UserError: if they are others; the message says which.
+    """
+    path = workdir / INPUTS
+    if _begun(workdir):
+        check(files.read_record(path, "list of a run's inputs"), now, workdir)
+    else:
+        files.write_record(path, "list of a run's inputs", now._asdict())
+    files.write_json(workdir / CONFIG, _json(config))
+
+
+def _begun(workdir: Path) -> bool:
+    """Whether anything was computed. A run that failed before leaves its workdir to the one that is corrected."""
+    return (workdir / CONFIG).is_file() and next(workdir.glob("seed_*/*"), None) is not None
+
+
+def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
+    """Compares inputs.
+
+    Raises:
+      UserError: if they differ.
+    """
+    new = json.loads(json.dumps(now._asdict()))
+    moved = "" if was.get("source") == new["source"] else f", read from {new['source']}, was {was.get('source')}"
+    told = []
+    for name, what in (("train", "training"), ("dev", "evaluation")):
+        if was.get(name) != new[name]:
+            (then, _), (n, _) = was[name], new[name]
+            count = f"{then:,} rows, now {n:,}" if then != n else f"other rows, as many ({n:,})"
+            told.append(f"the {what} data: {count}{moved}")
+    if was.get("tokenizer") != new["tokenizer"]:
+        told.append("the tokenizer's files")
+    if was.get("base") != new["base"]:
+        told.append("the base model's weights")
+    if was.get("init_from") != new["init_from"]:
+        told.append("the modules that config.init_from names")
+    if was.get("results") != new["results"]:
+        told.append(f"the version of jpeft, whose results are others (version {was.get('results')} to {RESULTS})")
+    if told:
+        raise UserError(
+            f"what workdir {workdir} was started with has changed: {'; '.join(told)}. "
+            "Restore it, or choose another --workdir"
+        )
+
+
+def _json(config: Config) -> dict[str, Any]:
+    return json.loads(config.to_json())

@@ -1,0 +1,173 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jpeft.core import files
+from jpeft.core.errors import UserError
+from jpeft.data.batching import Examples
+from jpeft.data.task import Data
+from jpeft.data.tasks import TASKS
+from jpeft.models import pretrained
+from jpeft.run import workdir as workdirs
+
+
+def examples(words=(2, 5, 3), label=1):
+    rows = (np.array(words, np.int32), np.array([2, 3], np.int32))
+    return Examples(rows, tuple(np.zeros_like(row) for row in rows), np.array([label, 0], np.int32))
+
+
+def data(**changes):
+    parts = {"train": examples(), "dev": examples(), **changes}
+    return Data(TASKS["mrpc"], parts["train"], parts["dev"], (8,))
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return pretrained.load(tiny_model, num_labels=2, key=jax.random.key(0))
+
+
+@pytest.fixture
+def begun(tmp_path, tiny_config, base):
+    workdirs.begin(tmp_path, tiny_config("lora"), workdirs.inputs(data(), base, "here"))
+    files.write_text(tmp_path / "seed_11" / "plan.json", "{}")
+    return tmp_path
+
+
+def test_a_run_that_computed_nothing_leaves_its_workdir_to_another(tmp_path, tiny_config, base):
+    workdirs.begin(tmp_path, tiny_config("lora"), workdirs.inputs(data(), base, "here"))
+    other = workdirs.inputs(data(train=examples(label=0)), base, "here")
+    workdirs.check_config(tmp_path, tiny_config("prefix"))
+    workdirs.begin(tmp_path, tiny_config("prefix"), other)
+    assert json.loads((tmp_path / "config.json").read_text())["method"] == "prefix"
+
+
+def refusal(begun, tiny_config, now):
+    with pytest.raises(UserError, match="was started with has changed") as caught:
+        workdirs.begin(begun, tiny_config("lora"), now)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_equal_inputs_pass_wherever_they_are(begun, tiny_config, base):
+    workdirs.begin(begun, tiny_config("lora"), workdirs.inputs(data(), base, "there"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"train": examples(words=(2, 6, 3))}, "the training data: other rows, as many (2), read from there, was here"),
+        ({"train": examples(label=0)}, "the training data: other rows"),
+        ({"dev": Examples((), (), np.zeros(0, np.int32))}, "the evaluation data: 2 rows, now 0"),
+    ],
+)
+def test_other_rows_are_named(begun, tiny_config, base, changed, says):
+    assert says in refusal(begun, tiny_config, workdirs.inputs(data(**changed), base, "there"))
+
+
+def test_rows_cut_elsewhere_are_other_rows():
+    """The same tokens in the same order, as rows of other lengths."""
+    one, other = (
+        Examples(
+            tuple(np.split(np.arange(4, dtype=np.int32), [at])), (np.zeros(at), np.zeros(4 - at)), np.zeros(2, np.int32)
+        )
+        for at in (1, 2)
+    )
+    assert workdirs._digest(one) != workdirs._digest(other)
+
+
+def test_other_weights_and_another_tokenizer_are_named(begun, tiny_config, base, tmp_path):
+    changed = {**base.params, "encoder": jax.tree.map(lambda x: x + 1e-6, base.params["encoder"])}
+    assert "the base model's weights" in refusal(
+        begun, tiny_config, workdirs.inputs(data(), base._replace(params=changed), "here")
+    )
+    head = {**base.params, "classifier": jax.tree.map(lambda x: x + 1, base.params["classifier"])}
+    workdirs.begin(begun, tiny_config("lora"), workdirs.inputs(data(), base._replace(params=head), "here"))
+    shutil.copytree(base.folder, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer_config.json").write_text("{}")
+    told = refusal(begun, tiny_config, workdirs.inputs(data(), base._replace(folder=tmp_path / "copy"), "here"))
+    assert "the tokenizer's files" in told
+    assert "the base model's weights" not in told
+
+
+def test_other_results_of_the_code_are_named(begun, tiny_config, base, monkeypatch):
+    monkeypatch.setattr(workdirs, "RESULTS", 99)
+    assert "version" in refusal(begun, tiny_config, workdirs.inputs(data(), base, "here"))
+
+
+def test_seeds_can_be_added_and_nothing_else_changed(begun, tiny_config):
+    more = tiny_config("lora")
+    more.seeds = (22, 11)
+    workdirs.check_config(begun, more)
+    fewer = tiny_config("lora")
+    fewer.seeds = (22,)
+    with pytest.raises(UserError, match=r"config\.seeds was \[11\], now \[22\]"):
+        workdirs.check_config(begun, fewer)
+    more.train.batch_size = 3
+    with pytest.raises(UserError, match=r"config\.train\.batch_size was \d+, now 3"):
+        workdirs.check_config(begun, more)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"seeds": 3}', '{"seeds": [[]]}', "\xff", "[" * 100_000])
+def test_a_broken_config_is_one_line(begun, tiny_config, text):
+    (begun / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"config\.json|belongs to another config") as caught:
+        workdirs.check_config(begun, tiny_config("lora"))
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+
+
+def test_inputs_that_are_gone_or_edited_are_refused(begun, tiny_config, base):
+    now = workdirs.inputs(data(), base, "here")
+    path = begun / "inputs.json"
+    edited = json.loads(path.read_text()) | {"base": "0"}
+    path.write_text(json.dumps(edited))
+    with pytest.raises(UserError, match=r"inputs\.json was changed"):
+        workdirs.begin(begun, tiny_config("lora"), now)
+    path.unlink()
+    with pytest.raises(UserError, match=r"there is no file .*inputs\.json"):
+        workdirs.begin(begun, tiny_config("lora"), now)
+
+
+def test_a_workdir_is_held_by_one_at_a_time(tmp_path):
+    with workdirs.locked(tmp_path / "a" / "b"):
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "), workdirs.locked(tmp_path / "a/b"):
+            pass
+        with workdirs.locked(tmp_path / "c"):
+            pass
+    with workdirs.locked(tmp_path / "a" / "b"):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    """The lock alone, in a process that imports nothing else of jpeft's."""
+    held = f"import fcntl, time; f = open({str(tmp_path / '.lock')!r}, 'a+'); fcntl.flock(f, fcntl.LOCK_EX);"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{held} print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="in use by"), workdirs.locked(tmp_path):
+        pass
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 10
+    while True:
+        try:
+            with workdirs.locked(tmp_path):
+                break
+        except UserError:
+            assert time.monotonic() < until
+
+
+@pytest.mark.parametrize("where", ["file", "file/below"])
+def test_a_file_where_a_folder_should_be(tmp_path, where):
+    files.write_text(tmp_path / "file", "text")
+    with pytest.raises(UserError, match="expected a folder"), workdirs.locked(tmp_path / where):
+        pass
