@@ -55,8 +55,6 @@ def make(method: str, **options: Any) -> Transform | Chain:
         if not any(_is(value, kind) for kind in kinds):
             wanted = " or ".join(_WORDS.get(get_origin(kind) or kind, str(kind)) for kind in kinds)
             raise UserError(f"{name} must be {wanted}, got {value!r:.60}")
-        if name in SIZES and value is not None and value > LARGEST:
-            raise UserError(f"{name} must be at most {LARGEST:,}, got {value}")
     return factory(**options)
 
 
@@ -88,7 +86,6 @@ def _current(name: str) -> str:
 
 
 SIZES = ("rank", "bottleneck", "num_virtual_tokens", "reduction_factor")  # the options that say how large a module is
-LARGEST = 2**16  # wider than any encoder; what is larger is a slip, and would only run out of memory
 
 
 def resized(entry: Entry, by: float) -> Entry:

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 MOST_SEEDS = 1000
+ITEMS = {"candidates": str, "sizes": float, "text": str}  # what the tuples among the fields hold
 CUSTOM = "custom"  # the task that `config.data` defines
 # What FishPAL can choose by; `jpeft.run.criteria` says how.
 CRITERIA = (
@@ -279,6 +280,9 @@ def _check_fields(config: Config, standard: Config, path: str) -> None:
             continue  # the signatures of the methods say what fits
         elif not (value is None and standard[name] is None) and not _is_a(value, kind):
             raise UserError(f"{path}.{name} must be of type {kind.__name__}, got {value!r:.60}")
+        of = ITEMS.get(name)
+        if of and value is not None and not all(_is_a(item, of) for item in value):
+            raise UserError(f"{path}.{name} must be a tuple of type {of.__name__}, got {value!r:.60}")
 
 
 def _is_a(value: Any, kind: type) -> bool:
@@ -299,7 +303,7 @@ def task_of(config: Config) -> Task:
     """
     data = config.data
     if config.task == CUSTOM:
-        labels = None if data.labels is None else _listed(data.labels)
+        labels = None if data.labels is None else _listed(tuple(map(str, data.labels)))
         return custom(
             data.train, _listed(data.text), data.label or "label", validation=data.validation, test=data.test,
             labels=labels, regression=data.regression, validation_fraction=data.validation_fraction,

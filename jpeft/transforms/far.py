@@ -28,7 +28,7 @@ from jpeft.core.errors import UserError
 from jpeft.core.site import Site, Sites, find
 from jpeft.core.transform import FIXED, Call, Context, Leaves, Params, Setting, Transform
 from jpeft.core.tree import at, replace
-from jpeft.transforms.parts.linear import positive, sizes
+from jpeft.transforms.parts.linear import counts, positive
 
 __all__ = ["distances", "far"]
 
@@ -63,7 +63,7 @@ def far(
     """
     if not 0 < ratio <= 1:
         raise UserError(f"ratio must be above 0 and at most 1, got {ratio}")
-    sizes(num_examples=num_examples, batch_size=batch_size)
+    counts(num_examples=num_examples, batch_size=batch_size)
     positive(learning_rate=learning_rate)
 
     def where(sites: Sites) -> list[str]:

@@ -11,7 +11,7 @@ from jpeft.core.tree import flatten, unflatten, union
 from jpeft.importance import masks
 from jpeft.importance.fisher import LABELS, VALUES
 from jpeft.transforms.parts.entries import budget_of, candidates_of, masked, take
-from jpeft.transforms.parts.linear import sizes
+from jpeft.transforms.parts.linear import counts
 
 __all__ = ["fish"]
 
@@ -48,7 +48,7 @@ def fish(
       UserError: if an option is out of range; in `init`, if the budget is smaller than the head or larger than the
         number of entries that can train.
     """
-    sizes(num_examples=num_examples)
+    counts(num_examples=num_examples)
     for name, value, known in (("labels", labels, LABELS), ("values", values, VALUES)):
         if value not in known:
             raise UserError(f"{name} {value!r} is unknown: {nearest(value, known)}")

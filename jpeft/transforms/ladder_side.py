@@ -24,7 +24,7 @@ from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Call, Context, Leaves, Params, Setting, Transform
 from jpeft.core.tree import at, union
 from jpeft.models.bert import ACTIVATIONS, attends, attention_scores
-from jpeft.transforms.parts.linear import kaiming_uniform, layer_norm, linear, linear_leaves, sizes
+from jpeft.transforms.parts.linear import counts, kaiming_uniform, layer_norm, linear, linear_leaves
 from jpeft.transforms.parts.places import find_encoders
 
 __all__ = ["ladder_side"]
@@ -58,7 +58,7 @@ def ladder_side(
       UserError: if an option is out of range; in `init`, if the target is not an encoder of BERT layers, the factor
         does not divide its widths, or no parameters are given although the side network starts from them.
     """
-    sizes(reduction_factor=reduction_factor, num_examples=num_examples)
+    counts(reduction_factor=reduction_factor, num_examples=num_examples)
     if init_from not in STARTS:
         raise UserError(f"init_from {init_from!r} is unknown: {nearest(init_from, STARTS)}")
 

@@ -17,7 +17,7 @@ from jpeft.core.site import Site, Sites
 from jpeft.core.transform import FIXED, STACKED, Call, Context, Leaves, Params, Setting, Transform, site_key
 from jpeft.importance.masks import top
 from jpeft.transforms.houlsby import houlsby
-from jpeft.transforms.parts.linear import sizes
+from jpeft.transforms.parts.linear import counts
 from jpeft.transforms.pfeiffer import pfeiffer
 
 __all__ = ["grasp", "magnitude", "snip", "sparse_adapter", "synflow"]
@@ -74,7 +74,7 @@ def sparse_adapter(
     for name, value, known in (("score", score, SCORES), ("kind", kind, KINDS)):
         if value not in known:
             raise UserError(f"{name} {value!r} is unknown: {nearest(value, known)}")
-    sizes(num_examples=num_examples)
+    counts(num_examples=num_examples)
     make, default = KINDS[kind]
     options: dict[str, Any] = {} if targets is None else {"targets": targets}
     dense = make(bottleneck, reduction_factor, activation or default, layers, **options)

@@ -2,6 +2,9 @@ import inspect
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
 from jpeft.core.errors import UserError
 from jpeft.plans.plan import Entry
@@ -192,3 +195,52 @@ def test_candidates_come_in_sizes():
 @pytest.mark.parametrize(("given", "found"), [("0.5%", (0.5, True)), ("100,000", (1e5, False)), ("2e4", (2e4, False))])
 def test_a_budget_is_a_number_or_a_percentage(given, found):
     assert configs.budget(make(fishpal__budget=given)) == found
+
+
+def fields(config, path=()):
+    """The paths of all fields, with their types."""
+    for name in config:
+        if isinstance(config[name], ConfigDict):
+            yield from fields(config[name], (*path, name))
+        else:
+            yield (*path, name), config.get_type(name)
+
+
+FIELDS = dict(fields(configs.default("mrpc", "fishpal")))
+VALUES = {
+    int: [-1, 0, 1, 7, 2**32, 10**30],
+    float: [float("nan"), float("inf"), -1.0, 0.0, 1e-3, 1e308],
+    str: ["", "x", "(", "\ud800", "../x", "1%", "-5", "nan", "[]", "{}"],
+    tuple: [(), (0,), (-1,), ("x",), (None,), (1, 1), (10**9,), ((),), (float("nan"),)],
+    bool: [True, False],
+    dict: [{}, {"(": 2}, {"a": -1}, {"query": 10**9}, {"query": None}, {"query": "x"}],
+}
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    path=st.sampled_from(sorted(FIELDS)),
+    other=st.sampled_from(sorted(FIELDS)),
+    task=st.sampled_from(("mrpc", "custom")),
+    own=st.booleans(),
+    data=st.data(),
+)
+def test_any_values_pass_the_check_or_are_one_line(path, other, task, own, data):
+    config = configs.default(task, path[1] if own and path[0] == "peft" else "fishpal")
+    if task == "custom":
+        config.data.train, config.data.text = "nothing.csv", ("a",)
+    for names in {path, other}:
+        section = config
+        for name in names[:-1]:
+            section = section[name]
+        try:
+            section[names[-1]] = data.draw(st.sampled_from(VALUES[FIELDS[names]]))
+        except (TypeError, OverflowError):  # as the command line would say at once
+            continue
+    try:
+        configs.check(config)
+        configs.candidates(config)
+        configs.rates(config)
+        configs.task_of(config)
+    except UserError as error:
+        assert "\n" not in str(error)  # noqa: PT017

@@ -225,13 +225,22 @@ def test_what_data_decided_is_asked_once(tiny_config, tmp_path, monkeypatch):
     assert again["metrics"] == first["metrics"]
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A folder for what the tests of this file need once."""
+    return tmp_path_factory.mktemp("once")
+
+
 @pytest.fixture
-def finished(tiny_config, tmp_path):
+def finished(tiny_config, tmp_path, once):
     """A finished run, its config, and its files."""
     config = tiny_config("lora", num_epochs=2, max_length=8)
-    run(config, tmp_path)
+    if not (once / "report.json").exists():
+        run(config, once)
+    workdir = tmp_path / "finished"
+    shutil.copytree(once, workdir)
     kept = ("model/jpeft.json", "model/modules.safetensors", experiment.PREDICTIONS, "result.json")
-    return config, tmp_path, {name: (tmp_path / "seed_11" / name).read_bytes() for name in kept}
+    return config, workdir, {name: (workdir / "seed_11" / name).read_bytes() for name in kept}
 
 
 def again(config, workdir):

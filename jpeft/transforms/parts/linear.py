@@ -64,20 +64,31 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
+LARGEST = 2**16  # wider than any encoder; what is larger is a slip, and would only run out of memory
+
+
 def positive(**values: float) -> None:
-    """Raises UserError naming the first value that is not positive."""
+    """Raises UserError naming the first value that is not a positive, finite number."""
     for name, value in values.items():
-        if not value > 0:
-            raise UserError(f"{name} must be positive, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise UserError(f"{name} must be positive, got {value!r:.60}")
 
 
-def sizes(**values: int | None) -> None:
+def counts(**values: int | None) -> None:
     """Raises UserError naming the first value that is not a positive integer; None passes."""
     for name, value in values.items():
         if value is not None:
-            if not isinstance(value, int):
-                raise UserError(f"{name} must be an integer, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UserError(f"{name} must be an integer, got {value!r:.60}")
             positive(**{name: value})
+
+
+def sizes(**values: int | None) -> None:
+    """As `counts`, for widths of modules, which have a limit."""
+    counts(**values)
+    for name, value in values.items():
+        if value is not None and value > LARGEST:
+            raise UserError(f"{name} must be at most {LARGEST:,}, got {value}")
 
 
 def rate(**values: float) -> None:
