@@ -141,7 +141,7 @@ def no_better(report: Mapping[str, Any]) -> str:
     if mean > baseline:
         return ""
     answer = report["baseline"]["answer"]
-    return f"No better than to answer the {answer} always: {name} {percent(mean)} against {percent(baseline)}."
+    return f"No better than always answering the {answer}: {name} {percent(mean)} against {percent(baseline)}."
 
 
 def compare(reports: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """The command line of the programs: a config file, overrides of its fields, few flags; a mistake is one line."""
 
 import json
+import logging
 import os
 import runpy
 import sys
@@ -95,6 +96,8 @@ def parse(
 def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
     """Calls a program and returns its exit code: 0, 2 after one line about what the user can mend, 130 if stopped."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
+    for name in ("asyncio", "absl"):  # where Orbax's futures complain of a failure that is one line below
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         program(sys.argv if argv is None else argv)
     except UserError as error:

@@ -15,10 +15,12 @@ import jax
 import numpy as np
 
 from jpeft.core.errors import UserError
+from jpeft.core.tree import num_bytes
 from jpeft.training.step import State
 
 __all__ = ["Progress", "Restored", "restore", "save"]
 
+SPARE = 500_000  # bytes that a checkpoint takes besides its arrays, and some more
 HASH = "sha256"  # beside the progress
 
 
@@ -60,6 +62,13 @@ def save(folder: Path, state: State, progress: Progress) -> None:
     """
     import orbax.checkpoint as ocp
 
+    folder.mkdir(parents=True, exist_ok=True)
+    # Asked first: where a disk runs full under them, Orbax's threads print tracebacks of their own.
+    needed, free = num_bytes(state) + SPARE, shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"cannot write a checkpoint to {folder}: {free / 1e6:.1f} MB are free, {needed / 1e6:.1f} MB are needed"
+        )
     with _manager(folder) as manager:
         step = int(state.step)
         if step not in manager.all_steps():

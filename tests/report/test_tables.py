@@ -103,7 +103,7 @@ def test_markdown_keeps_the_command_and_the_warnings():
 
 def test_a_run_that_does_no_better_than_the_majority_class_says_so():
     one = report(scores=[(0.55, 0.1)])
-    assert tables.no_better(one).startswith("No better than to answer the majority class always: accuracy 55.00")
+    assert tables.no_better(one).startswith("No better than always answering the majority class: accuracy 55.00")
     assert f"**{tables.no_better(one)}**" in tables.markdown(one, {}, SUMMARY, None)
     assert tables.no_better(report(scores=[(0.56, 0.0)])) == ""
 

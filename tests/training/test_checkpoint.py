@@ -127,10 +127,27 @@ def test_damaged_checkpoints_alone_are_refused_and_kept(tmp_path):
     gc.collect()
 
 
-def test_a_disk_that_takes_nothing_is_one_line(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises((UserError, OSError)):
-        checkpoint.save(tmp_path / "file" / "checkpoints", state(), PROGRESS)
+def test_a_full_disk_is_one_line_and_leaves_what_is_there(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, state(3), PROGRESS)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=400_000))
+    with pytest.raises(UserError, match=r"0\.4 MB are free, 0\.5 MB are needed"):
+        checkpoint.save(tmp_path, state(9), PROGRESS)
+    restored = checkpoint.restore(tmp_path, like())
+    assert restored is not None
+    assert int(restored.state.step) == 3
+
+
+def test_what_else_the_writers_meet_is_one_line(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def fails(*args, **kwargs):
+        raise ValueError("UNAVAILABLE: somewhere\n" + "deep inside " * 100)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fails)
+    with pytest.raises(UserError, match=r"cannot write a checkpoint to .*UNAVAILABLE") as caught:
+        checkpoint.save(tmp_path, state(), PROGRESS)
+    assert "\n" not in str(caught.value)
 
 
 def test_leftovers_of_a_crash_do_not_matter(tmp_path):
