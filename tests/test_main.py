@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,12 @@ def test_a_bug_is_no_line(config, tmp_path, monkeypatch):
     monkeypatch.setattr("jpeft.run.experiment.run", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         program.main(["jpeft", f"--config={config}", f"--workdir={tmp_path / 'work'}"])
+
+
+def test_a_run_asked_to_stop_before_it_trains_exits_with_0(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("jpeft.run.experiment.run", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert program.main(["jpeft", f"--config={config}", f"--workdir={tmp_path / 'work'}"]) == 0
+    assert capsys.readouterr().err.strip().endswith("the same command resumes")
 
 
 def test_version(capsys):

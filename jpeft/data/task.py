@@ -131,13 +131,15 @@ class Data(NamedTuple):
       task: which.
       train: examples to train on.
       dev: examples to evaluate on.
-      buckets: the lengths that rows are padded to, ascending.
+      buckets: the lengths that rows to train on are padded to, ascending.
+      eval_buckets: likewise for rows to evaluate on.
     """
 
     task: Task
     train: Examples
     dev: Examples
     buckets: Sequence[int]
+    eval_buckets: Sequence[int]
 
 
 def example_losses(logits: Array, labels: Array) -> Array:

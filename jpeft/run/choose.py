@@ -23,6 +23,7 @@ from jpeft.report import plots
 from jpeft.run import config as configs
 from jpeft.run.criteria import CRITERIA
 from jpeft.run.measured import measure, read
+from jpeft.run.measuring import lengths
 from jpeft.run.seed import Seed
 from jpeft.training.step import single_logits, single_loss
 
@@ -117,7 +118,7 @@ def leaves(seed: Seed, method: transform.Transform | transform.Chain) -> transfo
 def _fisher(seed: Seed, name: str, fn: Any, tree: Any, n: int, *rest: Any, **options: Any) -> Any:
     """Fisher information over n training examples, sorted by length; kept in the seed's folder, with a picture."""
     examples, rows = _rows(seed, n)
-    batches, order = batching.by_length(examples, seed.data.buckets)
+    batches, order = batching.by_length(examples, lengths(seed, 4))
     about = {
         "model": seed.config.model,
         "fingerprint": fingerprint(seed.base.params),
@@ -150,4 +151,4 @@ def _rows(seed: Seed, n: int) -> tuple[batching.Examples, np.ndarray]:
 
 def _sample(seed: Seed, n: int) -> batching.Batch:
     """Likewise, as one batch in the order of the shuffle."""
-    return batching.together(_rows(seed, n)[0], seed.data.buckets)
+    return batching.together(_rows(seed, n)[0], seed.data.buckets[-1:])

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jpeft.core import tree
 from jpeft.core.errors import UserError, nearest
+from jpeft.run.stopping import Stopped, raised
 from jpeft.version import __version__
 
 __all__ = ["Arguments", "call", "parse"]
@@ -94,18 +95,25 @@ def parse(
 
 
 def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
-    """Calls a program and returns its exit code: 0, 2 after one line about what the user can mend, 130 if stopped."""
+    """Calls a program and returns its exit code.
+
+    0, also after SIGTERM; 2 after one line about what the user can mend; 130 after an interrupt from the keyboard.
+    """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     for name in ("asyncio", "absl"):  # where Orbax's futures complain of a failure that is one line below
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        program(sys.argv if argv is None else argv)
+        with raised():
+            program(sys.argv if argv is None else argv)
     except UserError as error:
         print(f"error: {_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that cannot be written: the machine's, and not a bug
         print(f"error: {_line(error)}; what was saved before is intact", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"\n{stopped}; the same command resumes", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130

@@ -18,22 +18,20 @@ class Bar:
     def __init__(self, progress: Progress, task: TaskID, console: "Console"):
         self._progress, self._task, self._console = progress, task, console
         self._score = ""
-        self._losses: list[float] = []
 
     def show(self, event: Event, primary: str, batch_size: int) -> None:
-        """Moves on by one step, or prints the line of a finished epoch."""
+        """Moves on by the steps of an event, or prints the line of a finished epoch."""
         if event.row is None:
-            self._losses.append(event.loss)
-            self._advance(sum(self._losses) / len(self._losses), event.epoch, batch_size)
+            self._advance(event, batch_size)
         else:
-            self._losses.clear()
             self._epoch(event.row, primary)
 
-    def _advance(self, loss: float, epoch: int, batch_size: int) -> None:
+    def _advance(self, event: Event, batch_size: int) -> None:
+        done = event.step - (event.history[-1]["step"] if event.history else 0)
         # Of the last steps, so that compiling does not count for long.
         speed = self._progress.tasks[self._task].speed or 0.0
-        status = f"loss {loss:.3f}  {self._score}{batch_size * speed:.0f} examples/s"
-        self._progress.update(self._task, advance=1, description=f"epoch {epoch}", status=status)
+        status = f"loss {event.loss_sum / done:.3f}  {self._score}{batch_size * speed:.0f} examples/s"
+        self._progress.update(self._task, advance=len(event.losses), description=f"epoch {event.epoch}", status=status)
 
     def _epoch(self, row: dict[str, Any], primary: str) -> None:
         self._score = f"{primary} {row[primary]:.3f}  "

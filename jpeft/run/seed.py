@@ -20,12 +20,14 @@ from jpeft.run import config as configs
 from jpeft.run.clock import Clock
 from jpeft.run.config import Config
 from jpeft.run.console import Console
+from jpeft.run.stopping import Stopped, deferred
 from jpeft.training import checkpoint, optim, step
-from jpeft.training.loop import Event, Schedule, Steps, evaluate, fit
+from jpeft.training.loop import Event, Schedule, Steps, evaluate, fit, prepare
 
 __all__ = ["Seed", "begin", "load_model", "train"]
 
 CHECKPOINT_SECONDS = 300.0  # between the ends of epochs, which are always saved
+EVENT_SECONDS = 0.2  # between looks at the losses, which move the bar
 LOG_EVERY = 50  # steps
 
 
@@ -98,11 +100,15 @@ def train(seed: Seed, method: Transform | Chain, parts: Partition) -> Event:
     """Trains, or resumes from the last checkpoint, and returns the last event, with the logits of the dev examples.
 
     Every event goes to the bar; epochs, and some steps, to `metrics.jsonl`; the state to a checkpoint at the end of
-    every epoch, and in between where epochs are long.
+    every epoch, in between where epochs are long, and when the process is asked to stop.
+
+    Raises:
+      Stopped: after SIGTERM, when the state is saved.
     """
     config, clock = seed.config, seed.clock
     schedule = Schedule(config.train.num_epochs, config.train.batch_size, seed.seed, seed.dropout_key)
     total = schedule.num_steps(seed.data)
+    per_epoch = total // schedule.num_epochs
     rate = optim.warmup_linear(configs.learning_rate(config), total, config.train.warmup_ratio)
     optimizer = optim.adamw(rate, config.train.weight_decay, parts)
     training = step.train_step(seed.model, method, optimizer, seed.data.task.loss)
@@ -116,21 +122,26 @@ def train(seed: Seed, method: Transform | Chain, parts: Partition) -> Event:
     log, saved = Log(seed.workdir / "metrics.jsonl", seed.seed, int(state.step)), time.monotonic()
     primary = seed.data.task.primary
     clock.start(lambda: sum(getattr(fn, "seconds", 0.0) for fn in steps))
-    event = Event(state, config.train.num_epochs, int(state.step), 0.0, loss_sum, None, tuple(history))
-    with seed.console.training(total, int(state.step)) as bar:
-        for event in fit(steps, state, parts.frozen, seed.data, schedule, history, loss_sum):
+    event = Event(state, config.train.num_epochs, int(state.step), (), (), loss_sum, tuple(history))
+    if int(state.step) < total:
+        with seed.console.waiting("compiling"):
+            prepare(steps, state, parts.frozen, seed.data, schedule)
+    with seed.console.training(total, int(state.step)) as bar, deferred() as stopping:
+        for event in fit(steps, state, parts.frozen, seed.data, schedule, history, loss_sum, EVENT_SECONDS):
             clock.lap("train" if event.row is None else "evaluate")
             log.write(event)
             bar.show(event, primary, config.train.batch_size)
-            ended = event.step % (total // schedule.num_epochs) == 0
             # Not after the last step of an epoch: its checkpoint is the one that also holds the scores.
-            if event.row is not None or (not ended and time.monotonic() - saved > CHECKPOINT_SECONDS):
+            between = event.row is None and event.step % per_epoch != 0
+            if event.row is not None or (between and (stopping() or time.monotonic() - saved > CHECKPOINT_SECONDS)):
                 progress = checkpoint.Progress(list(event.history), event.loss_sum, clock.seconds)
                 checkpoint.save(seed.folder / "checkpoints", event.state, progress)
                 saved = time.monotonic()
                 clock.start()
+                if stopping() and event.step < total:
+                    raise Stopped(f"stopped and saved at step {event.step:,} of {total:,}")
     if event.logits is None:  # stopped between the last checkpoint and the end of the run
-        logits = evaluate(steps.eval, event.state.trainable, parts.frozen, seed.data.dev, seed.data.buckets)
+        logits = evaluate(steps.eval, event.state.trainable, parts.frozen, seed.data.dev, seed.data.eval_buckets)
         event = event._replace(logits=logits)
     return event
 
@@ -143,10 +154,13 @@ class Log:
         files.keep_lines(path, lambda row: row["seed"] != seed or row["step"] <= reached)
 
     def write(self, event: Event) -> None:
-        """Appends the row of an epoch, or of every `LOG_EVERY`th step."""
-        row: dict[str, Any] | None = event.row
-        if row is None and event.step % LOG_EVERY == 0 and event.grad_norm is not None:
-            norm = float(event.grad_norm)
-            row = {"epoch": event.epoch, "step": event.step, "loss": event.loss, "grad_norm": norm}
-        if row is not None:
-            files.append_json(self._path, {"seed": self._seed, **row})
+        """Appends the row of an epoch, and of every `LOG_EVERY`th step."""
+        first = event.step - len(event.losses) + 1
+        for at, loss, norm in zip(range(first, event.step + 1), event.losses, event.grad_norms, strict=True):
+            if at % LOG_EVERY == 0:
+                self._append({"epoch": event.epoch, "step": at, "loss": loss, "grad_norm": norm})
+        if event.row is not None:
+            self._append(event.row)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        files.append_json(self._path, {"seed": self._seed, **row})

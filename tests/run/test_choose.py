@@ -10,9 +10,9 @@ from jpeft.run.console import Console
 
 def case(folder, tokens):
     """Five rows of different lengths, whose tokens are told by `tokens`."""
-    ids = tuple(np.full(n, t, np.int32) for n, t in zip((3, 7, 2, 6, 1), tokens, strict=True))
+    ids = tuple(np.full(n, t, np.int32) for n, t in zip((3, 14, 2, 13, 1), tokens, strict=True))
     train = Examples(ids, tuple(0 * x for x in ids), np.arange(5, dtype=np.int32), 0)
-    base, data = SimpleNamespace(params={"w": np.ones(2)}), SimpleNamespace(train=train, buckets=(4, 8))
+    base, data = SimpleNamespace(params={"w": np.ones(2)}), SimpleNamespace(train=train, buckets=(4, 14))
     return SimpleNamespace(
         config=SimpleNamespace(model="m", task="mrpc"), seed=3, base=base, data=data, folder=folder,
         key=jax.random.key(0), console=Console(quiet=True),
@@ -26,7 +26,7 @@ def test_examples_keep_their_numbers_and_other_data_are_known_as_such(tmp_path, 
     def measure(path, about, console, fn, tree, groups, *rest, ids, **options):
         labels = np.concatenate([group.labels for group in groups])
         assert ids == labels.tolist()  # the label of a row is its number here
-        assert [group.input_ids.shape for group in groups] == [(3, 4), (2, 8)]
+        assert [group.input_ids.shape for group in groups] == [(3, 8), (2, 14)]
         seen.append(about)
         return tree
 

@@ -4,8 +4,8 @@ from jpeft.run.console import Console
 from jpeft.training.loop import Event
 
 
-def step(loss, epoch=1):
-    return Event(None, epoch, 1, loss, loss, None, ())
+def step(loss, epoch=1, at=1):
+    return Event(None, epoch, at, (loss,), (1.0,), loss, ())
 
 
 ROW = {"epoch": 1, "step": 1200, "train_loss": 0.5, "accuracy": 0.75, "f1": 0.8}
@@ -48,7 +48,7 @@ def test_the_bar_shows_progress_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     with Console().training(4, 2) as bar:
         bar.show(step(0.0, 2), "accuracy", 4)
-        bar.show(step(0.25, 2), "accuracy", 4)
+        bar.show(step(0.25, 2, at=2), "accuracy", 4)  # the sum of the two
     out = capsys.readouterr().out
     assert "4/4" in out
     assert "loss 0.125" in out

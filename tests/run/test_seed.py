@@ -1,6 +1,8 @@
 """Training one seed: what is logged, saved and timed, and that a run that was killed ends as one that was not."""
 
+import itertools
 import json
+import signal
 
 import chex
 import jax
@@ -13,6 +15,7 @@ from jpeft.run import seed as running
 from jpeft.run.clock import Clock
 from jpeft.run.console import Console
 from jpeft.run.seed import Seed
+from jpeft.run.stopping import Stopped
 from jpeft.training import checkpoint
 from jpeft.training.loop import Steps
 
@@ -45,12 +48,15 @@ def compiled():
 def start(monkeypatch, compiled):
     """Starts a run in a folder, or resumes it; the training step dies after so many calls."""
 
-    def call(folder, dies_after=None, dies_evaluating=False):
+    def call(folder, dies_after=None, dies_evaluating=False, asked_after=None):
         def steps(*fns):
             train, evaluate = compiled(*fns)
             left = iter(range(10**9 if dies_after is None else dies_after))
+            calls = itertools.count(1)
 
             def step(*args):
+                if next(calls) == asked_after:
+                    signal.raise_signal(signal.SIGTERM)
                 if next(left, None) is None:
                     raise Killed
                 return train(*args)
@@ -97,13 +103,29 @@ def test_killed_between_checkpoints_it_ends_the_same(tmp_path, start, whole, cal
 
 @pytest.mark.parametrize("calls", [1, 3, 4, 6, 7])
 def test_resumed_in_the_middle_of_an_epoch_it_ends_the_same(tmp_path, start, whole, calls, monkeypatch):
-    monkeypatch.setattr(running, "CHECKPOINT_SECONDS", -1.0)  # after every step
+    monkeypatch.setattr(running, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(running, "EVENT_SECONDS", 0.0)  # after every step
     with pytest.raises(Killed):
         start(tmp_path / "killed", calls)
     restored = checkpoint.restore(tmp_path / "killed" / "seed_5" / "checkpoints", whole.state)
     assert restored is not None
     assert int(restored.state.step) == calls
     check_same(start(tmp_path / "killed")[0], whole)
+
+
+@pytest.mark.parametrize("calls", [2, 4])
+def test_a_run_that_is_asked_to_stop_saves_and_ends_the_same(tmp_path, start, whole, calls, monkeypatch):
+    """In the middle of an epoch at once; after its last step, once the epoch is evaluated."""
+    monkeypatch.setattr(running, "EVENT_SECONDS", 0.0)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=f"stopped and saved at step {calls} of 12"):
+        start(tmp_path / "stopped", asked_after=calls)
+    assert signal.getsignal(signal.SIGTERM) == before
+    restored = checkpoint.restore(tmp_path / "stopped" / "seed_5" / "checkpoints", whole.state)
+    assert restored is not None
+    assert int(restored.state.step) == calls
+    check_same(start(tmp_path / "stopped")[0], whole)
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
 
 
 def test_killed_while_it_evaluates_it_ends_the_same(tmp_path, start, whole, monkeypatch):

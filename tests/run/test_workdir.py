@@ -25,7 +25,7 @@ def examples(words=(2, 5, 3), label=1):
 
 def data(**changes):
     parts = {"train": examples(), "dev": examples(), **changes}
-    return Data(TASKS["mrpc"], parts["train"], parts["dev"], (8,))
+    return Data(TASKS["mrpc"], parts["train"], parts["dev"], (8,), (8,))
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def examples(size=28, seed=0):
     return Examples(rows, tuple(map(np.zeros_like, rows)), rng.integers(0, 2, size, dtype=np.int32))
 
 
-DATA = Data(TASKS["mrpc"], examples(), examples(10, seed=1), (8, 16))
+DATA = Data(TASKS["mrpc"], examples(), examples(10, seed=1), (8, 16), (8, 16))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def start():
 
 @pytest.fixture(scope="module")
 def events(steps, start):
-    return list(loop.fit(steps, *start, DATA, SCHEDULE))
+    return list(loop.fit(steps, *start, DATA, SCHEDULE, every=0))
 
 
 def test_an_event_for_every_step_and_every_epoch(events):
@@ -65,9 +65,10 @@ def test_an_event_for_every_step_and_every_epoch(events):
     assert int(last.state.step) == SCHEDULE.num_steps(DATA) == 12
     assert last.row == last.history[-1]
     assert last.history[-1]["train_loss"] < last.history[0]["train_loss"]
-    assert events[3].loss_sum == pytest.approx(sum(event.loss for event in events[:4]))
-    assert events[4].loss == events[4].row["train_loss"] == pytest.approx(events[3].loss_sum / 4)
-    assert all(float(event.grad_norm) > 0 for event in events if event.row is None)
+    assert events[3].loss_sum == pytest.approx(sum(loss for event in events[:4] for loss in event.losses))
+    assert events[4].row["train_loss"] == pytest.approx(events[3].loss_sum / 4)
+    assert all(len(event.losses) == len(event.grad_norms) == (event.row is None) for event in events)
+    assert all(norm > 0 for event in events for norm in event.grad_norms)
     for event in events:
         assert (event.logits is None) == (event.row is None)
         if event.row is not None:
@@ -77,7 +78,7 @@ def test_an_event_for_every_step_and_every_epoch(events):
 @pytest.mark.parametrize("at", [0, 2, 3, 4, 8, 12])
 def test_resumed_from_any_event_it_ends_the_same(steps, start, events, at):
     taken = events[at]
-    rest = list(loop.fit(steps, taken.state, start[1], DATA, SCHEDULE, taken.history, taken.loss_sum))
+    rest = list(loop.fit(steps, taken.state, start[1], DATA, SCHEDULE, taken.history, taken.loss_sum, 0))
     # After the last step of an epoch, its evaluation was not reached: a checkpoint is only taken behind it.
     if taken.row is None and taken.step % 4 == 0:
         assert rest[0].epoch == taken.epoch + 1
@@ -85,6 +86,52 @@ def test_resumed_from_any_event_it_ends_the_same(steps, start, events, at):
     chex.assert_trees_all_equal(rest[-1].state, events[-1].state)
     assert rest[-1].history == events[-1].history
     assert len(rest) == len(events) - at - 1
+
+
+def test_the_numbers_do_not_depend_on_when_events_come(steps, start, events):
+    """Seen once an epoch only, the steps are the same, and so is every loss."""
+    seldom = list(loop.fit(steps, *start, DATA, SCHEDULE, every=1e9))
+    assert [(event.epoch, event.step, len(event.losses)) for event in seldom] == [
+        (1, 4, 4), (1, 4, 0), (2, 8, 4), (2, 8, 0), (3, 12, 4), (3, 12, 0),
+    ]  # fmt: skip
+    assert [x for event in seldom for x in event.losses] == [x for event in events for x in event.losses]
+    assert seldom[-1].history == events[-1].history
+    chex.assert_trees_all_equal(seldom[-1].state, events[-1].state)
+
+
+def test_the_host_waits_for_the_device_two_steps_behind(steps, start, monkeypatch):
+    made, waited = [], []
+
+    def train(*args):
+        state, metrics = steps.train(*args)
+        made.append(metrics)
+        return state, metrics
+
+    def wait(x):
+        waited.append((len(made), next(i for i, m in enumerate(made) if m.loss is x)))
+        return x
+
+    monkeypatch.setattr(loop.jax, "block_until_ready", wait)
+    next(loop.fit(steps._replace(train=train), *start, DATA, SCHEDULE, every=1e9))
+    assert waited == [(3, 0), (4, 1)]
+
+
+def test_an_answer_that_is_not_finite_is_one_line(steps, start):
+    bad = lambda trainable, frozen, batch: np.full((len(batch.labels), 2), np.nan)
+    with pytest.raises(UserError, match="answers are not finite after step 4"):
+        list(loop.fit(steps._replace(eval=bad), *start, DATA, SCHEDULE))
+
+
+def test_prepared_programs_are_all_that_a_run_needs(start):
+    train = chex.assert_max_traces(stepping.train_step(MODEL, METHOD, OPTIMIZER), n=2)
+    steps = Steps.compiled(train, chex.assert_max_traces(stepping.eval_step(MODEL, METHOD), n=2))
+    chex.clear_trace_counter()
+    loop.prepare(steps, *start, DATA, SCHEDULE)
+    spent = steps.train.seconds, steps.eval.seconds
+    assert min(spent) > 0
+    state = jax.tree.map(jax.numpy.array, start[0])  # its buffers are given up
+    list(loop.fit(steps, state, start[1], DATA, SCHEDULE))
+    assert (steps.train.seconds, steps.eval.seconds) == spent
 
 
 def test_a_finished_run_has_no_more_events(steps, start, events):
@@ -117,8 +164,8 @@ def test_the_task_s_own_loss_and_score_are_used(start):
     losses = []
     for each in (stepping.example_losses, own.loss):
         train = jax.jit(stepping.train_step(MODEL, METHOD, OPTIMIZER, each))
-        event = next(loop.fit(Steps(train, None), *start, data, schedule))
-        losses.append(event.loss)
+        event = next(loop.fit(Steps(train, None), *start, data, schedule, every=0))
+        losses += event.losses
     assert losses[1] == pytest.approx(2 * losses[0], rel=1e-5)
     evaluate = lambda trainable, frozen, batch: np.zeros((len(batch.labels), 2))
     train = lambda state, frozen, batch, key: (state._replace(step=state.step + 1), stepping.StepMetrics(1.0, 1.0))
