@@ -1,7 +1,7 @@
 """Pictures: Fisher information by layer and module, the scores of candidates and which one was kept, methods."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,4 +185,39 @@ def methods(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
     panel.set_xlabel("trained share of bert-base in percent, without the head (blue: merges into the base)")
     panel.set_ylabel(f"{primary} in percent")
     panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def curves(
+    path: Path, histories: Mapping[int, Sequence[Mapping[str, float]]], primary: str, baseline: float, title: str
+) -> None:
+    """Writes a PNG: the training loss and the score after every epoch, one line a seed.
+
+    Args:
+      path: of the PNG.
+      histories: by seed, a row for every epoch with "epoch", "train_loss" and the scores.
+      primary: the score to show.
+      baseline: what an answer scores that reads no text.
+      title: stands above.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, scores = figure.subplots(1, 2)
+    for seed, rows in histories.items():
+        epochs = [row["epoch"] for row in rows]
+        losses.plot(epochs, [row["train_loss"] for row in rows], "o-", markersize=3, label=f"seed {seed}")
+        scores.plot(epochs, [100 * row[primary] for row in rows], "o-", markersize=3, label=f"seed {seed}")
+    scores.axhline(100 * baseline, color="grey", linestyle="--", linewidth=1, label="without reading")
+    losses.set_ylabel("mean training loss of the epoch")
+    scores.set_ylabel(f"{primary} in percent")
+    for panel in (losses, scores):
+        panel.set_xlabel("epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+    scores.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)

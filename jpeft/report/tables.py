@@ -60,6 +60,7 @@ def markdown(
     summaries: Mapping[int, str],
     picture: str | None,
     maps: Sequence[str] = (),
+    curves: str | None = None,
 ) -> str:
     """The page.
 
@@ -69,10 +70,13 @@ def markdown(
       summaries: by seed, the Markdown table of what trains and what stays.
       picture: file name of the picture of the scores, or None.
       maps: file names of pictures of Fisher information by layer and module.
+      curves: file name of the picture of losses and scores by epoch, or None.
     """
     lines = [f"# {report['method']} on {report['task']} ({report['model']})", "", *_scores(report)]
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {text}" for text in report["warnings"])]
+    if curves:
+        lines += ["", f"![Training loss and score by epoch]({curves})"]
     if plans:
         lines += ["", "## Which module each layer got", ""]
         lines += [f"- seed {seed}: layers " + "; ".join(plan_lines(plan)) for seed, plan in plans.items()]
@@ -94,7 +98,8 @@ def markdown(
 def _scores(report: Mapping[str, Any]) -> list[str]:
     metrics, split = report["metrics"], report["split"]
     names = list(metrics["mean"])
-    lines = [f"Scores on the {split} split, in percent, of the last epoch, which is saved; best in brackets.", ""]
+    saved = "the best epoch is saved" if report["recipe"].get("export") == "best" else "which is saved"
+    lines = [f"Scores on the {split} split, in percent, of the last epoch, {saved}; best in brackets.", ""]
     lines += ["| seed | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for row in metrics["per_seed"]:
         cells = (f"{percent(row['last'][name])} ({percent(row['best'][name])})" for name in names)

@@ -1,5 +1,6 @@
 """The configuration of a run: its fields and defaults, and the check that comes before any work."""
 
+import importlib.util
 import inspect
 import types
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,9 @@ def default(task: str, method: str) -> Config:
     the method's own, `init_from` new modules, or those of another run's model folder,
     `train.max_train_examples` all, `fishpal.plan` the plan that `fishpal.criterion` finds,
     `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
+
+    `train.export` says which epoch's modules are saved in the end: the last, or the best on the evaluation split.
+    `train.remat` recomputes each layer in the backward pass; `train.tensorboard` writes the log for it, too.
     """
     return ConfigDict(
         {
@@ -97,6 +101,9 @@ def default(task: str, method: str) -> Config:
                 "max_length": 128,
                 "max_train_examples": placeholder(int),
                 "dtype": "float32",
+                "remat": False,
+                "export": "last",
+                "tensorboard": False,
             },
             "seeds": (11,),
         }
@@ -259,6 +266,10 @@ def check(config: Config) -> None:
     _above_zero("train.learning_rate", learning_rate(config))
     if not 0 <= train.warmup_ratio < 1:
         raise UserError(f"config.train.warmup_ratio must be at least 0 and below 1, got {train.warmup_ratio}")
+    if train.export not in ("last", "best"):
+        raise UserError(f"config.train.export must be 'last' or 'best', got {train.export!r}")
+    if train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise UserError("config.train.tensorboard needs tensorboardX: pip install tensorboardX")
     if train.dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.train.dtype must be 'float32' or 'bfloat16', got {train.dtype!r}")
     _check_seeds(config.seeds)

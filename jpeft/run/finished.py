@@ -28,8 +28,8 @@ from jpeft.version import __version__
 
 __all__ = ["Result", "count", "peak_memory", "read", "save", "write"]
 
-PICTURE = "choice.png"
-RECIPE = ("num_epochs", "batch_size", "max_length", "dtype", "warmup_ratio", "weight_decay")
+PICTURE, CURVES = "choice.png", "curves.png"
+RECIPE = ("num_epochs", "batch_size", "max_length", "dtype", "warmup_ratio", "weight_decay", "export")
 RESULT = "result of one seed"  # the kind of the record
 
 
@@ -143,7 +143,13 @@ def write(
     files.write_record(workdir / "report.json", tables.REPORT, report)
     summaries = {seed: result.summary for seed, result in results.items()}
     maps = [f"{f.name}/{path.name}" for f in folders.values() for path in sorted(f.glob("fisher*.png"))]
-    page = tables.markdown(report, chosen, summaries, PICTURE if choices else None, maps)
+    curves = CURVES if config.train.num_epochs > 1 else None
+    if curves is not None:
+        histories = {seed: result.history for seed, result in results.items()}
+        baseline = report["baseline"]["metrics"][task.primary]
+        title = f"{config.method} on {config.task}, {config.model}"
+        plots.curves(workdir / curves, histories, task.primary, baseline, title)
+    page = tables.markdown(report, chosen, summaries, PICTURE if choices else None, maps, curves)
     files.write_text(workdir / "report.md", page)
     console.say()
     console.say(tables.compare([report]))

@@ -1,6 +1,7 @@
 """One seed of a run: what it starts from, and how it is trained."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from jpeft.training.loop import Event, Schedule, Steps, evaluate, fit, prepare
 __all__ = ["Seed", "begin", "load_model", "train"]
 
 CHECKPOINT_SECONDS = 300.0  # between the ends of epochs, which are always saved
+BEST = "best.safetensors"  # what trains, as it was after the best epoch
 EVENT_SECONDS = 0.2  # between looks at the losses, which move the bar
 LOG_EVERY = 50  # steps
 
@@ -87,7 +89,13 @@ def load_model(config: Config, num_labels: int, seed: int) -> Pretrained:
     Raises:
       UserError: if it cannot be loaded, or does not fit the config.
     """
-    base = pretrained.load(config.model, num_labels=num_labels, key=jax.random.key(seed), dtype=config.train.dtype)
+    base = pretrained.load(
+        config.model,
+        num_labels=num_labels,
+        key=jax.random.key(seed),
+        dtype=config.train.dtype,
+        remat=config.train.remat,
+    )
     if config.train.max_length > base.config.max_length:
         longest = base.config.max_length
         raise UserError(f"config.train.max_length {config.train.max_length}: {config.model} takes at most {longest}")
@@ -119,7 +127,7 @@ def train(seed: Seed, method: Transform | Chain, parts: Partition) -> Event:
         state, (history, loss_sum, spent) = restored
         clock.seconds.update(spent)
         seed.console.say(f"resuming at step {int(state.step):,} of {total:,}")
-    log, saved = Log(seed.workdir / "metrics.jsonl", seed.seed, int(state.step)), time.monotonic()
+    log, saved = Log(seed, int(state.step)), time.monotonic()
     primary = seed.data.task.primary
     clock.start(lambda: sum(getattr(fn, "seconds", 0.0) for fn in steps))
     event = Event(state, config.train.num_epochs, int(state.step), (), (), loss_sum, tuple(history))
@@ -131,6 +139,8 @@ def train(seed: Seed, method: Transform | Chain, parts: Partition) -> Event:
             clock.lap("train" if event.row is None else "evaluate")
             log.write(event)
             bar.show(event, primary, config.train.batch_size)
+            if event.row is not None and config.train.export == "best" and _is_best(event.history, primary):
+                files.write_leaves(seed.folder / BEST, jax.device_get(event.state.trainable))
             # Not after the last step of an epoch: its checkpoint is the one that also holds the scores.
             between = event.row is None and event.step % per_epoch != 0
             if event.row is not None or (between and (stopping() or time.monotonic() - saved > CHECKPOINT_SECONDS)):
@@ -140,18 +150,33 @@ def train(seed: Seed, method: Transform | Chain, parts: Partition) -> Event:
                 clock.start()
                 if stopping() and event.step < total:
                     raise Stopped(f"stopped and saved at step {event.step:,} of {total:,}")
-    if event.logits is None:  # stopped between the last checkpoint and the end of the run
+    if config.train.export == "best" and not _is_best(event.history, primary):
+        trainable = jax.tree.map(jax.numpy.asarray, files.read_leaves(seed.folder / BEST))
+        event = event._replace(state=event.state._replace(trainable=trainable), logits=None)
+    if event.logits is None:  # of the best epoch; or stopped between the last checkpoint and the end of the run
         logits = evaluate(steps.eval, event.state.trainable, parts.frozen, seed.data.dev, seed.data.eval_buckets)
         event = event._replace(logits=logits)
     return event
 
 
-class Log:
-    """The lines of one seed in `metrics.jsonl`; what an interrupted run wrote beyond its checkpoint is dropped."""
+def _is_best(history: Sequence[dict[str, Any]], primary: str) -> bool:
+    """Whether the last epoch is the best so far; of equal ones, the first is."""
+    return all(row[primary] < history[-1][primary] for row in history[:-1])
 
-    def __init__(self, path: Path, seed: int, reached: int):
-        self._path, self._seed = path, seed
-        files.keep_lines(path, lambda row: row["seed"] != seed or row["step"] <= reached)
+
+class Log:
+    """The lines of one seed in `metrics.jsonl`; what an interrupted run wrote beyond its checkpoint is dropped.
+
+    With `config.train.tensorboard`, the same numbers go to `seed_<n>/tensorboard`.
+    """
+
+    def __init__(self, seed: Seed, reached: int):
+        self._path, self._seed, self._writer = seed.workdir / "metrics.jsonl", seed.seed, None
+        files.keep_lines(self._path, lambda row: row["seed"] != seed.seed or row["step"] <= reached)
+        if seed.config.train.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(seed.folder / "tensorboard"), purge_step=reached + 1)
 
     def write(self, event: Event) -> None:
         """Appends the row of an epoch, and of every `LOG_EVERY`th step."""
@@ -164,3 +189,7 @@ class Log:
 
     def _append(self, row: dict[str, Any]) -> None:
         files.append_json(self._path, {"seed": self._seed, **row})
+        if self._writer is not None:
+            for name in row.keys() - {"epoch", "step"}:
+                self._writer.add_scalar(name, row[name], row["step"])
+            self._writer.flush()

@@ -86,3 +86,11 @@ def test_rounding_error_does_not_take_up_the_scale_of_a_map(tmp_path):
         plots.fisher_map(tmp_path / "x.png", everything, "title")
         pictures.append((tmp_path / "x.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_curves_have_a_line_for_every_seed(tmp_path):
+    rows = [{"epoch": i, "train_loss": 1 / i, "accuracy": 0.6 + 0.02 * i} for i in (1, 2, 3)]
+    plots.curves(tmp_path / "one.png", {11: rows}, "accuracy", 0.68, "title")
+    plots.curves(tmp_path / "two.png", {11: rows, 22: rows[::-1]}, "accuracy", 0.68, "title")
+    assert size(tmp_path / "one.png") == size(tmp_path / "two.png") == (1080, 408)
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()

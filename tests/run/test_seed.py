@@ -6,6 +6,7 @@ import signal
 
 import chex
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from training.test_loop import DATA, METHOD, MODEL
@@ -22,7 +23,15 @@ from jpeft.training.loop import Steps
 CONFIG = ConfigDict(
     {
         "method": "lora",
-        "train": {"num_epochs": 3, "batch_size": 8, "warmup_ratio": 0.1, "weight_decay": 0.1, "learning_rate": 1e-2},
+        "train": {
+            "num_epochs": 3,
+            "batch_size": 8,
+            "warmup_ratio": 0.1,
+            "weight_decay": 0.1,
+            "learning_rate": 1e-2,
+            "export": "last",
+            "tensorboard": False,
+        },
     }
 )
 
@@ -150,6 +159,36 @@ def test_seconds_add_up_over_starts(tmp_path, start):
     assert restored is not None
     assert set(seconds) == {"fisher", "compile", "train", "evaluate"}
     assert seconds["train"] >= restored.progress.seconds["train"] > 0
+
+
+@pytest.fixture
+def falling(monkeypatch):
+    """A task whose first epoch is the best."""
+    scores = iter([0.9, 0.5, 0.7] * 9)
+    monkeypatch.setattr(type(DATA.task), "score", lambda *_: {"accuracy": next(scores), "f1": 0.0})
+
+
+def test_the_best_epoch_is_given_back_if_the_config_says_so(tmp_path, start, whole, falling, monkeypatch):
+    config = CONFIG.copy_and_resolve_references()
+    config.train.export = "best"
+    monkeypatch.setattr(running, "EVENT_SECONDS", 0.0)
+    monkeypatch.setitem(globals(), "CONFIG", config)
+    with pytest.raises(Killed):
+        start(tmp_path / "killed", 4)  # the first epoch has four steps
+    first = checkpoint.restore(tmp_path / "killed" / "seed_5" / "checkpoints", whole.state)
+    assert first is not None
+    last, _ = start(tmp_path / "killed")
+    chex.assert_trees_all_equal(last.state.trainable, first.state.trainable)
+    assert [row["accuracy"] for row in last.history] == [0.9, 0.5, 0.7]
+    assert np.abs(last.logits - whole.logits).max() > 1e-4
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path, start, monkeypatch):
+    config = CONFIG.copy_and_resolve_references()
+    config.train.tensorboard = True
+    monkeypatch.setitem(globals(), "CONFIG", config)
+    start(tmp_path)
+    assert list((tmp_path / "seed_5" / "tensorboard").glob("events.*"))
 
 
 def test_steps_are_logged(tmp_path, start, monkeypatch):
