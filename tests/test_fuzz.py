@@ -125,7 +125,7 @@ def test_records(tmp_path, kind, capsys):
         finished.save(path, result)
         read = lambda: finished.read(path)._asdict()
     elif kind == "inputs":
-        inputs = workdirs.Inputs("here", (3, "a"), (3, "b"), "c", "d", "", 1)
+        inputs = workdirs.Inputs("here", (3, "a"), (3, "b"), "c", "e", "d", "", 1)
         files.write_record(path, "list of a run's inputs", inputs._asdict())
         read = lambda: files.read_record(path, "list of a run's inputs")
     else:
@@ -167,7 +167,16 @@ def test_model_folders(tmp_path, tiny_model, name):
     loaded = pretrained.load(tiny_model, num_labels=2, key=jax.random.key(0))
     trainable = {"params": {"classifier": loaded.params["classifier"]}, "peft": {}}
     modules.save(
-        tmp_path, trainable, [], base="x", fingerprint="y", task="mrpc", labels=("a", "b"), max_length=8, num_texts=1
+        tmp_path,
+        trainable,
+        [],
+        base="x",
+        fingerprint="y",
+        identity={},
+        task="mrpc",
+        labels=("a", "b"),
+        max_length=8,
+        num_texts=1,
     )
     whole = (tmp_path / name).read_bytes()
     read = lambda: json.dumps(modules.verify(tmp_path), sort_keys=True)

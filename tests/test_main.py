@@ -9,6 +9,7 @@ import pytest
 
 import jpeft
 from jpeft import main as program
+from jpeft.core import files
 
 # ml_collections loads the config file with it.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -203,7 +204,9 @@ def test_labels_that_do_not_fit(failing, config, tmp_path, tiny_glue):
 
 def test_a_workdir_of_another_config(failing, config, tmp_path):
     (tmp_path / "work" / "seed_11" / "model").mkdir(parents=True)
-    (tmp_path / "work" / "config.json").write_text(json.dumps({"task": "mrpc", "train": {"num_epochs": 9}}))
+    files.write_record(
+        tmp_path / "work" / "config.json", "config of a run", {"task": "mrpc", "train": {"num_epochs": 9}}
+    )
     line = failing(f"--config={config}")
     assert "belongs to another config" in line
     assert "config.train.num_epochs was 9, now 1" in line

@@ -265,7 +265,10 @@ def find(
             raise UserError(f"{describe(site)} is not one of the {wanted}: {_described(suitable, wanted)}")
     if layers is None:
         return tuple(hits)
-    wanted_layers = set(layers)
+    given = tuple(layers)
+    wanted_layers = set(given)
+    if len(wanted_layers) < len(given):
+        raise UserError(f"layers names a layer twice: {given}")
     if not wanted_layers:
         raise UserError("layers is empty: expected at least one layer, or None for all")
     for layer in sorted(wanted_layers - {site.layer for site in hits}):

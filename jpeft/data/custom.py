@@ -110,6 +110,12 @@ def custom(
             raise UserError(f"config.data.{name}: {file} is of an unknown kind: expected {', '.join(ENDINGS)}")
     if not 1 <= len(text) <= 2:
         raise UserError(f"config.data.text must name one or two columns, got {tuple(text)}")
+    if len(set(text)) < len(text) or label in text:
+        raise UserError(
+            f"config.data.text and config.data.label must name distinct columns, got {tuple(text)}, {label!r}"
+        )
+    if not 0 <= split_seed < 2**32:
+        raise UserError(f"config.data.split_seed must be from 0 to 2**32 - 1, got {split_seed}")
     if not 0 < validation_fraction < 1:
         raise UserError(f"config.data.validation_fraction must be above 0 and below 1, got {validation_fraction}")
     classes = () if regression else _classes(Path(train), label, labels)

@@ -12,7 +12,7 @@ from typing import Any
 from jpeft.core.errors import UserError, nearest
 from jpeft.data.task import Task
 
-__all__ = ["ENDINGS", "columns", "rows"]
+__all__ = ["ENDINGS", "columns", "is_unicode", "rows"]
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
@@ -29,16 +29,18 @@ def rows(file: Path) -> Iterator[Mapping[str, Any]]:
         from pyarrow import parquet
 
         try:
-            yield from parquet.read_table(file).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
+            found = parquet.read_table(file).to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise UserError(f"{file} is not a readable parquet file ({type(error).__name__})") from error
+        yield from found
     elif ending == "jsonl":
         for number, line in enumerate(_lines(file), start=1):
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_once)
             except json.JSONDecodeError as error:
                 raise UserError(f"{file}, row {number}: not JSON, {error.msg} at column {error.colno}") from error
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets without end
+            # A name that is there twice, a number of thousands of digits, brackets without end.
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}, row {number}: not JSON that can be read ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{file}, row {number}: not a JSON object")
@@ -70,7 +72,7 @@ def columns(file: Path, task: Task, hidden: bool, label: str = "label") -> dict[
                 raise UserError(f"{where}: no column {name!r}; {nearest(name, row)}")
             if not isinstance(row[name], str):
                 raise UserError(f"{where}: {name!r} is {row[name]!r}, which is not text")
-            if not _is_unicode(row[name]):
+            if not is_unicode(row[name]):
                 raise UserError(f"{where}: {name!r} holds half of a surrogate pair, which is not a character")
             found[name].append(row[name])
         if label not in row and not hidden:
@@ -82,7 +84,16 @@ def columns(file: Path, task: Task, hidden: bool, label: str = "label") -> dict[
     return found
 
 
-def _is_unicode(text: str) -> bool:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of two equal names, `json` would drop the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def is_unicode(text: str) -> bool:
+    """Whether text has no half of a surrogate pair, which JSON can write and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:

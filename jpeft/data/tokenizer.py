@@ -34,6 +34,13 @@ def load(folder: Path, vocab_size: int) -> Any:
         raise UserError(
             f"{folder} holds no vocabulary: expected {' or '.join(files)} of the base model beside its weights"
         )
+    try:
+        tokenizer("a")
+    except Exception as error:  # as above
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the tokenizer in {folder} cannot read text ({reason:.120})") from None
+    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):
+        raise UserError(f"the tokenizer in {folder} knows no words: expected the base model's vocabulary")
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         raise UserError(

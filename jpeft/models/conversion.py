@@ -118,6 +118,8 @@ def from_hf(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> tuple[dict
     if codes := [name for name, x in bare.items() if not jnp.issubdtype(x.dtype, jnp.floating)]:
         raise UserError(f"expected tensors of floats, found {bare[codes[0]].dtype} in {listed(codes)}")
     flat = {path: _turned(path, bare[name]) for name, path in paths.items()}
+    if bad := [path for path, x in flat.items() if not np.isfinite(x).all()]:
+        raise UserError(f"the checkpoint has numbers that are not finite in {listed(bad)}")
     return unflatten_dict(flat, sep="/"), fresh
 
 

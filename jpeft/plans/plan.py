@@ -9,7 +9,6 @@ not list are not in the graph.
 import inspect
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +57,7 @@ def make(method: str, **options: Any) -> Transform | Chain:
     return factory(**options)
 
 
+MAX_FLOAT32 = 3.4e38
 _WORDS = {
     bool: "true or false", int: "an integer", float: "a finite number", str: "a string", NoneType: "null",
     Sequence: "a list", Mapping: "an object",
@@ -70,7 +70,7 @@ def _is(value: Any, kind: Any) -> bool:
     if origin is float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
-        return abs(value) <= sys.float_info.max  # an int of JSON may be beyond all floats; nan compares as false
+        return abs(value) <= MAX_FLOAT32  # an int of JSON may be beyond all floats; nan compares as false
     if origin is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin is Sequence:
@@ -197,7 +197,7 @@ def loads(text: str, source: str = "plan") -> Plan:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not JSON: {error}") from None
     if not isinstance(raw, dict) or not all(
-        re.fullmatch("0|[1-9][0-9]*", layer) and isinstance(raw[layer], list) for layer in raw
+        re.fullmatch("0|[1-9][0-9]{0,5}", layer) and isinstance(raw[layer], list) for layer in raw
     ):
         shape = '{"<layer>": [{"method": ..., "options": {...}}, ...], ...}'
         raise UserError(f"{source} is not a plan: expected {shape}")

@@ -10,8 +10,11 @@ from jpeft.report.tables import REPORT, compare
 
 def main(argv: list[str]) -> int:
     """Prints one row for each workdir; exit code 2 if one has no report."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     try:
-        if not argv or argv[0] in ("-h", "--help"):
+        if not argv:
             raise UserError("name one or more workdirs: python -m jpeft.report runs/a runs/b")
         missing = [folder for folder in argv if not (Path(folder) / "report.json").is_file()]
         if missing:

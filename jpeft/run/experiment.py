@@ -13,6 +13,7 @@ from jpeft.core.partition import partition
 from jpeft.core.summary import summary
 from jpeft.data import batching
 from jpeft.data import tokenizer as tokenizers
+from jpeft.data.batching import Examples
 from jpeft.data.task import Data, Task
 from jpeft.models import BertConfig, pretrained
 from jpeft.models.pretrained import Pretrained
@@ -26,7 +27,7 @@ from jpeft.run.clock import Clock
 from jpeft.run.config import Config
 from jpeft.run.console import Console
 from jpeft.run.finished import Result
-from jpeft.run.seed import begin, load_model, train
+from jpeft.run.seed import begin, load_model, mend_log, train
 from jpeft.run.start import start
 from jpeft.run.workdir import Inputs
 from jpeft.store import modules as modules_on_disk
@@ -34,6 +35,7 @@ from jpeft.transforms.registry import METHODS
 
 __all__ = ["PREDICTIONS", "load", "run"]
 
+MOST_UNKNOWN = 0.5  # share of the words
 COMPILE_TOKENS = 8000  # of MiniLM, 384 wide, that two cores train on in the time of one compilation
 PREDICTIONS = "predictions.safetensors"  # "logits" [n, num_labels] and "labels" [n] of the dev examples, in their order
 
@@ -81,12 +83,14 @@ def _run(config: Config, workdir: Path, console: Console, command: str | None) -
 def _intact(path: Path, seed: int, console: Console) -> bool:
     """Whether all that a finished seed should have left is there and as it was written."""
     try:
-        finished.read(path)
+        result = finished.read(path)
         modules_on_disk.verify(path.parent / "model")
         files.read_leaves(path.parent / PREDICTIONS)
     except UserError as error:
         console.warn(f"seed {seed} is finished, but {error}; made again, from the last checkpoint if there is one")
         return False
+    if mend_log(path.parents[1], seed, result.history, result.history[-1]["step"]):
+        console.warn(f"metrics.jsonl lacked epochs of seed {seed}, which were added")
     return True
 
 
@@ -128,9 +132,26 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
     tokenizer = tokenizers.load(base.folder, base.config.vocab_size)
     given = splits.splits | {"train": _few(splits.splits["train"], config.train.max_train_examples)}
     train, dev = (task.encode(given[name], tokenizer, config.train.max_length) for name in ("train", task.eval_split))
+    _check_known(train, tokenizer, base.folder, console)
+    if task.labels:
+        counts = np.bincount(train.labels, minlength=len(task.labels))
+        for name in (name for name, n in zip(task.labels, counts, strict=True) if n == 0):
+            console.warn(f"no training row has the label {name!r}")
     passes = config.train.num_epochs * len(config.seeds)
     buckets, dev_buckets = (_buckets(examples.lengths, base.config, passes) for examples in (train, dev))
     return Data(task, train, dev, buckets, dev_buckets), splits.source
+
+
+def _check_known(examples: Examples, tokenizer: Any, folder: Path, console: Console) -> None:
+    """Finds that the tokenizer knows the words of the texts: on unknown ones, nothing can be learned."""
+    ids = np.concatenate(examples.input_ids)
+    words = ids[~np.isin(ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])]
+    unknown = float(np.mean(words == tokenizer.unk_token_id)) if len(words) else 0.0
+    told = f"{100 * unknown:.0f} % of the words are unknown to the tokenizer in {folder}"
+    if unknown > MOST_UNKNOWN:
+        raise UserError(f"{told}: expected one for the language of the texts")
+    if unknown > 0.1:
+        console.warn(told)
 
 
 def _buckets(lengths: np.ndarray, model: BertConfig, passes: int) -> tuple[int, ...]:
@@ -179,6 +200,7 @@ def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: C
         modules,
         base=seed.base.source,
         fingerprint=pretrained.fingerprint(parts.frozen["params"]),
+        identity=pretrained.identity(seed.base),
         task=data.task.name,
         labels=data.task.labels,
         max_length=config.train.max_length,

@@ -25,9 +25,10 @@ from jpeft.run.stopping import Stopped, deferred
 from jpeft.training import checkpoint, optim, step
 from jpeft.training.loop import Event, Schedule, Steps, evaluate, fit, prepare
 
-__all__ = ["Seed", "begin", "load_model", "train"]
+__all__ = ["Seed", "begin", "load_model", "mend_log", "train"]
 
 CHECKPOINT_SECONDS = 300.0  # between the ends of epochs, which are always saved
+LOG = "metrics.jsonl"
 BEST = "best.safetensors"  # what trains, as it was after the best epoch
 EVENT_SECONDS = 0.2  # between looks at the losses, which move the bar
 LOG_EVERY = 50  # steps
@@ -127,7 +128,7 @@ def train(seed: Seed, method: Transform | Chain, parts: Partition) -> Event:
         state, (history, loss_sum, spent) = restored
         clock.seconds.update(spent)
         seed.console.say(f"resuming at step {int(state.step):,} of {total:,}")
-    log, saved = Log(seed, int(state.step)), time.monotonic()
+    log, saved = Log(seed, int(state.step), history), time.monotonic()
     primary = seed.data.task.primary
     clock.start(lambda: sum(getattr(fn, "seconds", 0.0) for fn in steps))
     event = Event(state, config.train.num_epochs, int(state.step), (), (), loss_sum, tuple(history))
@@ -164,15 +165,43 @@ def _is_best(history: Sequence[dict[str, Any]], primary: str) -> bool:
     return all(row[primary] < history[-1][primary] for row in history[:-1])
 
 
+def mend_log(workdir: Path, seed: int, history: Sequence[dict[str, Any]], reached: int) -> bool:
+    """Drops what `metrics.jsonl` has of a seed beyond a step, and adds what it lacks of its epochs.
+
+    Returns:
+      Whether it lacked any.
+
+    Raises:
+      UserError: if something else than a file is in its place.
+    """
+    path = workdir / LOG
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file: delete it")
+    found: list[dict[str, Any]] = []
+
+    def keep(row: Any) -> bool:
+        kept = row["seed"] != seed or row["step"] <= reached
+        if kept:
+            found.append(row)
+        return kept
+
+    files.keep_lines(path, keep)
+    lacking = [row for each in history if (row := {"seed": seed, **each}) not in found]
+    for row in lacking:
+        files.append_json(path, row)
+    return bool(lacking)
+
+
 class Log:
     """The lines of one seed in `metrics.jsonl`; what an interrupted run wrote beyond its checkpoint is dropped.
 
     With `config.train.tensorboard`, the same numbers go to `seed_<n>/tensorboard`.
     """
 
-    def __init__(self, seed: Seed, reached: int):
-        self._path, self._seed, self._writer = seed.workdir / "metrics.jsonl", seed.seed, None
-        files.keep_lines(self._path, lambda row: row["seed"] != seed.seed or row["step"] <= reached)
+    def __init__(self, seed: Seed, reached: int, history: Sequence[dict[str, Any]]):
+        self._path, self._seed, self._writer = seed.workdir / LOG, seed.seed, None
+        if mend_log(seed.workdir, seed.seed, history, reached):
+            seed.console.warn(f"{self._path} lacked epochs of seed {seed.seed}, which were added")
         if seed.config.train.tensorboard:
             from tensorboardX import SummaryWriter
 

@@ -17,7 +17,7 @@ from jpeft.core import files
 from jpeft.core.errors import UserError
 from jpeft.data.batching import Examples
 from jpeft.data.task import Data
-from jpeft.models.pretrained import Pretrained, fingerprint, tokenizer_files
+from jpeft.models.pretrained import Pretrained, fingerprint, identity
 from jpeft.run.config import Config
 from jpeft.store.modules import verify
 from jpeft.version import RESULTS
@@ -25,6 +25,7 @@ from jpeft.version import RESULTS
 __all__ = ["Inputs", "begin", "check", "check_config", "inputs", "locked"]
 
 SHOWN = 4  # differences in a message
+KIND = "config of a run"
 CONFIG, INPUTS = "config.json", "inputs.json"
 
 
@@ -36,6 +37,7 @@ class Inputs(NamedTuple):
       train: number and hash of the tokenised examples to train on, with their labels.
       dev: likewise of those to evaluate on.
       tokenizer: hash of the tokenizer's files.
+      config: hash of the shape of the base model, as its config.json has it.
       base: hash of the pretrained parameters.
       init_from: hash of the modules that training starts from; "" where it starts anew.
       results: `jpeft.version.RESULTS`, which changes when the same inputs give other numbers.
@@ -45,6 +47,7 @@ class Inputs(NamedTuple):
     train: tuple[int, str]
     dev: tuple[int, str]
     tokenizer: str
+    config: str
     base: str
     init_from: str
     results: int
@@ -57,11 +60,8 @@ def inputs(data: Data, base: Pretrained, source: str, init_from: str | None = No
       UserError: if `init_from` is not a folder of modules.
     """
     given = {name: x for name, x in base.params.items() if name not in base.fresh}
-    digest = hashlib.sha256()
-    for file in tokenizer_files(base.folder):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    found = (_digest(data.train), _digest(data.dev), digest.hexdigest(), fingerprint(given), _modules(init_from))
-    return Inputs(source, *found, RESULTS)
+    rest = {**identity(base), "base": fingerprint(given), "init_from": _modules(init_from), "results": RESULTS}
+    return Inputs(source, _digest(data.train), _digest(data.dev), **rest)
 
 
 def _digest(examples: Examples) -> tuple[int, str]:
@@ -86,6 +86,15 @@ def locked(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: if another process holds it, or it is not a folder.
     """
+    try:
+        str(workdir).encode()  # Orbax needs a name that is UTF-8
+        own = workdir.resolve()
+    except (UnicodeEncodeError, ValueError):
+        raise UserError(f"workdir {str(workdir)!r} is not the name of a folder") from None
+    if own == Path.home() or own in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(
+            f"workdir {workdir} holds other things than a run: choose a folder of its own, such as runs/mine"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -114,9 +123,8 @@ def check_config(workdir: Path, config: Config) -> None:
     path = workdir / CONFIG
     if not _begun(workdir):
         return
-    read = files.read_json(path)
-    if not isinstance(read, dict):
-        raise UserError(f"{path} is not the config of a run: choose another --workdir")
+    _exists(path)
+    read = files.read_record(path, KIND)
     now = _json(config)
     had = read.get("seeds")
     if isinstance(had, list) and all(seed in now["seeds"] for seed in had):
@@ -137,15 +145,23 @@ def begin(workdir: Path, config: Config, now: Inputs) -> None:
     """
     path = workdir / INPUTS
     if _begun(workdir):
+        _exists(path)
         check(files.read_record(path, "list of a run's inputs"), now, workdir)
     else:
         files.write_record(path, "list of a run's inputs", now._asdict())
-    files.write_json(workdir / CONFIG, _json(config))
+    files.write_record(workdir / CONFIG, KIND, _json(config))
 
 
 def _begun(workdir: Path) -> bool:
     """Whether anything was computed. A run that failed before leaves its workdir to the one that is corrected."""
-    return (workdir / CONFIG).is_file() and next(workdir.glob("seed_*/*"), None) is not None
+    return next(workdir.glob("seed_*/*"), None) is not None
+
+
+def _exists(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(
+            f"workdir {path.parent} holds results, but no {path.name} that says of what: choose another --workdir"
+        )
 
 
 def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
@@ -164,6 +180,8 @@ def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
             told.append(f"the {what} data: {count}{moved}")
     if was.get("tokenizer") != new["tokenizer"]:
         told.append("the tokenizer's files")
+    if was.get("config") != new["config"]:
+        told.append("the base model's config.json")
     if was.get("base") != new["base"]:
         told.append("the base model's weights")
     if was.get("init_from") != new["init_from"]:

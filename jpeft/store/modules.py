@@ -60,6 +60,7 @@ def save(
     *,
     base: str,
     fingerprint: str,
+    identity: Mapping[str, str],
     task: str,
     labels: Sequence[str],
     max_length: int,
@@ -73,6 +74,7 @@ def save(
       modules: what to rebuild the transform from.
       base: the base model, a name or folder as given to `jpeft.models.pretrained.load`.
       fingerprint: of the base parameters that did not train.
+      identity: of the base model's shape and tokenizer, from `jpeft.models.pretrained.identity`.
       task: the task's name.
       labels: class names; () for regression.
       max_length: tokens that inputs were cut to.
@@ -87,7 +89,7 @@ def save(
         "format": FORMAT,
         "jpeft": __version__,
         "weights": file_hash(folder / WEIGHTS),
-        "base": {"name": base, "fingerprint": fingerprint},
+        "base": {"name": base, "fingerprint": fingerprint, **identity},
         "task": task,
         "labels": list(labels),
         "max_length": max_length,
@@ -155,6 +157,9 @@ def load(folder: str | Path, base: str | None = None) -> Saved:
     _, frozen = split(loaded.params, lambda path: path in trained)
     if pretrained.fingerprint(frozen) != description["base"]["fingerprint"]:
         raise UserError(f"{folder} was trained on other base weights than those of {name}: name them with `base`")
+    for what, found in pretrained.identity(loaded).items():
+        if found != description["base"][what]:
+            raise UserError(f"the {what} of {name} is not the one that {folder} was trained with: restore it")
     variables = {"params": union(loaded.params, kept["params"]), "peft": kept.get("peft", {})}
     return Saved(
         Bert(loaded.config),

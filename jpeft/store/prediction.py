@@ -8,6 +8,7 @@ import numpy as np
 from jpeft.core.errors import UserError
 from jpeft.data import tokenizer as tokenizers
 from jpeft.data.batching import Batch, eval_batches, length_buckets, tokenize
+from jpeft.data.rows import is_unicode
 from jpeft.store.modules import Saved
 from jpeft.training.step import forward
 
@@ -36,6 +37,10 @@ def predict(saved: Saved, texts: Sequence[str | tuple[str, str]]) -> np.ndarray:
       UserError: if `texts` is a single string, mixes sentences with pairs, or holds sentences although the model was
         trained on pairs, or the reverse; or if the tokenizer does not belong to the model.
     """
+    if not isinstance(saved, Saved):
+        raise UserError(f"expected what jpeft.load returns, got {type(saved).__name__}")
+    if not isinstance(texts, Sequence | np.ndarray) or (isinstance(texts, np.ndarray) and not texts.ndim):
+        raise UserError(f"expected a list of sentences or pairs, got {type(texts).__name__}")
     width = len(saved.labels) or 1
     if not len(texts):
         return np.zeros((0, width), np.float32)
@@ -59,7 +64,7 @@ def _columns(texts: Sequence[str | tuple[str, str]], wanted: int) -> dict[str, l
     rows = [tuple(row) if isinstance(row, tuple | list) else (row,) for row in texts]
     names = ("sentence1", "sentence2")[:wanted]
     for i, row in enumerate(rows):
-        if len(row) != wanted or not all(isinstance(text, str) for text in row):
+        if len(row) != wanted or not all(isinstance(text, str) and is_unicode(text) for text in row):
             what = "a sentence" if wanted == 1 else "a pair of sentences"
             raise UserError(f"text {i}: expected {what}, as in training, got {texts[i]!r:.60}")
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}

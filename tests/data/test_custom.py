@@ -111,6 +111,26 @@ def test_a_column_that_is_there_twice(tmp_path, ending):
         custom(write(tmp_path / f"train.{ending}", names=("one", "one", "answer")), ("one",), "answer")
 
 
+def test_a_name_that_is_there_twice_in_a_row(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"one": "a", "one": "b", "answer": "x"}\n')
+    with pytest.raises(UserError, match=r"row 1: .*twice"):
+        custom(str(tmp_path / "train.jsonl"), ("one",), "answer")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"text": ("one", "one")}, "must name distinct columns"),
+        ({"text": ("answer",)}, "must name distinct columns"),
+        ({"split_seed": -1}, "split_seed must be from 0"),
+    ],
+)
+def test_options_that_cannot_be(tmp_path, changes, says):
+    file = write(tmp_path / "train.csv")
+    with pytest.raises(UserError, match=says):
+        custom(**{"train": file, "text": ("one",), "label": "answer", **changes})
+
+
 def test_true_and_false_are_classes(tmp_path):
     task = custom(write(tmp_path / "train.jsonl", [("a", "b", True), ("c", "d", False)] * 3), ("one",), "answer")
     assert task.labels == ("false", "true")

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -41,3 +42,19 @@ def test_transformers_makes_an_empty_tokenizer_of_a_config_alone(folder, kind):
     (folder / "config.json").write_text(f'{{"model_type": "{kind}"}}')
     with pytest.raises(UserError, match=r"holds no vocabulary: expected (merges\.txt or )?tokenizer\.json or vocab"):
         tokenizer.load(folder, 30522)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({}, "cannot read"),
+        ({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}, "knows no words"),
+    ],
+)
+def test_a_vocabulary_without_words(folder, words, says):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] = words
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=says):
+        tokenizer.load(folder, 18)

@@ -358,3 +358,45 @@ def test_folded_modules_cannot_be_started_from(tiny_config, tmp_path):
     config.init_from = str(tmp_path / "first/seed_11/model")
     with pytest.raises(UserError, match="is saved folded"):
         run(config, tmp_path / "second")
+
+
+@pytest.mark.parametrize("text", [None, "", "[]\n", '{"seed": 11, "epoch": 1}\n'])
+def test_a_log_that_lost_its_epochs_gets_them_back(finished, text):
+    config, workdir, _ = finished
+    path = workdir / "metrics.jsonl"
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    _, console = again(config, workdir)
+    assert any("lacked epochs of seed 11" in told for told in console.warnings)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == before
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not a file"):
+        again(config, workdir)
+
+
+def test_texts_of_unknown_words_are_refused(tiny_config, tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\n" + "".join(f"{'qq ' * (i % 4)}dog,{i % 2}\n" for i in range(40)))
+    config = tiny_config("head", task="custom", num_epochs=1, max_length=8)
+    config.data.path, config.data.train, config.data.text = None, str(path), ("text",)
+    with pytest.raises(UserError, match="60 % of the words are unknown to the tokenizer"):
+        run(config, tmp_path / "work")
+
+
+def test_a_class_without_rows_is_warned_of(tiny_config, tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\n" + "".join(f"the dog,{'ab'[i % 2]}\n" for i in range(40)))
+    config = tiny_config("head", task="custom", num_epochs=1, max_length=8)
+    config.data.path, config.data.train, config.data.text, config.data.labels = (
+        None,
+        str(path),
+        ("text",),
+        ("a", "b", "c"),
+    )
+    report, console = again(config, tmp_path / "work")
+    assert "no training row has the label 'c'" in console.warnings
+    assert "no training row has the label 'c'" in report["warnings"]

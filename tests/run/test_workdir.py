@@ -1,9 +1,11 @@
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -45,7 +47,7 @@ def test_a_run_that_computed_nothing_leaves_its_workdir_to_another(tmp_path, tin
     other = workdirs.inputs(data(train=examples(label=0)), base, "here")
     workdirs.check_config(tmp_path, tiny_config("prefix"))
     workdirs.begin(tmp_path, tiny_config("prefix"), other)
-    assert json.loads((tmp_path / "config.json").read_text())["method"] == "prefix"
+    assert files.read_record(tmp_path / "config.json", workdirs.KIND)["method"] == "prefix"
 
 
 def refusal(begun, tiny_config, now):
@@ -94,6 +96,9 @@ def test_other_weights_and_another_tokenizer_are_named(begun, tiny_config, base,
     told = refusal(begun, tiny_config, workdirs.inputs(data(), base._replace(folder=tmp_path / "copy"), "here"))
     assert "the tokenizer's files" in told
     assert "the base model's weights" not in told
+    other = base._replace(config=dataclasses.replace(base.config, hidden_act="relu"))
+    told = refusal(begun, tiny_config, workdirs.inputs(data(), other, "here"))
+    assert "changed: the base model's config.json. Restore" in told
 
 
 def test_other_results_of_the_code_are_named(begun, tiny_config, base, monkeypatch):
@@ -114,10 +119,10 @@ def test_seeds_can_be_added_and_nothing_else_changed(begun, tiny_config):
         workdirs.check_config(begun, more)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"seeds": 3}', '{"seeds": [[]]}', "\xff", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"seeds": 3}', "\xff", "[" * 100_000])
 def test_a_broken_config_is_one_line(begun, tiny_config, text):
     (begun / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=r"config\.json|belongs to another config") as caught:
+    with pytest.raises(UserError, match=r"config\.json") as caught:
         workdirs.check_config(begun, tiny_config("lora"))
     assert len(str(caught.value)) < 1000
     assert "\n" not in str(caught.value)
@@ -131,8 +136,26 @@ def test_inputs_that_are_gone_or_edited_are_refused(begun, tiny_config, base):
     with pytest.raises(UserError, match=r"inputs\.json was changed"):
         workdirs.begin(begun, tiny_config("lora"), now)
     path.unlink()
-    with pytest.raises(UserError, match=r"there is no file .*inputs\.json"):
+    with pytest.raises(UserError, match=r"holds results, but no inputs\.json"):
         workdirs.begin(begun, tiny_config("lora"), now)
+
+
+@pytest.mark.parametrize("how", ["gone", "edited"])
+def test_a_config_that_is_gone_or_edited_is_refused(begun, tiny_config, how):
+    """Or another config could take over results that are not its own."""
+    path = begun / "config.json"
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_text(path.read_text().replace('"weight_decay": 0.1', '"weight_decay": 0.3'))
+    with pytest.raises(UserError, match=r"holds results, but no config\.json|was changed or damaged"):
+        workdirs.check_config(begun, tiny_config("lora"))
+
+
+@pytest.mark.parametrize("path", ["/", ".", "..", "~", "\udcff", "a\0b"])
+def test_a_workdir_of_other_things_or_of_no_name_is_refused(path):
+    with pytest.raises(UserError, match="workdir"), workdirs.locked(Path(path).expanduser()):
+        pass
 
 
 def test_a_workdir_is_held_by_one_at_a_time(tmp_path):

@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -41,6 +43,7 @@ def make(folder, base, kind, labels=("no", "yes")):
     moved = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), trainable)
     size = saved.save(
         folder, moved, SPECS[kind], base=loaded.source, fingerprint=pretrained.fingerprint(frozen), task="mrpc",
+        identity=pretrained.identity(loaded),
         labels=labels, max_length=16, num_texts=2,
     )  # fmt: skip
     assert size == (folder / "modules.safetensors").stat().st_size
@@ -106,10 +109,6 @@ def rewrite(folder, **changes):
     files.write_record(folder / "jpeft.json", saved.KIND, {**description, **changes})
 
 
-def fingerprint(folder):
-    return files.read_record(folder / "jpeft.json", saved.KIND)["base"]["fingerprint"]
-
-
 @pytest.mark.parametrize(
     ("old", "new"), [('"no"', '"on"'), ('"rank": 2', '"rank": 3'), ('"max_length": 16', '"max_length": 8')]
 )
@@ -147,9 +146,28 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, tiny_model):
         jpeft.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        ("config.json", '"hidden_act": "gelu"', '"hidden_act": "relu"', "the config of"),
+        ("tokenizer.json", '"sees"', '"seen"', "the tokenizer of"),
+    ],
+)
+def test_a_base_of_another_shape_or_tokenizer_is_refused(tmp_path, tiny_model, file, old, new, says):
+    """Its weights may be the same ones."""
+    make(tmp_path / "model", tiny_model, "lora")
+    shutil.copytree(tiny_model, tmp_path / "base")
+    text = (tmp_path / "base" / file).read_text()
+    assert old in text
+    (tmp_path / "base" / file).write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=says):
+        jpeft.load(tmp_path / "model", base=str(tmp_path / "base"))
+
+
 def test_a_base_that_moved_is_named(tmp_path, tiny_model):
     expected, _ = make(tmp_path / "model", tiny_model, "plan")
-    rewrite(tmp_path / "model", base={"name": str(tmp_path / "gone"), "fingerprint": fingerprint(tmp_path / "model")})
+    base = files.read_record(tmp_path / "model" / "jpeft.json", saved.KIND)["base"]
+    rewrite(tmp_path / "model", base={**base, "name": str(tmp_path / "gone")})
     with pytest.raises(UserError, match="gone"):
         jpeft.load(tmp_path / "model")
     back = jpeft.load(tmp_path / "model", base=str(tiny_model))

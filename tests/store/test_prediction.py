@@ -91,3 +91,15 @@ def test_no_texts(saved):
 def test_what_it_was_not_trained_on(saved, texts, message):
     with pytest.raises(UserError, match=message):
         jpeft.predict(saved, texts)
+
+
+@pytest.mark.parametrize("texts", [["\ud800"], None, 5, iter(["a"]), np.array("a")])
+def test_what_is_no_list_of_texts_is_refused(saved, texts):
+    with pytest.raises(UserError, match="expected"):
+        jpeft.predict(saved, texts)
+
+
+@pytest.mark.parametrize("wrong", [None, "path"])
+def test_what_is_no_model_is_refused(wrong):
+    with pytest.raises(UserError, match=r"expected what jpeft\.load returns"):
+        jpeft.predict(wrong, ["a"])
