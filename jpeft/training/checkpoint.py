@@ -1,6 +1,7 @@
 """Orbax checkpoints of everything but the frozen base; a run resumes from the latest that is as it was written.
 
-A checkpoint carries a hash of its contents. Two are kept, so that the one before is there when the latest is damaged.
+A checkpoint carries a hash of its contents, and a list of its files with theirs lies beside it. Two are kept, so that
+the one before is there when the latest is damaged.
 """
 
 import hashlib
@@ -15,12 +16,14 @@ import jax
 import numpy as np
 
 from jpeft.core.errors import UserError
+from jpeft.core.files import file_hash, read_record, write_record
 from jpeft.core.tree import num_bytes
 from jpeft.training.step import State
 
 __all__ = ["Progress", "Restored", "restore", "save"]
 
 SPARE = 500_000  # bytes that a checkpoint takes besides its arrays, and some more
+KIND = "list of a checkpoint's files"
 HASH = "sha256"  # beside the progress
 
 
@@ -78,6 +81,10 @@ def save(folder: Path, state: State, progress: Progress) -> None:
                 manager.save(step, args=items, force=True)
             except Exception as error:  # of the file system, in whatever its writers make of it
                 raise UserError(f"cannot write a checkpoint to {folder}: {_first_line(error)}") from error
+            write_record(_list(folder, step), KIND, _files(folder / str(step)))
+            kept = {_list(folder, each) for each in manager.all_steps()}
+            for other in set(folder.glob(".*.json")) - kept:
+                other.unlink()
 
 
 def restore(folder: Path, like: State, warn: Callable[[str], None] = lambda text: None) -> Restored | None:
@@ -100,6 +107,7 @@ def restore(folder: Path, like: State, warn: Callable[[str], None] = lambda text
         steps = sorted(manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
             try:
+                _check_files(folder, step)
                 found = _read(manager, step, like)
                 for damaged in steps[:i]:  # or the run, when it gets there again, would find the step saved
                     shutil.rmtree(folder / str(damaged))
@@ -114,6 +122,28 @@ def restore(folder: Path, like: State, warn: Callable[[str], None] = lambda text
 
 class _Damaged(Exception):
     """A checkpoint that cannot be read, with the reason in one line."""
+
+
+def _list(folder: Path, step: int) -> Path:
+    return folder / f".{step}.json"
+
+
+def _files(folder: Path) -> dict[str, str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in paths}
+
+
+def _check_files(folder: Path, step: int) -> None:
+    """Finds damaged files before Orbax does, whose threads print tracebacks of their own.
+
+    A run that was killed before it wrote the list left none; then the hash of the contents has to do.
+    """
+    try:
+        written = read_record(_list(folder, step), KIND) if _list(folder, step).is_file() else None
+    except UserError as error:
+        raise _Damaged(str(error)) from None
+    if written is not None and written != _files(folder / str(step)):
+        raise _Damaged("its files were changed or damaged after they were written")
 
 
 def _read(manager: Any, step: int, like: State) -> Restored:

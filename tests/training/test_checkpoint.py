@@ -49,6 +49,12 @@ def test_the_newest_is_kept_with_the_one_before(tmp_path):
     chex.assert_trees_all_equal(restored.state, state(10))
 
 
+def test_lists_of_files_go_with_their_checkpoints(tmp_path):
+    for step in (3, 9, 10):
+        checkpoint.save(tmp_path, state(step), PROGRESS)
+    assert sorted(path.name for path in tmp_path.glob(".*.json")) == [".10.json", ".9.json"]
+
+
 def test_nothing_there_is_none(tmp_path):
     assert checkpoint.restore(tmp_path / "none", like()) is None
     assert not (tmp_path / "none").exists()
@@ -98,17 +104,22 @@ def flip(folder, item):
 
 
 @leaves_coroutines
+@pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("item", ["state", "progress"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, item):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, item, listed):
+    """Also without the list of its files, which a run that was killed may not have written."""
     for step in (3, 9):
         checkpoint.save(tmp_path, state(step, width=400), PROGRESS)
     flip(tmp_path / "9", item)
+    if not listed:
+        (tmp_path / ".9.json").unlink()
     told = []
     restored = checkpoint.restore(tmp_path, like(width=400), told.append)
     assert restored is not None
     chex.assert_trees_all_equal(restored.state, state(3, width=400))
     assert len(told) == 1
     assert "9 cannot be resumed" in told[0]
+    assert ("its files were changed" in told[0]) == listed
     checkpoint.save(tmp_path, state(9, width=400), PROGRESS)  # reached again: what was damaged is not in the way
     restored = checkpoint.restore(tmp_path, like(width=400))
     assert restored is not None
