@@ -35,7 +35,7 @@ def load(folder: Path, vocab_size: int) -> Any:
             f"{folder} holds no vocabulary: expected {' or '.join(files)} of the base model beside its weights"
         )
     try:
-        tokenizer("a")
+        tokenizer("a \u2603")  # a word, and a sign that few vocabularies have
     except Exception as error:  # as above
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the tokenizer in {folder} cannot read text ({reason:.120})") from None

@@ -48,6 +48,7 @@ def test_transformers_makes_an_empty_tokenizer_of_a_config_alone(folder, kind):
     ("words", "says"),
     [
         ({}, "cannot read"),
+        ({"[PAD]": 0, "[CLS]": 2, "[SEP]": 3, "a": 4}, "cannot read"),
         ({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}, "knows no words"),
     ],
 )
