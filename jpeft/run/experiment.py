@@ -137,8 +137,9 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
         counts = np.bincount(train.labels, minlength=len(task.labels))
         for name in (name for name, n in zip(task.labels, counts, strict=True) if n == 0):
             console.warn(f"no training row has the label {name!r}")
-    passes = config.train.num_epochs * len(config.seeds)
-    buckets, dev_buckets = (_buckets(examples.lengths, base.config, passes) for examples in (train, dev))
+    # Not by the number of seeds: what a seed ends in must not depend on which others are beside it.
+    epochs = config.train.num_epochs
+    buckets, dev_buckets = (_buckets(examples.lengths, base.config, epochs) for examples in (train, dev))
     return Data(task, train, dev, buckets, dev_buckets), splits.source
 
 
@@ -154,13 +155,13 @@ def _check_known(examples: Examples, tokenizer: Any, folder: Path, console: Cons
         console.warn(told)
 
 
-def _buckets(lengths: np.ndarray, model: BertConfig, passes: int) -> tuple[int, ...]:
+def _buckets(lengths: np.ndarray, model: BertConfig, epochs: int) -> tuple[int, ...]:
     """The padded lengths: on an accelerator few, since it compiles long and computes fast; on CPU as many as pay."""
     if jax.default_backend() != "cpu":
         found = batching.length_buckets(lengths)
     else:
         # Time to compile grows with the layers, and that of a token with layers and the square of the width.
-        worth = COMPILE_TOKENS * (384 / model.hidden_size) ** 2 / passes
+        worth = COMPILE_TOKENS * (384 / model.hidden_size) ** 2 / epochs
         found = batching.length_buckets(lengths, max_buckets=32, multiple=2, worth=worth)
     return tuple(min(length, model.max_length) for length in found)
 

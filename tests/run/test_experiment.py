@@ -400,3 +400,19 @@ def test_a_class_without_rows_is_warned_of(tiny_config, tmp_path):
     report, console = again(config, tmp_path / "work")
     assert "no training row has the label 'c'" in console.warnings
     assert "no training row has the label 'c'" in report["warnings"]
+
+
+def test_padded_lengths_do_not_depend_on_the_other_seeds(tiny_config, monkeypatch):
+    """Or a seed that is added would change the numbers of those that are there."""
+    counts = set()
+    for tokens in 10.0 ** np.arange(-3, 3):
+        monkeypatch.setattr(experiment, "COMPILE_TOKENS", tokens)
+        found = []
+        for seeds in ((11,), tuple(range(50))):
+            config = tiny_config("lora")
+            config.seeds = seeds
+            data, _ = experiment.load(config, Heard())
+            found.append((data.buckets, data.eval_buckets))
+        assert found[0] == found[1]
+        counts.add(len(found[0][0]))
+    assert len(counts) > 1
