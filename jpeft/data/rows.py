@@ -88,7 +88,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON; of two equal names, `json` would drop the first."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
@@ -136,7 +136,7 @@ def _table(file: Path, separator: str) -> Iterator[Mapping[str, str]]:
             if header is None:
                 header = row
                 if twice := [name for name in header if header.count(name) > 1]:
-                    raise UserError(f"{file}: column {twice[0]!r} is there twice")
+                    raise UserError(f"{file}: column {twice[0]!r} occurs twice")
             elif len(row) != len(header):
                 raise UserError(f"{file}, row {number}: {len(row)} fields where the header has {len(header)}")
             else:

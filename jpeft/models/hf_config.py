@@ -1,4 +1,4 @@
-"""Reads the `config.json` of a Hugging Face model, and finds that it describes an encoder that can exist."""
+"""Reads the `config.json` of a Hugging Face model, and checks that it describes an encoder that can exist."""
 
 import dataclasses
 import math

@@ -277,7 +277,7 @@ def check(config: Config) -> None:
 
 
 def _check_fields(config: Config, standard: Config, path: str) -> None:
-    """Finds that a config has the fields of `default`, of their types: a file may have made it from scratch."""
+    """Checks that a config has the fields of `default`, of their types: a file may have made it from scratch."""
     for name in config:
         if name not in standard:
             raise UserError(f"{path}.{name} is not a field of the config: {nearest(name, standard)}")

@@ -57,7 +57,7 @@ def run(config: Config, workdir: Path, console: Console | None = None, command: 
     """
     console = console or Console()
     configs.check(config)
-    with workdirs.locked(workdir):
+    with workdirs.locked(workdir, console.warn):
         return _run(config, workdir, console, command)
 
 
@@ -87,7 +87,7 @@ def _intact(path: Path, seed: int, console: Console) -> bool:
         modules_on_disk.verify(path.parent / "model")
         files.read_leaves(path.parent / PREDICTIONS)
     except UserError as error:
-        console.warn(f"seed {seed} is finished, but {error}; made again, from the last checkpoint if there is one")
+        console.warn(f"seed {seed} is finished, but {error}; rebuilding it, from the last checkpoint if there is one")
         return False
     if mend_log(path.parents[1], seed, result.history, result.history[-1]["step"]):
         console.warn(f"metrics.jsonl lacked epochs of seed {seed}, which were added")
@@ -144,7 +144,7 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
 
 
 def _check_known(examples: Examples, tokenizer: Any, folder: Path, console: Console) -> None:
-    """Finds that the tokenizer knows the words of the texts: on unknown ones, nothing can be learned."""
+    """Checks that the tokenizer knows the words of the texts: on unknown ones, nothing can be learned."""
     ids = np.concatenate(examples.input_ids)
     words = ids[~np.isin(ids, [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id])]
     unknown = float(np.mean(words == tokenizer.unk_token_id)) if len(words) else 0.0

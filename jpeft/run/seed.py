@@ -149,10 +149,10 @@ def train(seed: Seed, method: Transform | Chain, parts: Partition) -> Event:
                 checkpoint.save(seed.folder / "checkpoints", event.state, progress)
                 saved = time.monotonic()
                 clock.start()
-                if stopping() and event.step < total:
+                if stopping():  # after the last step, too: the next start saves the modules
                     raise Stopped(f"stopped and saved at step {event.step:,} of {total:,}")
     if config.train.export == "best" and not _is_best(event.history, primary):
-        trainable = jax.tree.map(jax.numpy.asarray, files.read_leaves(seed.folder / BEST))
+        trainable = files.read_leaves(seed.folder / BEST)
         event = event._replace(state=event.state._replace(trainable=trainable), logits=None)
     if event.logits is None:  # of the best epoch; or stopped between the last checkpoint and the end of the run
         logits = evaluate(steps.eval, event.state.trainable, parts.frozen, seed.data.dev, seed.data.eval_buckets)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,8 +80,12 @@ def _modules(folder: str | None) -> str:
 
 
 @contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path, warn: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """Holds a workdir, made if need be, against other processes. The lock ends with the process, however it ends.
+
+    Args:
+      workdir: to hold.
+      warn: called with one line if the file system has no locks, as on some clusters.
 
     Raises:
       UserError: if another process holds it, or it is not a folder.
@@ -91,7 +95,8 @@ def locked(workdir: Path) -> Iterator[None]:
         own = workdir.resolve()
     except (UnicodeEncodeError, ValueError):
         raise UserError(f"workdir {str(workdir)!r} is not the name of a folder") from None
-    if own == Path.home() or own in (Path.cwd(), *Path.cwd().parents):
+    shared = own == Path.home() or own in (Path.cwd(), *Path.cwd().parents)
+    if shared and not (own / INPUTS).is_file() and next(own.iterdir(), None) is not None:
         raise UserError(
             f"workdir {workdir} holds other things than a run: choose a folder of its own, such as runs/mine"
         )
@@ -108,6 +113,8 @@ def locked(workdir: Path) -> Iterator[None]:
             raise UserError(
                 f"workdir {workdir} is in use by {holder}: wait until it is done, or choose another --workdir"
             ) from None
+        except OSError as error:
+            warn(f"workdir {workdir} cannot be locked ({error}): start no second run in it")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
@@ -115,7 +122,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def check_config(workdir: Path, config: Config) -> None:
-    """Finds that a workdir is new or this config's; seeds may be added to those that it has.
+    """Checks that a workdir is new or this config's; seeds may be added to those that it has.
 
     Raises:
       UserError: if it belongs to another config.
@@ -176,7 +183,7 @@ def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
     for name, what in (("train", "training"), ("dev", "evaluation")):
         if was.get(name) != new[name]:
             (then, _), (n, _) = was[name], new[name]
-            count = f"{then:,} rows, now {n:,}" if then != n else f"other rows, as many ({n:,})"
+            count = f"{then:,} rows, now {n:,}" if then != n else f"as many rows ({n:,}), with other contents"
             told.append(f"the {what} data: {count}{moved}")
     if was.get("tokenizer") != new["tokenizer"]:
         told.append("the tokenizer's files")
@@ -187,7 +194,9 @@ def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
     if was.get("init_from") != new["init_from"]:
         told.append("the modules that config.init_from names")
     if was.get("results") != new["results"]:
-        told.append(f"the version of jpeft, whose results are others (version {was.get('results')} to {RESULTS})")
+        told.append(
+            f"the version of jpeft, which gives other results (number {was.get('results')} before, {RESULTS} now)"
+        )
     if told:
         raise UserError(
             f"what workdir {workdir} was started with has changed: {'; '.join(told)}. "

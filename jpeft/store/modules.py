@@ -101,7 +101,7 @@ def save(
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Finds that a folder is as `save` wrote it, and returns its description.
+    """Checks that a folder is as `save` wrote it, and returns its description.
 
     Raises:
       UserError: if it is not.

@@ -107,7 +107,7 @@ def test_blank_lines_at_the_end_mean_nothing_and_others_are_refused(tmp_path, en
 
 @pytest.mark.parametrize("ending", ["csv", "tsv"])
 def test_a_column_that_is_there_twice(tmp_path, ending):
-    with pytest.raises(UserError, match="column 'one' is there twice"):
+    with pytest.raises(UserError, match="column 'one' occurs twice"):
         custom(write(tmp_path / f"train.{ending}", names=("one", "one", "answer")), ("one",), "answer")
 
 

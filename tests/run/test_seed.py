@@ -122,7 +122,7 @@ def test_resumed_in_the_middle_of_an_epoch_it_ends_the_same(tmp_path, start, who
     check_same(start(tmp_path / "killed")[0], whole)
 
 
-@pytest.mark.parametrize("calls", [2, 4])
+@pytest.mark.parametrize("calls", [2, 4, 12])
 def test_a_run_that_is_asked_to_stop_saves_and_ends_the_same(tmp_path, start, whole, calls, monkeypatch):
     """In the middle of an epoch at once; after its last step, once the epoch is evaluated."""
     monkeypatch.setattr(running, "EVENT_SECONDS", 0.0)

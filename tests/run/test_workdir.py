@@ -64,8 +64,11 @@ def test_equal_inputs_pass_wherever_they_are(begun, tiny_config, base):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"train": examples(words=(2, 6, 3))}, "the training data: other rows, as many (2), read from there, was here"),
-        ({"train": examples(label=0)}, "the training data: other rows"),
+        (
+            {"train": examples(words=(2, 6, 3))},
+            "the training data: as many rows (2), with other contents, read from there, was here",
+        ),
+        ({"train": examples(label=0)}, "the training data: as many rows"),
         ({"dev": Examples((), (), np.zeros(0, np.int32))}, "the evaluation data: 2 rows, now 0"),
     ],
 )
@@ -187,6 +190,26 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
                 break
         except UserError:
             assert time.monotonic() < until
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(workdirs.fcntl, "flock", flock)
+    told = []
+    with workdirs.locked(tmp_path, told.append):
+        pass
+    assert "cannot be locked" in told[0]
+
+
+def test_the_current_folder_may_be_a_workdir_of_its_own(tmp_path, monkeypatch):
+    """If it is empty, or holds a run."""
+    monkeypatch.chdir(tmp_path)
+    with workdirs.locked(Path(".")):
+        files.write_text(tmp_path / "inputs.json", "")
+    with workdirs.locked(Path(".")):
+        pass
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
