@@ -1,8 +1,8 @@
 """From text to batches: tokenise once, pad to a few lengths, and make the order a pure function of seed and epoch.
 
 Padding to the longest row of a random batch wastes a factor of two on the GLUE tasks, and every new length would
-compile the step again. So rows of similar length share a batch, and a handful of padded lengths, the buckets, is chosen
-for the lengths at hand.
+compile the step again. So a handful of padded lengths, the buckets, is chosen for the lengths at hand, and rows of one
+bucket share a batch.
 """
 
 import math
@@ -15,8 +15,6 @@ __all__ = [
     "Batch", "Examples", "by_length", "drawn", "eval_batches", "length_buckets", "num_batches", "sample", "take",
     "together", "tokenize", "train_batches",
 ]  # fmt: skip
-
-MEGABATCH = 50  # in batches: rows are sorted by length within this many, enough to remove almost all padding
 
 
 class Batch(NamedTuple):
@@ -139,8 +137,9 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields every row once, in an order that depends on seed and epoch alone.
 
-    Rows are shuffled, cut into pieces of `MEGABATCH` batches, sorted by length inside a piece and cut into batches,
-    which are shuffled in turn.
+    Rows are shuffled, sorted by bucket and cut into batches, so that a batch holds random rows of one bucket, or of two
+    where one ends. The batches come in random order. Which lengths follow each other depends on the epoch, not on the
+    seed: the seeds of a run have batches of one shape at every step, and can train together.
 
     Args:
       examples: the rows.
@@ -153,13 +152,10 @@ def train_batches(
     Raises:
       ValueError: if a row is longer than every bucket.
     """
-    rng = np.random.default_rng((seed, epoch))
-    lengths = examples.lengths
-    order = rng.permutation(examples.size)
-    piece = MEGABATCH * batch_size
-    order = [p[np.argsort(lengths[p], kind="stable")] for p in np.split(order, range(piece, len(order), piece))]
-    batches = [rows for p in order for rows in _cut(p, batch_size)]
-    for i in rng.permutation(len(batches))[start:]:
+    order = np.random.default_rng((seed, epoch)).permutation(examples.size)
+    bucket = np.searchsorted(np.sort(buckets), examples.lengths[order])
+    batches = _cut(order[np.argsort(bucket, kind="stable")], batch_size)
+    for i in np.random.default_rng(epoch).permutation(len(batches))[start:]:
         yield _collate(examples, batches[i], batch_size, buckets)
 
 

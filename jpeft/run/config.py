@@ -60,6 +60,7 @@ def default(task: str, method: str) -> Config:
     `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
 
     `train.export` says which epoch's modules are saved in the end: the last, or the best on the evaluation split.
+    `train.group_by_length=False` pads all rows to one length, so that batches are random: slower, but for comparison.
     `train.remat` recomputes each layer in the backward pass; `train.tensorboard` writes the log for it, too.
     """
     return ConfigDict(
@@ -99,6 +100,7 @@ def default(task: str, method: str) -> Config:
                 "warmup_ratio": 0.06,
                 "weight_decay": 0.1,
                 "max_length": 128,
+                "group_by_length": True,
                 "max_train_examples": placeholder(int),
                 "dtype": "float32",
                 "remat": False,

@@ -140,6 +140,8 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
     # Not by the number of seeds: what a seed ends in must not depend on which others are beside it.
     epochs = config.train.num_epochs
     buckets, dev_buckets = (_buckets(examples.lengths, base.config, epochs) for examples in (train, dev))
+    if not config.train.group_by_length:
+        buckets = buckets[-1:]
     return Data(task, train, dev, buckets, dev_buckets), splits.source
 
 

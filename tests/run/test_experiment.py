@@ -402,6 +402,14 @@ def test_a_class_without_rows_is_warned_of(tiny_config, tmp_path):
     assert "no training row has the label 'c'" in report["warnings"]
 
 
+def test_batches_are_random_where_they_are_not_grouped_by_length(tiny_config, monkeypatch):
+    monkeypatch.setattr(experiment, "COMPILE_TOKENS", 0.001)
+    grouped, _ = experiment.load(tiny_config("lora"), Heard())
+    random, _ = experiment.load(tiny_config("lora", group_by_length=False), Heard())
+    assert len(grouped.buckets) > 1
+    assert random.buckets == grouped.buckets[-1:]
+
+
 def test_padded_lengths_do_not_depend_on_the_other_seeds(tiny_config, monkeypatch):
     """Or a seed that is added would change the numbers of those that are there."""
     counts = set()
