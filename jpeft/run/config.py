@@ -61,6 +61,8 @@ def default(task: str, method: str) -> Config:
 
     `train.export` says which epoch's modules are saved in the end: the last, or the best on the evaluation split.
     `train.group_by_length=False` pads all rows to one length, so that batches are random: slower, but for comparison.
+    `train.together` is how many seeds train at once at most, in one program with one base model; None is as many as
+    fit on an accelerator, and one on a CPU.
     `train.remat` recomputes each layer in the backward pass; `train.tensorboard` writes the log for it, too.
     """
     return ConfigDict(
@@ -106,6 +108,7 @@ def default(task: str, method: str) -> Config:
                 "remat": False,
                 "export": "last",
                 "tensorboard": False,
+                "together": placeholder(int),
             },
             "seeds": (11,),
         }
@@ -261,6 +264,7 @@ def check(config: Config) -> None:
     _within(1, 10**5, "train.num_epochs", train.num_epochs)
     _within(1, 2**14, "train.batch_size", train.batch_size)
     _within(1, 10**9, "train.max_train_examples", train.max_train_examples)
+    _within(1, 10**4, "train.together", train.together)
     _within(8, 2**16, "train.max_length", train.max_length)
     _within(0, 100, "train.weight_decay", train.weight_decay)
     for name, factor in config.fishpal.factors.items():

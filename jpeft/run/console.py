@@ -1,7 +1,8 @@
 """Lines and bars on the terminal; in a log file, where bars would be noise, one line per epoch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import rich.console
@@ -13,32 +14,41 @@ __all__ = ["Bar", "Console"]
 
 
 class Bar:
-    """One training run's bar: mean loss of the epoch so far, last score, examples a second, time left."""
+    """A training's bar: mean loss of the epoch so far, last score, examples a second, time left.
 
-    def __init__(self, progress: Progress, task: TaskID, console: "Console"):
-        self._progress, self._task, self._console = progress, task, console
+    Of several runs that train together, the means, and each has its lines.
+    """
+
+    def __init__(self, progress: Progress, task: TaskID, console: "Console", names: Sequence[str]):
+        self._progress, self._task, self._console, self._names = progress, task, console, names or ("",)
         self._score = ""
 
-    def show(self, event: Event, primary: str, batch_size: int) -> None:
-        """Moves on by the steps of an event, or prints the line of a finished epoch."""
-        if event.row is None:
-            self._advance(event, batch_size)
-        else:
-            self._epoch(event.row, primary)
+    def show(self, events: Sequence[Event], primary: str, batch_size: int) -> None:
+        """Moves on by the steps of an event of each run, or prints the lines of a finished epoch."""
+        rows = [event.row for event in events if event.row is not None]
+        if not rows:
+            self._advance(events, batch_size)
+            return
+        self._score = f"{primary} {fmean(row[primary] for row in rows):.3f}  "
+        for name, row in zip(self._names, rows, strict=True):
+            self._epoch(name, row)
 
-    def _advance(self, event: Event, batch_size: int) -> None:
+    def _advance(self, events: Sequence[Event], batch_size: int) -> None:
+        event, loss = events[0], fmean(event.loss_sum for event in events)
         done = event.step - (event.history[-1]["step"] if event.history else 0)
         # Of the last steps, so that compiling does not count for long.
-        speed = self._progress.tasks[self._task].speed or 0.0
-        status = f"loss {event.loss_sum / done:.3f}  {self._score}{batch_size * speed:.0f} examples/s"
+        speed = len(events) * batch_size * (self._progress.tasks[self._task].speed or 0.0)
+        status = f"loss {loss / done:.3f}  {self._score}{speed:.0f} examples/s"
         self._progress.update(self._task, advance=len(event.losses), description=f"epoch {event.epoch}", status=status)
 
-    def _epoch(self, row: dict[str, Any], primary: str) -> None:
-        self._score = f"{primary} {row[primary]:.3f}  "
+    def _epoch(self, name: str, row: dict[str, Any]) -> None:
         scores = "  ".join(
             f"{name} {value:.4f}" for name, value in row.items() if name not in ("epoch", "step", "train_loss")
         )
-        self._console.say(f"  epoch {row['epoch']:>2}  step {row['step']:>6,}  loss {row['train_loss']:.4f}  {scores}")
+        of = f"{name}  " if name else ""
+        self._console.say(
+            f"  {of}epoch {row['epoch']:>2}  step {row['step']:>6,}  loss {row['train_loss']:.4f}  {scores}"
+        )
 
 
 class Console:
@@ -69,8 +79,8 @@ class Console:
         self._rich.print(f"warning: {text}", style="yellow", markup=False)
 
     @contextmanager
-    def training(self, total: int, done: int) -> Iterator[Bar]:
-        """A bar over `total` steps of which `done` are made."""
+    def training(self, total: int, done: int, names: Sequence[str] = ()) -> Iterator[Bar]:
+        """A bar over `total` steps of which `done` are made; `names` tells apart runs that train together."""
         columns = (
             TextColumn("  {task.description}"),
             BarColumn(bar_width=24),
@@ -81,7 +91,7 @@ class Console:
         shown = self._rich.is_terminal
         with Progress(*columns, console=self._rich, transient=True, disable=not shown) as progress:
             task = progress.add_task("starting", total=total, completed=done, status="compiling")
-            yield Bar(progress, task, self)
+            yield Bar(progress, task, self, names)
 
     @contextmanager
     def counting(self, text: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:

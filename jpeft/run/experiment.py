@@ -20,17 +20,19 @@ from jpeft.models.pretrained import Pretrained
 from jpeft.plans import plan as plans
 from jpeft.plans.plan import Plan
 from jpeft.report import tables
-from jpeft.run import choose, finished
+from jpeft.run import choose, finished, log
 from jpeft.run import config as configs
 from jpeft.run import workdir as workdirs
 from jpeft.run.clock import Clock
 from jpeft.run.config import Config
 from jpeft.run.console import Console
 from jpeft.run.finished import Result
-from jpeft.run.seed import begin, load_model, mend_log, train
+from jpeft.run.seed import begin, load_model
 from jpeft.run.start import start
+from jpeft.run.train import Ready, groups, most_together, train
 from jpeft.run.workdir import Inputs
 from jpeft.store import modules as modules_on_disk
+from jpeft.training.loop import Event
 from jpeft.transforms.registry import METHODS
 
 __all__ = ["PREDICTIONS", "load", "run"]
@@ -67,16 +69,20 @@ def _run(config: Config, workdir: Path, console: Console, command: str | None) -
     console.title(f"{config.method} on {config.task} with {config.model}, in {workdir}")
     clock = Clock()
     with clock.timing("load"):
-        data, inputs = load(config, console)
+        data, base, inputs = load(config, console)
         workdirs.begin(workdir, config, inputs)
-    results = {}
-    for seed in config.seeds:
-        path = workdir / f"seed_{seed}" / "result.json"
+    paths = {seed: workdir / f"seed_{seed}" / "result.json" for seed in config.seeds}
+    todo = []
+    for seed, path in paths.items():
         if path.is_file() and _intact(path, seed, console):
             console.say(f"  seed {seed}: finished earlier")
         else:
-            finished.save(path, _run_seed(config, seed, data, workdir, console))
-        results[seed] = finished.read(path)
+            todo.append(seed)
+    ready = (_prepare(config, seed, data, base, workdir, console) for seed in todo)
+    for group in groups(ready, most_together(config)):
+        for each, last in zip(group, train(group), strict=True):
+            finished.save(paths[each.seed.seed], _export(each, last))
+    results = {seed: finished.read(path) for seed, path in paths.items()}
     return finished.write(config, data, results, clock.seconds, workdir, console, command)
 
 
@@ -89,19 +95,19 @@ def _intact(path: Path, seed: int, console: Console) -> bool:
     except UserError as error:
         console.warn(f"seed {seed} is finished, but {error}; rebuilding it, from the last checkpoint if there is one")
         return False
-    if mend_log(path.parents[1], seed, result.history, result.history[-1]["step"]):
+    if log.mend(path.parents[1], seed, result.history, result.history[-1]["step"]):
         console.warn(f"metrics.jsonl lacked epochs of seed {seed}, which were added")
     return True
 
 
-def load(config: Config, console: Console) -> tuple[Data, Inputs]:
-    """Loads and tokenises the data of a run, and says what they are; the inputs identify them and the base model.
+def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
+    """Loads the base model, loads and tokenises the data of a run, and says what they are; the inputs identify both.
 
     Raises:
       UserError: if the data or the model cannot be loaded.
     """
     task = configs.task_of(config)
-    base = load_model(config, task.num_labels, config.seeds[0])  # each seed loads its own, with another head
+    base = load_model(config, task.num_labels, config.seeds[0])  # each seed draws its own head
     data, source = _load_data(config, task, base, console)
     lengths = f"{data.buckets[0]} to {data.buckets[-1]}" if len(data.buckets) > 4 else ", ".join(map(str, data.buckets))
     console.say(
@@ -110,7 +116,7 @@ def load(config: Config, console: Console) -> tuple[Data, Inputs]:
     )
     if base.fresh:
         console.say(f"  not in the checkpoint, so initialised and trained: {', '.join(base.fresh)}")
-    return data, workdirs.inputs(data, base, source, config.init_from)
+    return data, base, workdirs.inputs(data, base, source, config.init_from)
 
 
 def _use_compilation_cache() -> None:
@@ -176,11 +182,11 @@ def _few(split: Any, most: int | None) -> Any:
     return split.select(rows) if hasattr(split, "select") else {k: [v[i] for i in rows] for k, v in split.items()}
 
 
-def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: Console) -> Result:
-    """Chooses, trains, evaluates and exports for one seed."""
+def _prepare(config: Config, number: int, data: Data, base: Pretrained, workdir: Path, console: Console) -> Ready:
+    """All that comes before training: chooses the modules, and makes the leaves."""
     console.title(f"seed {number}")
     warned = len(console.warnings)
-    seed = begin(config, number, data, workdir, console)
+    seed = begin(config, number, data, base, workdir, console)
     method_of = METHODS[config.method.split("+")[0]]
     with seed.clock.timing("fisher"):
         if method_of.chooses:
@@ -194,13 +200,17 @@ def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: C
     parts = partition(method, params, leaves, trains=params if method_of.trains_base else seed.head)
     table = summary(method, leaves, params, parts.trainable["params"])
     console.say(str(table))
+    return Ready(seed, modules, method, parts, table, finished.count(table, params), console.warnings[warned:])
 
-    last = train(seed, method, parts)
+
+def _export(ready: Ready, last: Event) -> Result:
+    """All that comes after training: writes the modules and the predictions."""
+    seed, parts, config, data = ready.seed, ready.parts, ready.seed.config, ready.seed.data
     files.write_leaves(seed.folder / PREDICTIONS, {"logits": last.logits, "labels": data.dev.labels})
     module_bytes = modules_on_disk.save(
         seed.folder / "model",
         tree.union({"peft": parts.frozen["peft"]}, last.state.trainable),
-        modules,
+        ready.modules,
         base=seed.base.source,
         fingerprint=pretrained.fingerprint(parts.frozen["params"]),
         identity=pretrained.identity(seed.base),
@@ -211,13 +221,13 @@ def _run_seed(config: Config, number: int, data: Data, workdir: Path, console: C
     )
     return Result(
         list(last.history),
-        str(table),
-        {**finished.count(table, params), "module_bytes": module_bytes},
+        str(ready.table),
+        {**ready.counts, "module_bytes": module_bytes},
         seed.clock.seconds,
         data.train.size * config.train.num_epochs,
         data.dev.size * config.train.num_epochs,
         finished.peak_memory(),
-        console.warnings[warned:],
+        ready.warnings,
     )
 
 

@@ -122,7 +122,7 @@ def locked(workdir: Path, warn: Callable[[str], None] = lambda text: None) -> It
 
 
 def check_config(workdir: Path, config: Config) -> None:
-    """Checks that a workdir is new or this config's; seeds may be added to those that it has.
+    """Checks that a workdir is new or this config's; seeds may be added to those that it has, and train otherwise.
 
     Raises:
       UserError: if it belongs to another config.
@@ -136,6 +136,8 @@ def check_config(workdir: Path, config: Config) -> None:
     had = read.get("seeds")
     if isinstance(had, list) and all(seed in now["seeds"] for seed in had):
         read["seeds"] = now["seeds"]
+    if isinstance(read.get("train"), dict):
+        read["train"]["together"] = now["train"]["together"]  # which changes no result
     old, new = (flatten_dict(x, sep=".") for x in (read, now))
     differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if differ:

@@ -4,93 +4,26 @@ The host runs ahead of the device: it hands over the next steps before the last 
 times a second only.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jpeft.core.errors import UserError
-from jpeft.data.batching import Batch, Examples, eval_batches, num_batches, train_batches
+from jpeft.data.batching import Examples, eval_batches, num_batches, train_batches
 from jpeft.data.task import Data
-from jpeft.training.step import State, StepMetrics, Tree
+from jpeft.training.compiled import EVAL_BATCH, Steps
+from jpeft.training.step import State, StepMetrics, Tree, unstack
 
-__all__ = ["EVAL_BATCH", "Compiled", "Event", "Schedule", "Steps", "evaluate", "fit", "prepare"]
+__all__ = ["Event", "Schedule", "evaluate", "fit", "fit_together"]
 
-EVAL_BATCH = 32  # rows
 AHEAD = 2  # steps that the host hands over before it waits for an earlier one: enough to hide its own work
 
 Row = dict[str, Any]
-
-
-class Compiled:
-    """A jitted function with one program for each shape of batch, compiled ahead or on first use.
-
-    Attributes:
-      seconds: spent tracing and compiling so far.
-    """
-
-    def __init__(self, fn: Callable[..., Any], batch_at: int, **options: Any):
-        self.seconds = 0.0
-        self._jitted, self._batch_at = jax.jit(fn, **options), batch_at
-        self._programs: dict[tuple[int, ...], Callable[..., Any]] = {}
-
-    def prepare(self, calls: Sequence[tuple[Any, ...]]) -> None:
-        """Compiles a program for each of these arguments, which may be `jax.ShapeDtypeStruct`s, in parallel threads."""
-        start = time.perf_counter()
-        missing = {args[self._batch_at].input_ids.shape: args for args in calls}
-        todo = {shape: args for shape, args in missing.items() if shape not in self._programs}
-        with ThreadPoolExecutor(max(1, min(len(todo), os.cpu_count() or 1))) as threads:
-            self._programs |= dict(zip(todo, threads.map(self._compile, todo.values()), strict=True))
-        self.seconds += time.perf_counter() - start
-
-    def __call__(self, *args: Any) -> Any:
-        """Calls the program for the shape of the batch, which is argument number `batch_at`."""
-        shape = args[self._batch_at].input_ids.shape
-        if shape not in self._programs:
-            start = time.perf_counter()
-            self._programs[shape] = self._compile(args)
-            self.seconds += time.perf_counter() - start
-        return self._programs[shape](*args)
-
-    def _compile(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        return self._jitted.lower(*args).compile()
-
-
-class Steps(NamedTuple):
-    """The two functions that training calls, from `train_step` and `eval_step`."""
-
-    train: Callable[[State, Tree, Any, Array], tuple[State, StepMetrics]]
-    eval: Callable[[Tree, Tree, Any], Array]
-
-    @classmethod
-    def compiled(cls, train: Callable[..., Any], evaluate: Callable[..., Any]) -> "Steps":
-        """Both as `Compiled`; the training step takes over the buffers of its state."""
-        return cls(Compiled(train, 2, donate_argnums=0), Compiled(evaluate, 2))
-
-
-def prepare(steps: Steps, state: State, frozen: Tree, data: Data, schedule: "Schedule") -> None:
-    """Compiles the programs of steps that are `Compiled` for all padded lengths, ahead of the first step."""
-    labels = data.train.labels.dtype
-    train = [_shape(schedule.batch_size, length, labels) for length in _used(data.train, data.buckets)]
-    dev = [_shape(EVAL_BATCH, length, labels) for length in _used(data.dev, data.eval_buckets)]
-    if isinstance(steps.train, Compiled):
-        steps.train.prepare([(state, frozen, batch, schedule.key) for batch in train])
-    if isinstance(steps.eval, Compiled):
-        steps.eval.prepare([(state.trainable, frozen, batch) for batch in dev])
-
-
-def _used(examples: Examples, buckets: Sequence[int]) -> list[int]:
-    return sorted({min(b for b in buckets if b >= n) for n in set(examples.lengths.tolist())})
-
-
-def _shape(rows: int, length: int, labels: Any) -> Batch:
-    ids = jax.ShapeDtypeStruct((rows, length), np.int32)
-    return Batch(ids, ids, ids, jax.ShapeDtypeStruct((rows,), labels), jax.ShapeDtypeStruct((rows,), np.float32))
 
 
 class Schedule(NamedTuple):
@@ -114,10 +47,11 @@ class Schedule(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Where training stands after some steps, or after the evaluation that ends an epoch.
+    """Where a run stands after some steps, or after the evaluation that ends an epoch.
 
     Attributes:
-      state: its buffers are given up when the next event is asked for.
+      states: of this run, or of all that train together; its buffers are given up when the next event is asked for.
+      run: which of them this one is; None if it is alone.
       epoch: counted from 1.
       step: updates made so far.
       losses: the mean losses of the batches since the last event; () in an evaluation.
@@ -128,7 +62,8 @@ class Event(NamedTuple):
       logits: float32 [n, num_labels] of the dev examples in that evaluation; None after steps.
     """
 
-    state: State
+    states: State
+    run: int | None
     epoch: int
     step: int
     losses: tuple[float, ...]
@@ -137,6 +72,11 @@ class Event(NamedTuple):
     history: tuple[Row, ...]
     row: Row | None = None
     logits: np.ndarray | None = None
+
+    @property
+    def state(self) -> State:
+        """The state of this run alone."""
+        return self.states if self.run is None else unstack(self.states, self.run)
 
 
 def fit(
@@ -170,43 +110,97 @@ def fit(
     Raises:
       UserError: if a loss, or an answer in an evaluation, is not finite.
     """
-    history, per_epoch = tuple(history), num_batches(data.train.size, schedule.batch_size)
-    step = int(state.step)
-    for epoch in range(step // per_epoch + 1, schedule.num_epochs + 1):
-        start = step % per_epoch
+    for (event,) in fit_together(steps, state, frozen, data, [schedule], [history], [loss_sum], every):
+        yield event
+
+
+def fit_together(
+    steps: Steps,
+    states: State,
+    frozen: Tree,
+    data: Data,
+    schedules: Sequence[Schedule],
+    histories: Sequence[Sequence[Row]],
+    loss_sums: Sequence[float],
+    every: float = 0.2,
+) -> Iterator[tuple[Event, ...]]:
+    """Trains several runs step by step together, each as `fit` would alone.
+
+    Args:
+      steps: see `fit`; of several runs, from `step.together`.
+      states: of several runs, stacked along a leading axis, all at one step.
+      frozen: see `fit`, and `step.together`.
+      data: see `fit`; one for all.
+      schedules: one for each run; they differ in seed and key.
+      histories: of each run.
+      loss_sums: of each run.
+      every: see `fit`.
+
+    Yields:
+      Events as `fit`, one for each run.
+
+    Raises:
+      UserError: see `fit`.
+    """
+    first, runs = schedules[0], [None] if len(schedules) == 1 else list(range(len(schedules)))
+    key = first.key if runs == [None] else jnp.stack([schedule.key for schedule in schedules])
+    histories, sums = [tuple(history) for history in histories], list(loss_sums)
+    per_epoch = num_batches(data.train.size, first.batch_size)
+    step = int(np.max(states.step))
+    for epoch in range(step // per_epoch + 1, first.num_epochs + 1):
         pending: list[StepMetrics] = []
         due = time.monotonic() + every
-        for batch in train_batches(data.train, schedule.batch_size, data.buckets, schedule.seed, epoch, start):
-            state, measured = steps.train(state, frozen, batch, schedule.key)
+        orders = [
+            train_batches(data.train, first.batch_size, data.buckets, schedule.seed, epoch, step % per_epoch)
+            for schedule in schedules
+        ]
+        for batches in zip(*orders, strict=True):
+            batch = batches[0] if runs == [None] else jax.tree.map(lambda *rows: np.stack(rows), *batches)
+            states, measured = steps.train(states, frozen, batch, key)
             step += 1
             pending.append(measured)
             if len(pending) > AHEAD:
                 jax.block_until_ready(pending[-1 - AHEAD].loss)
             if time.monotonic() < due and step % per_epoch:
                 continue
-            losses, norms = _finite(pending, step)
-            for loss in losses:  # one by one: the sum must not depend on when events come
-                loss_sum += loss
-            yield Event(state, epoch, step, losses, norms, loss_sum, history)
+            losses, norms = _finite(pending, step, schedules)
+            for i, own in enumerate(losses):
+                for loss in own:  # one by one: the sum must not depend on when events come
+                    sums[i] += loss
+            yield tuple(
+                Event(states, run, epoch, step, losses[i], norms[i], sums[i], histories[i])
+                for i, run in enumerate(runs)
+            )
             pending, due = [], time.monotonic() + every
-        logits = evaluate(steps.eval, state.trainable, frozen, data.dev, data.eval_buckets)
-        if not np.isfinite(logits).all():
+        found = evaluate(steps.eval, states.trainable, frozen, data.dev, data.eval_buckets)
+        if not np.isfinite(found).all():
             raise UserError(f"the model's answers are not finite after step {step}: try a lower learning_rate")
-        scores = data.task.score(logits, data.dev.labels)
-        row = {"epoch": epoch, "step": step, "train_loss": loss_sum / per_epoch, **scores}
-        history, loss_sum = (*history, row), 0.0
-        yield Event(state, epoch, step, (), (), loss_sum, history, row, logits)
+        logits = [found] if runs == [None] else list(found)
+        rows: list[Row] = [
+            {"epoch": epoch, "step": step, "train_loss": loss_sum / per_epoch, **data.task.score(own, data.dev.labels)}
+            for loss_sum, own in zip(sums, logits, strict=True)
+        ]
+        histories = [(*history, row) for history, row in zip(histories, rows, strict=True)]
+        sums = [0.0] * len(runs)
+        yield tuple(
+            Event(states, run, epoch, step, (), (), 0.0, histories[i], rows[i], logits[i]) for i, run in enumerate(runs)
+        )
 
 
-def _finite(pending: Sequence[StepMetrics], step: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The losses and gradient norms of the steps up to `step`, on the host."""
+def _finite(
+    pending: Sequence[StepMetrics], step: int, schedules: Sequence[Schedule]
+) -> list[tuple[tuple[float, ...], ...]]:
+    """The losses and the gradient norms of the steps up to `step`, on the host: by run, by step."""
     found = jax.device_get(pending)
-    losses, norms = (tuple(float(getattr(each, name)) for each in found) for name in StepMetrics._fields)
-    for i, loss in enumerate(losses):
-        if not np.isfinite(loss):
-            at = step - len(losses) + 1 + i
-            raise UserError(f"the loss is {loss} at step {at}: try a lower learning_rate")
-    return losses, norms
+    losses, norms = (
+        np.array([getattr(each, name) for each in found], np.float64).reshape(len(found), -1).T
+        for name in StepMetrics._fields
+    )
+    for run, i in np.argwhere(~np.isfinite(losses)):
+        of = f" of seed {schedules[run].seed}" if len(schedules) > 1 else ""
+        at = step - len(found) + 1 + i
+        raise UserError(f"the loss is {losses[run, i]} at step {at}{of}: try a lower learning_rate")
+    return [tuple(map(tuple, values.tolist())) for values in (losses, norms)]
 
 
 def evaluate(
@@ -217,7 +211,7 @@ def evaluate(
     buckets: Sequence[int],
     batch_size: int = EVAL_BATCH,
 ) -> np.ndarray:
-    """Float32 logits [n, num_labels] of all examples, in their order."""
+    """Float32 logits [n, num_labels] of all examples, in their order; [runs, n, num_labels] of several runs."""
     found: list[Any] = []
     order: list[np.ndarray] = []
     for batch, index in eval_batches(examples, batch_size, buckets):
@@ -225,8 +219,8 @@ def evaluate(
         order.append(index)
         if len(found) > AHEAD:
             jax.block_until_ready(found[-1 - AHEAD])
-    rows = [x[: len(index)] for x, index in zip(jax.device_get(found), order, strict=True)]
-    logits = np.concatenate(rows)
+    rows = [x[..., : len(index), :] for x, index in zip(jax.device_get(found), order, strict=True)]
+    logits = np.concatenate(rows, axis=-2)
     restored = np.empty_like(logits)
-    restored[np.concatenate(order)] = logits
+    restored[..., np.concatenate(order), :] = logits
     return restored

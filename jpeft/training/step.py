@@ -10,7 +10,7 @@ The first two are {"params": ..., "peft": ...}, and their union is the variables
 drops the backward pass of everything that does not train.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,7 +34,10 @@ __all__ = [
     "init_state",
     "single_logits",
     "single_loss",
+    "stack",
+    "together",
     "train_step",
+    "unstack",
 ]
 
 Tree = dict[str, Any]
@@ -125,6 +128,35 @@ def train_step(
 def eval_step(model: nn.Module, transform: Transform | Chain) -> Callable[[Tree, Tree, Batch], Array]:
     """The function (trainable, frozen, batch) -> logits, without dropout."""
     return lambda trainable, frozen, batch: forward(model, transform, trainable, frozen, batch)
+
+
+def together(fn: Callable[..., Any], batch_axis: int | None) -> Callable[..., Any]:
+    """A step of several runs at once, from that of one: `jax.vmap` over all but the base model, which they share.
+
+    Args:
+      fn: from `train_step` or `eval_step`.
+      batch_axis: 0 if each run has batches of its own, as in training; None if all have the same, as in evaluation.
+
+    Returns:
+      The same function of a state (or trainable variables) stacked over runs, of frozen variables of which the leaves,
+      "peft", are stacked and the base, "params", is not, of batches, and of stacked keys, if `fn` takes one.
+    """
+
+    def run(first: Any, frozen: Tree, batch: Batch, *keys: Array) -> Any:
+        axes = (0, {"params": None, "peft": 0}, batch_axis, *(0 for _ in keys))
+        return jax.vmap(fn, axes)(first, frozen, batch, *keys)
+
+    return run
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of one structure as one, with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def unstack(tree: Any, i: int) -> Any:
+    """The tree number `i` of those that were stacked."""
+    return jax.tree.map(lambda x: x[i], tree)
 
 
 def single_loss(

@@ -69,9 +69,9 @@ def measure(config: Config, seed: int, criterion: str, candidates: Candidates, c
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.fishpal.criterion, config.fishpal.plan, config.seeds = criterion, None, (seed,)
-    data, _ = experiment.load(config, Console(quiet=True))
+    data, base, _ = experiment.load(config, Console(quiet=True))
     folder = Path("runs") / "regret"
-    found = MEASURES[criterion](begin(config, seed, data, folder, console), candidates, _unkept)
+    found = MEASURES[criterion](begin(config, seed, data, base, folder, console), candidates, _unkept)
     return {"criterion": criterion, "seed": seed, "passes": found.passes, "scores": found.scores}
 
 

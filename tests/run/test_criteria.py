@@ -23,7 +23,7 @@ def seed(tiny_config, tmp_path):
         config = tiny_config("fishpal", task, num_epochs=1, max_length=8)
         config.fishpal.update(criterion=criterion, **fields)
         configs.check(config)
-        return begin(config, 11, experiment.load(config, QUIET)[0], tmp_path, QUIET)
+        return begin(config, 11, *experiment.load(config, QUIET)[:2], tmp_path, QUIET)
 
     return make
 

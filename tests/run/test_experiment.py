@@ -15,6 +15,8 @@ from jpeft.plans import fishpal
 from jpeft.report.tables import REPORT as REPORT_KIND
 from jpeft.run import experiment, measured
 from jpeft.run.console import Console
+from jpeft.training.compiled import Steps
+from jpeft.training.step import StepMetrics
 from jpeft.transforms.registry import MODULES
 
 REPORT = {
@@ -197,8 +199,17 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("method", [*OTHERS, "ia3+layer_norm"])
-def test_every_method_runs_from_its_name_and_is_restored(tiny_config, tmp_path, method):
-    config = tiny_config(method, num_epochs=1, max_length=8)  # one length, so one compilation
+def test_every_method_runs_from_its_name_and_is_restored(tiny_config, tmp_path, monkeypatch, method):
+    """It trains in name only: that its step is right is tested elsewhere, and compiling takes most of the time."""
+
+    def train(state, frozen, batch, key):
+        return state._replace(step=state.step + 1), StepMetrics(np.float32(1.0), np.float32(1.0))
+
+    def evaluate(trainable, frozen, batch):
+        return np.zeros((len(batch.labels), 2), np.float32)
+
+    monkeypatch.setattr(Steps, "compiled", lambda *_: Steps(train, evaluate))
+    config = tiny_config(method, num_epochs=1, max_length=8)
     if method in OPTIONS:
         config.peft[method].update(OPTIONS[method])
     report = run(config, tmp_path)
@@ -292,6 +303,41 @@ def test_a_seed_is_added_to_a_finished_run(finished):
     assert [row["seed"] for row in report["metrics"]["per_seed"]] == [11, 22]
     assert {name: (workdir / "seed_11" / name).read_bytes() for name in kept} == kept
     assert jpeft.load(workdir / "seed_22" / "model").task == "mrpc"
+
+
+def test_seeds_that_train_together_end_as_they_do_alone(tiny_config, tmp_path):
+    """Each with its own head, leaves, order, dropout, files and history; and they resume together, or one by one."""
+    config = tiny_config("lora", num_epochs=2, max_length=8)
+    config.seeds, config.peft.lora.dropout = (1, 2, 3), 0.1
+    alone = run(config, tmp_path / "alone")
+    config.train.together = 3
+    report, console = again(config, tmp_path / "together")
+    assert any("seeds 1, 2, 3 train together" in line for line in console.lines)
+    rows = {name: each["metrics"]["per_seed"] for name, each in (("alone", alone), ("together", report))}
+    assert [row["last"] for row in rows["alone"]] == [row["last"] for row in rows["together"]]
+    assert len({json.dumps(row["last"]) for row in rows["alone"]}) > 1
+
+    def same(folder):
+        for seed in config.seeds:
+            for name in ("model/modules.safetensors", experiment.PREDICTIONS):
+                one, two = (read_leaves(tmp_path / at / f"seed_{seed}" / name) for at in ("alone", folder))
+                chex.assert_trees_all_close(one, two, atol=1e-5)
+
+    same("together")
+    # Seed 2 lost its last checkpoint, as if the run had been killed between the two; seed 3 has none yet.
+    workdir = tmp_path / "together"
+    for seed in config.seeds:
+        (workdir / f"seed_{seed}" / "result.json").unlink()
+    last = max((workdir / "seed_2/checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    shutil.rmtree(last)
+    shutil.rmtree(workdir / "seed_3" / "checkpoints")
+    _, console = again(config, workdir)
+    assert [line.split()[3] for line in console.lines if line.startswith("resuming at step")] == ["6", "3"]
+    same("together")
+    # How many train together is no part of what a run is.
+    config.train.together = None
+    _, console = again(config, workdir)
+    assert "  seed 2: finished earlier" in console.lines
 
 
 def test_a_finished_run_whose_data_changed_says_so(finished, tmp_path, tiny_glue):
@@ -404,8 +450,8 @@ def test_a_class_without_rows_is_warned_of(tiny_config, tmp_path):
 
 def test_batches_are_random_where_they_are_not_grouped_by_length(tiny_config, monkeypatch):
     monkeypatch.setattr(experiment, "COMPILE_TOKENS", 0.001)
-    grouped, _ = experiment.load(tiny_config("lora"), Heard())
-    random, _ = experiment.load(tiny_config("lora", group_by_length=False), Heard())
+    grouped, *_ = experiment.load(tiny_config("lora"), Heard())
+    random, *_ = experiment.load(tiny_config("lora", group_by_length=False), Heard())
     assert len(grouped.buckets) > 1
     assert random.buckets == grouped.buckets[-1:]
 
@@ -419,7 +465,7 @@ def test_padded_lengths_do_not_depend_on_the_other_seeds(tiny_config, monkeypatc
         for seeds in ((11,), tuple(range(50))):
             config = tiny_config("lora")
             config.seeds = seeds
-            data, _ = experiment.load(config, Heard())
+            data, *_ = experiment.load(config, Heard())
             found.append((data.buckets, data.eval_buckets))
         assert found[0] == found[1]
         counts.add(len(found[0][0]))

@@ -10,9 +10,10 @@ from jpeft.data.batching import Examples
 from jpeft.data.task import Data
 from jpeft.data.tasks import TASKS
 from jpeft.models import Bert, BertConfig
-from jpeft.training import loop, optim
+from jpeft.training import compiled, loop, optim
 from jpeft.training import step as stepping
-from jpeft.training.loop import Compiled, Schedule, Steps
+from jpeft.training.compiled import Compiled, Steps
+from jpeft.training.loop import Schedule
 
 SHAPE = {
     "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
@@ -40,13 +41,18 @@ def steps():
     return Steps(Compiled(train, 2), Compiled(evaluate, 2))
 
 
-@pytest.fixture(scope="module")
-def start():
+def started():
+    """The state before the first step, and what is frozen."""
     x = jax.numpy.ones((1, 8), int)
     params = MODEL.init(jax.random.key(0), x)["params"]
     leaves = jpeft.init(METHOD, jax.random.key(1), jpeft.sites(MODEL, x), params)
     parts = jpeft.partition(METHOD, params, leaves, trains="classifier")
     return stepping.init_state(parts.trainable, OPTIMIZER), parts.frozen
+
+
+@pytest.fixture(scope="module")
+def start():
+    return started()
 
 
 @pytest.fixture(scope="module")
@@ -122,16 +128,71 @@ def test_an_answer_that_is_not_finite_is_one_line(steps, start):
         list(loop.fit(steps._replace(eval=bad), *start, DATA, SCHEDULE))
 
 
-def test_prepared_programs_are_all_that_a_run_needs(start):
-    train = chex.assert_max_traces(stepping.train_step(MODEL, METHOD, OPTIMIZER), n=2)
-    steps = Steps.compiled(train, chex.assert_max_traces(stepping.eval_step(MODEL, METHOD), n=2))
+SEVERAL = [Schedule(num_epochs=2, batch_size=8, seed=seed, key=jax.random.key(seed)) for seed in (5, 6, 7)]
+
+
+@pytest.fixture(scope="module")
+def several():
+    """Three runs of one model: each with its own head, leaves, fixed leaves, order of rows and dropout."""
+    method = jpeft.chain(jpeft.lora(rank=2), jpeft.said(8, targets="query"))
+    x = jax.numpy.ones((1, 8), int)
+    base, sites = MODEL.init(jax.random.key(0), x)["params"], jpeft.sites(MODEL, x)
+    found = []
+    for schedule in SEVERAL:
+        head = MODEL.init(schedule.key, x)["params"]["classifier"]
+        leaves = jpeft.init(method, schedule.key, sites, {**base, "classifier": head})
+        found.append(jpeft.partition(method, {**base, "classifier": head}, leaves, trains="classifier"))
+    optimizer = optim.adamw(optax.constant_schedule(1e-2), 0.1, found[0])
+    states = [stepping.init_state(parts.trainable, optimizer) for parts in found]
+    train, evaluate = stepping.train_step(MODEL, method, optimizer), stepping.eval_step(MODEL, method)
+    alone = Steps(Compiled(train, 2), Compiled(evaluate, 2))
+    train, evaluate = (chex.assert_max_traces(fn, n=2) for fn in (train, evaluate))  # one for each padded length
+    together = Steps(Compiled(stepping.together(train, 0), 2), Compiled(stepping.together(evaluate, None), 2))
+    frozen = {**found[0].frozen, "peft": stepping.stack([parts.frozen["peft"] for parts in found])}
+    return alone, states, [parts.frozen for parts in found], together, stepping.stack(states), frozen
+
+
+def test_several_runs_together_are_each_as_it_is_alone(several):
+    alone, states, frozens, together, stacked, frozen = several
+    assert not np.array_equal(*(jax.tree.leaves(each["peft"])[0] for each in frozens[:2]))  # projections of their own
     chex.clear_trace_counter()
-    loop.prepare(steps, *start, DATA, SCHEDULE)
-    spent = steps.train.seconds, steps.eval.seconds
-    assert min(spent) > 0
-    state = jax.tree.map(jax.numpy.array, start[0])  # its buffers are given up
-    list(loop.fit(steps, state, start[1], DATA, SCHEDULE))
-    assert (steps.train.seconds, steps.eval.seconds) == spent
+    compiled.prepare(together, stacked, frozen, DATA, 8, jax.numpy.stack([each.key for each in SEVERAL]))
+    spent = together.train.seconds
+    histories, sums = [()] * 3, [0.0] * 3
+    both = list(loop.fit_together(together, stacked, frozen, DATA, SEVERAL, histories, sums, every=0))
+    assert together.train.seconds == spent
+    for i, schedule in enumerate(SEVERAL):
+        own = list(loop.fit(alone, states[i], frozens[i], DATA, schedule, every=0))
+        for one, other in zip(own, both, strict=True):
+            np.testing.assert_allclose(one.losses, other[i].losses, rtol=1e-5)
+            np.testing.assert_allclose(one.grad_norms, other[i].grad_norms, rtol=1e-4)
+            assert (one.epoch, one.step) == (other[i].epoch, other[i].step)
+            if one.logits is not None:
+                np.testing.assert_allclose(one.logits, other[i].logits, atol=1e-4)
+        chex.assert_trees_all_close(own[-1].state, both[-1][i].state, atol=1e-5)
+        assert own[-1].history[-1]["train_loss"] == pytest.approx(both[-1][i].history[-1]["train_loss"], rel=1e-5)
+    assert len({each.losses for each in both[0]}) == 3
+
+    # From an event in the middle, they end the same.
+    taken = both[5]
+    rest = list(
+        loop.fit_together(
+            together, taken[0].states, frozen, DATA, SEVERAL, [e.history for e in taken], [e.loss_sum for e in taken], 0
+        )
+    )
+    chex.assert_trees_all_equal(rest[-1][0].states, both[-1][0].states)
+    assert [e.history for e in rest[-1]] == [e.history for e in both[-1]]
+
+
+def test_a_loss_of_one_of_several_runs_that_is_not_finite_names_it(several):
+    _, _, _, together, stacked, frozen = several
+
+    def train(*args):
+        state, metrics = together.train(*args)
+        return state, metrics._replace(loss=np.array([1.0, np.inf, 1.0]))
+
+    with pytest.raises(UserError, match="the loss is inf at step 1 of seed 6"):
+        list(loop.fit_together(Steps(train, None), stacked, frozen, DATA, SEVERAL, [()] * 3, [0.0] * 3, 0))
 
 
 def test_a_finished_run_has_no_more_events(steps, start, events):
@@ -183,15 +244,3 @@ def test_evaluate_restores_the_order():
     np.testing.assert_array_equal(logits[:, 0], [ids[0] for ids in rows.input_ids])
     np.testing.assert_array_equal(logits[:, 1], rows.lengths)
     assert logits.dtype == np.float32
-
-
-def test_each_shape_compiles_once_and_is_timed():
-    counted = chex.assert_max_traces(lambda trainable, frozen, batch: batch.labels + trainable, n=2)
-    steps = Steps.compiled(lambda state, frozen, batch, key: (state, 0), counted)
-    chex.clear_trace_counter()
-    for length in (8, 16, 8, 16):
-        rows = examples(8)._replace(input_ids=tuple(np.ones(length, np.int32) for _ in range(8)))
-        rows = rows._replace(token_type_ids=rows.input_ids)
-        loop.evaluate(lambda *args: np.asarray(steps.eval(*args))[:, None], np.int32(1), {}, rows, (length,), 8)
-    assert steps.eval.seconds > 0
-    assert steps.train.seconds == 0

@@ -135,8 +135,12 @@ def close(got, wanted, tolerance=1e-4):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-6 * largest
 
 
+# One for each way to act: on weights, around a site, in attention, on rows, beside the encoder, on entries of the base.
+REMATERIALISED = ("dora", "pfeiffer", "unipelt", "p_tuning", "ladder_side", "fish")
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs_under_jit_and_remat_and_traces_once(name):
+def test_it_runs_under_jit_vmap_and_remat_and_traces_once(name):
     method, trained, fixed, now = make(name)
     chex.clear_trace_counter()
 
@@ -150,26 +154,20 @@ def test_it_runs_under_jit_and_remat_and_traces_once(name):
     assert value == pytest.approx(float(expected), rel=1e-5)
     assert any(np.any(g) for g in jax.tree.leaves(grads))
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, trained)
-    remat = Bert(BertConfig(**{**vars(CONFIG), "remat": True}))
-    close(jax.jit(lambda t: value_and_grad(t, remat))(trained)[1], grads)
+    if name in REMATERIALISED:
+        remat = Bert(BertConfig(**{**vars(CONFIG), "remat": True}))
+        close(jax.jit(lambda t: value_and_grad(t, remat))(trained)[1], grads)
 
-
-@pytest.mark.parametrize("name", NAMES)
-def test_vmap_over_examples_and_over_leaves_equals_loops(name):
-    method, trained, fixed, now = make(name)
     one = lambda t, ids, mask, label: loss(method, t, fixed, ids[None], mask[None], label[None])
     stacked = jax.tree.map(lambda x: np.stack([2 * np.asarray(x), x]), trained)
 
     @jax.jit
     def vmapped(trained, stacked):
-        by_example = jax.vmap(jax.grad(one), (None, 0, 0, 0))(trained, IDS[:3], MASK[:3], LABELS[:3])
+        by_example = jax.vmap(jax.grad(one), (None, 0, 0, 0))(trained, IDS, MASK, LABELS)
         return by_example, jax.vmap(lambda t: logits(method, t, fixed))(stacked)
 
-    batched, two = jax.tree.map(np.asarray, vmapped(trained, stacked))
-    single = jax.jit(jax.grad(one))
-    for i in range(3):
-        row = (np.asarray(x)[i] for x in (IDS, MASK, LABELS))
-        close(jax.tree.map(lambda g, i=i: g[i], batched), single(trained, *row))
+    by_example, two = jax.tree.map(np.asarray, vmapped(trained, stacked))
+    close(jax.tree.map(lambda g: g.mean(0), by_example), grads)
     np.testing.assert_allclose(two[1], now, atol=5e-5)
     assert np.abs(two[0] - now).max() > 1e-3
 

@@ -10,6 +10,7 @@ from jpeft.run.console import Console
 from jpeft.workbench import compare
 from jpeft.workbench.compare import Cell
 
+pytestmark = pytest.mark.usefixtures("programs_stay")
 QUIET = Console(quiet=True)
 
 

@@ -12,13 +12,15 @@ from ml_collections import ConfigDict
 from training.test_loop import DATA, METHOD, MODEL
 
 import jpeft
-from jpeft.run import seed as running
+from jpeft.run import log
+from jpeft.run import train as running
 from jpeft.run.clock import Clock
 from jpeft.run.console import Console
 from jpeft.run.seed import Seed
 from jpeft.run.stopping import Stopped
+from jpeft.run.train import Ready
 from jpeft.training import checkpoint
-from jpeft.training.loop import Steps
+from jpeft.training.compiled import Steps
 
 CONFIG = ConfigDict(
     {
@@ -83,7 +85,8 @@ def start(monkeypatch, compiled):
         parts = jpeft.partition(METHOD, params, jpeft.init(METHOD, jax.random.key(1), sites, params), "classifier")
         clock, key = Clock({"fisher": 0.0}), jax.random.key(3)
         seed = Seed(CONFIG, 5, DATA, None, MODEL, sites, key, key, folder, Console(quiet=True), clock)
-        return running.train(seed, METHOD, parts), clock.seconds
+        (last,) = running.train([Ready(seed, [], METHOD, parts, None, {}, [])])
+        return last, clock.seconds
 
     return call
 
@@ -192,9 +195,40 @@ def test_tensorboard_gets_the_same_numbers(tmp_path, start, monkeypatch):
 
 
 def test_steps_are_logged(tmp_path, start, monkeypatch):
-    monkeypatch.setattr(running, "LOG_EVERY", 2)
+    monkeypatch.setattr(log, "LOG_EVERY", 2)
     start(tmp_path)
     found = rows(tmp_path)
     assert [row["step"] for row in found] == [2, 4, 4, 6, 8, 8, 10, 12, 12]
     assert list(found[0]) == ["seed", "epoch", "step", "loss", "grad_norm"]
     assert found[0]["grad_norm"] > 0
+
+
+def ready(seed, shape, rank=2):
+    parts = jpeft.Partition({"x": np.zeros(shape)}, {"params": {}}, {}, {})
+    return Ready(seed, [{"method": "lora", "options": {"rank": rank}}], METHOD, parts, None, {}, [])
+
+
+def test_neighbours_of_one_shape_train_together():
+    seeds = [ready(1, 2), ready(2, 2), ready(3, 2), ready(4, 3), ready(5, 3), ready(6, 3, rank=1), ready(7, 2)]
+    found = [[each.seed for each in group] for group in running.groups(iter(seeds), 2)]
+    assert found == [[1, 2], [3], [4, 5], [6], [7]]
+    first = next(running.groups(iter(seeds), 1))
+    assert [each.seed for each in first] == [1]
+
+
+def test_a_group_that_is_full_does_not_wait_for_the_next_seed():
+    seen = []
+    ones = (seen.append(i) or ready(i, 2) for i in range(5))
+    next(running.groups(ones, 2))
+    assert seen == [0, 1]
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(None, True), (1200, True), (1000, False)])
+def test_seeds_train_together_where_the_memory_allows(monkeypatch, limit, fits):
+    class Device:
+        def memory_stats(self):
+            return None if limit is None else {"bytes_limit": limit}
+
+    monkeypatch.setattr(running.jax, "devices", lambda: [Device()])
+    seeds = [Seed(None, i, None, None, None, None, None, None, None, Console(quiet=True), None) for i in (1, 2)]
+    assert running._fits(seeds, 1000) == fits

@@ -1,0 +1,112 @@
+"""Programs compiled ahead, one for each shape of batch."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from jpeft.data.batching import Batch, Examples
+from jpeft.data.task import Data
+from jpeft.training.step import State, StepMetrics, Tree
+
+__all__ = ["EVAL_BATCH", "Compiled", "Steps", "planned_memory", "prepare"]
+
+EVAL_BATCH = 32  # rows
+
+
+class Compiled:
+    """A jitted function with one program for each shape of batch, compiled ahead or on first use.
+
+    Attributes:
+      seconds: spent tracing and compiling so far.
+    """
+
+    def __init__(self, fn: Callable[..., Any], batch_at: int, **options: Any):
+        self.seconds = 0.0
+        self._jitted, self._batch_at = jax.jit(fn, **options), batch_at
+        self._programs: dict[tuple[int, ...], Any] = {}
+
+    def prepare(self, calls: Sequence[tuple[Any, ...]]) -> None:
+        """Compiles a program for each of these arguments, which may be `jax.ShapeDtypeStruct`s, in parallel threads."""
+        start = time.perf_counter()
+        missing = {args[self._batch_at].input_ids.shape: args for args in calls}
+        todo = {shape: args for shape, args in missing.items() if shape not in self._programs}
+        with ThreadPoolExecutor(max(1, min(len(todo), os.cpu_count() or 1))) as threads:
+            self._programs |= dict(zip(todo, threads.map(self._compile, todo.values()), strict=True))
+        self.seconds += time.perf_counter() - start
+
+    def memory(self) -> int:
+        """The bytes that the largest of the programs needs, arguments and temporaries; 0 where XLA does not tell."""
+        found = [program.memory_analysis() for program in self._programs.values()]
+        return max((x.argument_size_in_bytes + x.temp_size_in_bytes for x in found if x is not None), default=0)
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the program for the shape of the batch, which is argument number `batch_at`."""
+        shape = args[self._batch_at].input_ids.shape
+        if shape not in self._programs:
+            start = time.perf_counter()
+            self._programs[shape] = self._compile(args)
+            self.seconds += time.perf_counter() - start
+        return self._programs[shape](*args)
+
+    def _compile(self, args: tuple[Any, ...]) -> Any:
+        return self._jitted.lower(*args).compile()
+
+
+class Steps(NamedTuple):
+    """The two functions that training calls, from `train_step` and `eval_step`."""
+
+    train: Callable[[State, Tree, Any, Array], tuple[State, StepMetrics]]
+    eval: Callable[[Tree, Tree, Any], Array]
+
+    @classmethod
+    def compiled(cls, train: Callable[..., Any], evaluate: Callable[..., Any]) -> "Steps":
+        """Both as `Compiled`; the training step takes over the buffers of its state."""
+        return cls(Compiled(train, 2, donate_argnums=0), Compiled(evaluate, 2))
+
+
+def prepare(steps: Steps, state: State, frozen: Tree, data: Data, batch_size: int, key: Array) -> None:
+    """Compiles the programs of steps that are `Compiled` for all padded lengths, ahead of the first step.
+
+    Args:
+      steps: whose programs.
+      state: as `fit` takes it, stacked where several runs train together; so is `key`, the dropout key.
+      frozen: the variables that do not train.
+      data: whose lengths.
+      batch_size: rows of a training batch of one run.
+      key: see `state`.
+    """
+    labels = data.train.labels.dtype
+    train = [_shape(batch_size, length, labels, key.shape) for length in _used(data.train, data.buckets)]
+    dev = [_shape(EVAL_BATCH, length, labels) for length in _used(data.dev, data.eval_buckets)]
+    if isinstance(steps.train, Compiled):
+        steps.train.prepare([(state, frozen, batch, key) for batch in train])
+    if isinstance(steps.eval, Compiled):
+        steps.eval.prepare([(state.trainable, frozen, batch) for batch in dev])
+
+
+def planned_memory(steps: Steps, state: State, frozen: Tree, data: Data, batch_size: int, key: Array) -> int:
+    """The bytes that training with these arguments of `prepare` needs, by its longest rows; 0 if it is not `Compiled`.
+
+    The base model counts, though it may already be there.
+    """
+    if not isinstance(steps.train, Compiled):
+        return 0
+    batch = _shape(batch_size, max(_used(data.train, data.buckets)), data.train.labels.dtype, key.shape)
+    steps.train.prepare([(state, frozen, batch, key)])
+    return steps.train.memory()
+
+
+def _used(examples: Examples, buckets: Sequence[int]) -> list[int]:
+    return sorted({min(b for b in buckets if b >= n) for n in set(examples.lengths.tolist())})
+
+
+def _shape(rows: int, length: int, labels: Any, runs: tuple[int, ...] = ()) -> Batch:
+    ids = jax.ShapeDtypeStruct((*runs, rows, length), np.int32)
+    per_row = (*runs, rows)
+    return Batch(ids, ids, ids, jax.ShapeDtypeStruct(per_row, labels), jax.ShapeDtypeStruct(per_row, np.float32))
