@@ -63,6 +63,7 @@ def default(task: str, method: str) -> Config:
     `train.group_by_length=False` pads all rows to one length, so that batches are random: slower, but for comparison.
     `train.together` is how many seeds train at once at most, in one program with one base model; None is as many as
     fit on an accelerator, and one on a CPU.
+    All devices of a machine divide the rows of a batch; with `train.shard_base` they hold the base model in parts.
     `train.remat` recomputes each layer in the backward pass; `train.tensorboard` writes the log for it, too.
     """
     return ConfigDict(
@@ -109,6 +110,7 @@ def default(task: str, method: str) -> Config:
                 "export": "last",
                 "tensorboard": False,
                 "together": placeholder(int),
+                "shard_base": False,
             },
             "seeds": (11,),
         }

@@ -32,6 +32,7 @@ from jpeft.run.start import start
 from jpeft.run.train import Ready, groups, most_together, train
 from jpeft.run.workdir import Inputs
 from jpeft.store import modules as modules_on_disk
+from jpeft.training import placement
 from jpeft.training.loop import Event
 from jpeft.transforms.registry import METHODS
 
@@ -65,8 +66,12 @@ def run(config: Config, workdir: Path, console: Console | None = None, command: 
 
 def _run(config: Config, workdir: Path, console: Console, command: str | None) -> dict[str, Any]:
     workdirs.check_config(workdir, config)
+    mesh = placement.all_devices(config.train.batch_size)
     _use_compilation_cache()
     console.title(f"{config.method} on {config.task} with {config.model}, in {workdir}")
+    if mesh is not None:
+        base = "the base model in parts on them" if config.train.shard_base else "the base model on each of them"
+        console.say(f"  {mesh.size} devices: rows divided among them, {base}")
     clock = Clock()
     with clock.timing("load"):
         data, base, inputs = load(config, console)

@@ -17,7 +17,7 @@ from jpeft.run.config import Config
 from jpeft.run.log import Log
 from jpeft.run.seed import Seed
 from jpeft.run.stopping import Stopped, deferred
-from jpeft.training import checkpoint, optim, step
+from jpeft.training import checkpoint, optim, placement, step
 from jpeft.training.compiled import Steps, planned_memory, prepare
 from jpeft.training.loop import Event, Row, Schedule, evaluate, fit_together
 from jpeft.training.step import State
@@ -157,7 +157,13 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
         training, evaluation = step.together(training, 0), step.together(evaluation, None)
         state, key = step.stack([start.state for start in starts]), jnp.stack([each.key for each in schedules])
         frozen = {**frozen, "peft": step.stack([start.ready.parts.frozen["peft"] for start in starts])}
-    steps, first = Steps.compiled(training, evaluation), int(starts[0].state.step)
+    first, mesh = int(starts[0].state.step), placement.all_devices(config.train.batch_size)
+    if mesh is not None:
+        state, key = jax.device_put((state, key), placement.whole(mesh))
+        base = frozen["params"]
+        over = placement.divided(mesh, base) if config.train.shard_base else placement.whole(mesh)
+        frozen = {"params": jax.device_put(base, over), "peft": jax.device_put(frozen["peft"], placement.whole(mesh))}
+    steps = Steps.compiled(training, evaluation, mesh)
     for each in seeds:
         each.clock.start(lambda: sum(getattr(fn, "seconds", 0.0) for fn in steps), shared_by=len(seeds))
     if first < total:
@@ -193,7 +199,7 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
                     each.clock.start()
                 if stopping():  # after the last step, too: the next start saves the modules
                     raise Stopped(f"stopped and saved at step {events[0].step:,} of {total:,}")
-    return [event if event.run is None else event._replace(states=event.state, run=None) for event in events]
+    return [event._replace(states=jax.device_get(event.state), run=None) for event in events]
 
 
 def _fits(seeds: Sequence[Seed], planned: int) -> bool:

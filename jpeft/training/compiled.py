@@ -1,5 +1,6 @@
 """Programs compiled ahead, one for each shape of batch."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -9,9 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jpeft.data.batching import Batch, Examples
 from jpeft.data.task import Data
+from jpeft.training import placement
 from jpeft.training.step import State, StepMetrics, Tree
 
 __all__ = ["EVAL_BATCH", "Compiled", "Steps", "planned_memory", "prepare"]
@@ -22,13 +25,21 @@ EVAL_BATCH = 32  # rows
 class Compiled:
     """A jitted function with one program for each shape of batch, compiled ahead or on first use.
 
+    Args:
+      fn: the function.
+      batch_at: which of its arguments is the batch.
+      mesh: the devices among which the rows of batches are divided; results are on all of them. None: one device.
+      **options: for `jax.jit`.
+
     Attributes:
       seconds: spent tracing and compiling so far.
     """
 
-    def __init__(self, fn: Callable[..., Any], batch_at: int, **options: Any):
+    def __init__(self, fn: Callable[..., Any], batch_at: int, mesh: Mesh | None = None, **options: Any):
         self.seconds = 0.0
-        self._jitted, self._batch_at = jax.jit(fn, **options), batch_at
+        if mesh is not None:
+            options["out_shardings"] = placement.whole(mesh)
+        self._jitted, self._batch_at, self._mesh = jax.jit(fn, **options), batch_at, mesh
         self._programs: dict[tuple[int, ...], Any] = {}
 
     def prepare(self, calls: Sequence[tuple[Any, ...]]) -> None:
@@ -52,22 +63,42 @@ class Compiled:
             start = time.perf_counter()
             self._programs[shape] = self._compile(args)
             self.seconds += time.perf_counter() - start
+        if self._mesh is not None:
+            batch = args[self._batch_at]
+            args = self._with_batch(args, jax.device_put(batch, placement.rows(self._mesh, batch)))
         return self._programs[shape](*args)
 
     def _compile(self, args: tuple[Any, ...]) -> Any:
+        if self._mesh is not None:
+            batch = args[self._batch_at]
+            shardings = placement.rows(self._mesh, batch)
+            shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(batch, shardings, strict=True))
+            args = self._with_batch(args, Batch(*shapes))
         return self._jitted.lower(*args).compile()
+
+    def _with_batch(self, args: tuple[Any, ...], batch: Batch) -> tuple[Any, ...]:
+        return (*args[: self._batch_at], batch, *args[self._batch_at + 1 :])
 
 
 class Steps(NamedTuple):
-    """The two functions that training calls, from `train_step` and `eval_step`."""
+    """The two functions that training calls, from `train_step` and `eval_step`.
+
+    Attributes:
+      train: (state, frozen, batch, key) -> (state, metrics).
+      eval: (trainable, frozen, batch) -> logits.
+      eval_rows: of a batch in evaluation.
+    """
 
     train: Callable[[State, Tree, Any, Array], tuple[State, StepMetrics]]
     eval: Callable[[Tree, Tree, Any], Array]
+    eval_rows: int = EVAL_BATCH
 
     @classmethod
-    def compiled(cls, train: Callable[..., Any], evaluate: Callable[..., Any]) -> "Steps":
+    def compiled(cls, train: Callable[..., Any], evaluate: Callable[..., Any], mesh: Mesh | None = None) -> "Steps":
         """Both as `Compiled`; the training step takes over the buffers of its state."""
-        return cls(Compiled(train, 2, donate_argnums=0), Compiled(evaluate, 2))
+        devices = 1 if mesh is None else mesh.size
+        rows = math.ceil(EVAL_BATCH / devices) * devices
+        return cls(Compiled(train, 2, mesh, donate_argnums=0), Compiled(evaluate, 2, mesh), rows)
 
 
 def prepare(steps: Steps, state: State, frozen: Tree, data: Data, batch_size: int, key: Array) -> None:
@@ -83,7 +114,7 @@ def prepare(steps: Steps, state: State, frozen: Tree, data: Data, batch_size: in
     """
     labels = data.train.labels.dtype
     train = [_shape(batch_size, length, labels, key.shape) for length in _used(data.train, data.buckets)]
-    dev = [_shape(EVAL_BATCH, length, labels) for length in _used(data.dev, data.eval_buckets)]
+    dev = [_shape(steps.eval_rows, length, labels) for length in _used(data.dev, data.eval_buckets)]
     if isinstance(steps.train, Compiled):
         steps.train.prepare([(state, frozen, batch, key) for batch in train])
     if isinstance(steps.eval, Compiled):

@@ -172,7 +172,7 @@ def fit_together(
                 for i, run in enumerate(runs)
             )
             pending, due = [], time.monotonic() + every
-        found = evaluate(steps.eval, states.trainable, frozen, data.dev, data.eval_buckets)
+        found = evaluate(steps.eval, states.trainable, frozen, data.dev, data.eval_buckets, steps.eval_rows)
         if not np.isfinite(found).all():
             raise UserError(f"the model's answers are not finite after step {step}: try a lower learning_rate")
         logits = [found] if runs == [None] else list(found)

@@ -1,0 +1,59 @@
+"""Where arrays lie on several devices: rows divided among them, all else on each of them, or the base in parts."""
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jpeft.core.errors import UserError
+from jpeft.data.batching import Batch
+
+__all__ = ["all_devices", "divided", "rows", "whole"]
+
+ROWS = "rows"  # the axis of the mesh
+
+
+def all_devices(batch_size: int) -> Mesh | None:
+    """All devices in a row; None if there is only one.
+
+    Raises:
+      UserError: if they cannot divide the rows of a batch evenly.
+    """
+    devices = jax.devices()
+    if len(devices) == 1:
+        return None
+    if batch_size % len(devices):
+        nearest = max(1, round(batch_size / len(devices))) * len(devices)
+        raise UserError(
+            f"config.train.batch_size {batch_size} must be a multiple of the {len(devices)} devices, such as {nearest}"
+        )
+    return jax.make_mesh((len(devices),), (ROWS,), axis_types=(AxisType.Auto,))
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """On every device."""
+    return NamedSharding(mesh, P())
+
+
+def rows(mesh: Mesh, batch: Batch) -> Batch:
+    """The shardings of a batch whose rows are divided; its arrays are [b, ...], or [runs, b, ...]."""
+    axis = len(batch.labels.shape) - 1
+    return Batch(*(NamedSharding(mesh, P(*(None,) * axis, ROWS)) for _ in batch))
+
+
+def divided(mesh: Mesh, tree: Any) -> Any:
+    """The shardings of arrays of which each device holds a part, along the longest axis that it divides evenly.
+
+    XLA gathers the parts of a layer when it is their turn ("fully sharded data parallel", Rajbhandari et al. 2020,
+    arXiv:1910.02054, stage 3). Arrays without such an axis are on every device.
+    """
+
+    def of(x: Any) -> NamedSharding:
+        fits = [axis for axis, size in enumerate(x.shape) if size % mesh.size == 0]
+        if not fits:
+            return whole(mesh)
+        longest = max(fits, key=lambda axis: x.shape[axis])
+        return NamedSharding(mesh, P(*(None,) * longest, ROWS))
+
+    return jax.tree.map(of, tree)
