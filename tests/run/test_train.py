@@ -60,8 +60,8 @@ def start(monkeypatch, compiled):
     """Starts a run in a folder, or resumes it; the training step dies after so many calls."""
 
     def call(folder, dies_after=None, dies_evaluating=False, asked_after=None):
-        def steps(*fns):
-            train, evaluate = compiled(*fns)
+        def steps(*fns_and_mesh):
+            train, evaluate, _ = compiled(*fns_and_mesh[:2])
             left = iter(range(10**9 if dies_after is None else dies_after))
             calls = itertools.count(1)
 
