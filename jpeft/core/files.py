@@ -18,8 +18,8 @@ from jpeft.core.errors import UserError
 from jpeft.core.tree import empty_paths, flatten, unflatten
 
 __all__ = [
-    "append_json", "file_hash", "keep_lines", "read_json", "read_leaves", "read_record", "read_tensors", "write_json",
-    "write_leaves", "write_record", "write_text",
+    "append_json", "file_hash", "keep_lines", "read_json", "read_leaves", "read_record", "read_safetensors",
+    "read_tensors", "write_json", "write_leaves", "write_record", "write_safetensors", "write_text",
 ]  # fmt: skip
 
 FORMAT = "jpeft"  # the metadata entry of our safetensors files: JSON with all of the following
@@ -116,20 +116,25 @@ def write_leaves(path: str | Path, leaves: Mapping[str, Any], about: Mapping[str
       leaves: the arrays. Empty dicts are stored too, as names in the metadata.
       about: additional metadata.
     """
+    tensors = {":".join(keys): np.asarray(x, order="C") for keys, x in flatten(leaves).items()}
+    described = {"about": dict(about or {}), EMPTY: [":".join(keys) for keys in empty_paths(leaves)]}
+    described[HASH] = _tensor_hash(tensors, described)
+    # In one entry: safetensors writes several in any order, and equal leaves should give equal files.
+    write_safetensors(path, tensors, {FORMAT: json.dumps(described, sort_keys=True)})
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes arrays by name as a safetensors file, atomically; its folder is created if needed."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
-    tensors = {":".join(keys): np.asarray(x, order="C") for keys, x in flatten(leaves).items()}
-    described = {"about": dict(about or {}), EMPTY: [":".join(keys) for keys in empty_paths(leaves)]}
-    described[HASH] = _tensor_hash(tensors, described)
     beside.touch()
     mode = beside.stat().st_mode
     try:
-        # In one entry: safetensors writes several in any order, and equal leaves should give equal files.
-        save_file(tensors, beside, metadata={FORMAT: json.dumps(described, sort_keys=True)})
+        save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, beside, metadata=dict(metadata))
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"cannot write {path}: {error}") from error
     beside.chmod(mode)  # safetensors makes files that only their owner can read
@@ -160,16 +165,28 @@ def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str
     return tensors, described["about"]
 
 
-def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of any safetensors file by name, and its metadata.
+
+    Raises:
+      UserError: if it does not exist or is not such a file; sizes are held against its length before it is read.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
     try:
         with safe_open(path, "np") as file:
-            described = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, TypeError, ValueError, AttributeError) as error:  # the latter where NumPy lacks a type
+        raise UserError(f"{path} is not a safetensors file: {error}") from None
+
+
+def _read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    tensors, metadata = read_safetensors(path)
+    try:
+        described = json.loads(metadata.get(FORMAT, "null"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a safetensors file of leaves: {error}") from None
     if not isinstance(described, dict) or HASH not in described:
         raise UserError(f"{path} is not a safetensors file of leaves: it does not carry their {HASH}")

@@ -1,0 +1,179 @@
+"""Folders of Hugging Face peft: read to its own logits, and written as it would write them.
+
+The goldens come from third_party/parity/make_peft_goldens.py; third_party/parity/check_peft_folder.py has peft itself
+open what is written.
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import randomised
+from parity.peers import ARCHITECTURES, GOLDEN, golden, load_base
+from safetensors.numpy import load_file, save_file
+
+import jpeft
+from jpeft.core.errors import UserError
+from jpeft.core.transform import FIXED
+from jpeft.store import huggingface
+from jpeft.store.huggingface import Modules
+
+METHODS = ["lora", "rslora", "dora", "ia3", "ia3_inner", "prompt", "p_tuning_mlp"]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def base(request, tmp_path_factory):
+    return load_base(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def saved_by_peft(folder, base, method):
+    """A folder as peft's save_pretrained writes it, from the golden's tensors."""
+    peer = golden("peft", base.architecture, method)
+    stored = {name.replace(".modules_to_save", "").replace(".default", ""): x for name, x in peer.trained.items()}
+    stored = {name.replace("magnitude_vector.weight", "magnitude_vector"): x for name, x in stored.items()}
+    if method.startswith("p"):  # the encoder of the prompt is not saved, but what it gives
+        rows = peer.trained["prompt_encoder.default.embedding.weight"]
+        stored = {name: x for name, x in stored.items() if "classifier" in name}
+        stored["prompt_embeddings"] = rows if method == "prompt" else encoded(peer.trained, rows)
+    folder.mkdir(exist_ok=True)
+    save_file({name: np.ascontiguousarray(x) for name, x in stored.items()}, folder / huggingface.WEIGHTS)
+    config = json.loads((GOLDEN / f"peft_{base.architecture}.json").read_text())[method]
+    (folder / huggingface.CONFIG).write_text(json.dumps(config))
+    return peer
+
+
+def encoded(tensors, rows):
+    for i in (0, 2, 4):
+        name = f"prompt_encoder.default.mlp_head.{i}"
+        rows = rows @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+        rows = rows if i == 4 else np.maximum(rows, 0)
+    return rows
+
+
+def logits(base, modules, inputs):
+    params = jpeft.union(base.params, modules.params)
+    variables = {"params": params, "peft": modules.leaves}
+    return jpeft.apply(base.model, jpeft.build(modules.spec), variables, **inputs)[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_peft_wrote_has_its_logits_here_and_goes_back_as_it_came(tmp_path, base, method):
+    peer = saved_by_peft(tmp_path / "peft", base, method)
+    modules = huggingface.read(tmp_path / "peft", base.model.config)
+    np.testing.assert_allclose(logits(base, modules, peer.inputs), peer.logits, atol=2e-5)
+
+    huggingface.write(tmp_path / "ours", modules, base.model.config, "some/base")
+    one, two = (load_file(tmp_path / name / huggingface.WEIGHTS) for name in ("peft", "ours"))
+    assert set(one) == set(two)
+    for name, x in one.items():
+        np.testing.assert_array_equal(x, two[name], err_msg=name)
+    theirs, ours = (json.loads((tmp_path / name / huggingface.CONFIG).read_text()) for name in ("peft", "ours"))
+    for field in ("r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens", "task_type"):
+        assert theirs.get(field) == ours.get(field), field
+    assert ours["base_model_name_or_path"] == "some/base"
+    again = huggingface.read(tmp_path / "ours", base.model.config)
+    assert again.spec == modules.spec
+    jax.tree.map(np.testing.assert_array_equal, again.leaves, modules.leaves)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"method": "lora", "options": {"rank": 2, "rank_pattern": {".*0.*query": 5}, "alpha_pattern": {"value": 3}}},
+        {"method": "pissa", "options": {"rank": 2, "targets": "query|ffn/output"}},
+        {"method": "dora", "options": {"rank": 3, "layers": [1]}},
+    ],
+    ids=["patterns", "pissa", "layers"],
+)  # fmt: skip
+def test_what_is_written_is_read_to_the_same_logits(tmp_path, base, entry):
+    """With sizes that differ by site, in some layers only; PiSSA as a LoRA of twice the rank."""
+    method = jpeft.build([entry])
+    ((name, leaves),) = jpeft.init(method, jax.random.key(0), base.sites, base.params).items()
+    trained, fixed = jpeft.core.partition.split(leaves)
+    trained = jax.tree.map(lambda x, y: x + y, trained, randomised(trained, scale=0.1))
+    leaves = jpeft.union(fixed, trained)
+    head = randomised(base.params["classifier"])
+    modules = Modules([entry], {name: leaves}, {"classifier": head})
+    huggingface.write(tmp_path, modules, base.model.config, "base")
+    again = huggingface.read(tmp_path, base.model.config)
+    assert FIXED not in str(again.leaves)
+    inputs = golden("peft", base.architecture, "lora").inputs
+    np.testing.assert_allclose(logits(base, again, inputs), logits(base, modules, inputs), atol=1e-5)
+
+
+def entry_of(method, **options):
+    return {"method": method, "options": options}
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ([entry_of("lora"), entry_of("pfeiffer")], "peft cannot hold lora and pfeiffer in one adapter: .*merged"),
+        ([], "peft cannot hold no modules"),
+        ([entry_of("pfeiffer")], "peft has no pfeiffer that computes the same"),
+        ([entry_of("prefix", mlp_hidden=None)], "prefixes count the positions of the text from their own length on"),
+        ([entry_of("lora", gate=True)], "peft has no gated LoRA"),
+        ([entry_of("prompt", placement="states")], "puts virtual tokens before the words only"),
+    ],
+)
+def test_what_peft_has_no_words_for(tmp_path, base, spec, says):
+    leaves = jpeft.init(jpeft.build(spec), jax.random.key(0), base.sites, base.params)
+    with pytest.raises(UserError, match=says):
+        huggingface.write(tmp_path, Modules(spec, leaves, {}), base.model.config, "base")
+
+
+def test_what_trained_besides_the_head_and_the_pooler(tmp_path, base):
+    modules = huggingface.read(_folder(tmp_path, base), base.model.config)
+    params = {"embeddings": {"LayerNorm": {"scale": np.ones(16, np.float32)}}}
+    with pytest.raises(UserError, match="cannot hold embeddings/LayerNorm/scale"):
+        huggingface.write(tmp_path / "x", modules._replace(params=params), base.model.config, "base")
+
+
+def _folder(tmp_path, base, method="lora"):
+    saved_by_peft(tmp_path / "peft", base, method)
+    return tmp_path / "peft"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported"),
+        ({"peft_type": ["LORA"]}, "is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has changed the base weights"),
+        ({"bias": "all"}, "bias 'all' .* no counterpart"),
+        ({"use_qalora": True}, "use_qalora has no counterpart"),
+        ({"use_dora": True}, "lacks a tensor of its dora"),
+        ({"alpha_pattern": {"(": 2}}, "alpha_pattern"),
+        ({"alpha_pattern": [1]}, "alpha_pattern"),
+        ({"lora_alpha": "many"}, "lora_alpha"),
+    ],
+)
+def test_configs_that_cannot_be_read(tmp_path, base, change, says):
+    folder = _folder(tmp_path, base)
+    config = json.loads((folder / huggingface.CONFIG).read_text()) | change
+    (folder / huggingface.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=says):
+        huggingface.read(folder, base.model.config)
+
+
+def test_folders_that_cannot_be_read(tmp_path, base):
+    folder, config = _folder(tmp_path, base), base.model.config
+    whole = (folder / huggingface.WEIGHTS).read_bytes()
+    tensors = load_file(folder / huggingface.WEIGHTS)
+
+    def refused(says):
+        with pytest.raises(UserError, match=says):
+            huggingface.read(folder, config)
+
+    (folder / huggingface.WEIGHTS).write_bytes(whole[:-7])
+    refused("is not a safetensors file")
+    name = next(name for name in tensors if "lora_A" in name)
+    save_file({**tensors, name: np.full_like(tensors[name], np.nan)}, folder / huggingface.WEIGHTS)
+    refused("is not finite")
+    save_file({**tensors, "extra.weight": np.ones(2, np.float32)}, folder / huggingface.WEIGHTS)
+    refused("holds extra.weight, which jpeft cannot place")
+    save_file({**tensors, name: np.ones((3, 5), np.float32)}, folder / huggingface.WEIGHTS)
+    refused("has shapes")
+    (folder / huggingface.WEIGHTS).unlink()
+    refused("there is no file")
