@@ -18,6 +18,7 @@ from jpeft.core.errors import UserError
 from jpeft.data.batching import Examples
 from jpeft.data.task import Data
 from jpeft.models.pretrained import Pretrained, fingerprint, identity
+from jpeft.run import config as configs
 from jpeft.run.config import Config
 from jpeft.store.modules import verify
 from jpeft.version import RESULTS
@@ -144,6 +145,22 @@ def check_config(workdir: Path, config: Config) -> None:
         told = "; ".join(f"config.{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differ[:SHOWN])
         told += f"; and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
         raise UserError(f"workdir {workdir} belongs to another config ({told}): choose another --workdir")
+
+
+def read_config(workdir: Path) -> Config:
+    """The config of the run that a workdir holds.
+
+    Raises:
+      UserError: if it holds none, or one of another version.
+    """
+    read = flatten_dict(files.read_record(workdir / CONFIG, KIND), sep=".")
+    try:
+        config = configs.default(read["task"], read["method"])
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
+        config.update_from_flattened_dict({name: value for name, value in given.items() if value != {}})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{workdir / CONFIG} is not a config of this version: {error}") from None
+    return config
 
 
 def begin(workdir: Path, config: Config, now: Inputs) -> None:

@@ -1,0 +1,47 @@
+"""Exports what a run trained: python -m jpeft.export --model runs/mnli --format hf --output exported
+
+--model is a folder seed_<n>/model, or a workdir, whose best seed is taken. The folder that is written has a model card,
+which says what the export changed on the evaluation split, if its data are still there.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jpeft.core.errors import UserError
+from jpeft.run import command
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message}; see --help")
+
+
+def run(argv: list[str]) -> None:
+    """Parses the command line and exports."""
+    # Said again here, so that the help needs no imports; a test holds it against `jpeft.run.export.FORMATS`.
+    formats = "hf: a plain model with the modules merged; peft: an adapter for Hugging Face peft"
+    parser = _Parser("python -m jpeft.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="seed_<n>/model, or a workdir")
+    parser.add_argument("--format", required=True, help=formats)
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--license", default="unknown", help="for the model card")
+    given = parser.parse_args(argv[1:])
+    from jpeft.run import export
+    from jpeft.run.console import Console
+
+    export.export(given.model, given.format, given.output, Console(), given.license)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Returns:
+      The exit code: 0, 2 after one line about what the user can mend, or 130 if it was stopped.
+    """
+    return command.call(run, None if argv is None else list(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

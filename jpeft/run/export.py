@@ -1,0 +1,195 @@
+"""Exports trained modules to other libraries' folders, and measures on the evaluation split what that changed."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpeft.core import files
+from jpeft.core.errors import UserError, nearest
+from jpeft.core.transform import Chain, instances, merge
+from jpeft.core.tree import union
+from jpeft.models import Bert, BertConfig, pretrained
+from jpeft.plans.plan import build
+from jpeft.report import tables
+from jpeft.run import experiment, workdir
+from jpeft.run.console import Console
+from jpeft.store import huggingface
+from jpeft.store import modules as modules_on_disk
+from jpeft.store.modules import Saved
+from jpeft.training import step
+from jpeft.training.compiled import Compiled
+from jpeft.training.loop import evaluate
+
+__all__ = ["DTYPES", "FORMATS", "Drift", "export"]
+
+DTYPES = ("float32", "bfloat16")
+FORMATS = {
+    "hf": "a plain model with the modules merged, for transformers' AutoModelForSequenceClassification",
+    "peft": "an adapter beside the base model, for peft's PeftModel",
+}
+CARD = "README.md"
+
+
+class Drift(NamedTuple):
+    """How the exported model differs from the run's own float32 logits on the evaluation split.
+
+    Attributes:
+      dtype: that the exported model computes in.
+      largest: difference of a logit.
+      changed: rows with another answer; of a regression, None.
+      rows: of the split.
+    """
+
+    dtype: str
+    largest: float
+    changed: int | None
+    rows: int
+
+
+def export(model: Path, form: str, output: Path, console: Console, license: str = "unknown") -> list[Drift]:
+    """Writes a folder that another library opens, with a model card.
+
+    Args:
+      model: a `seed_<n>/model` folder, or a workdir, whose best seed is taken.
+      form: one of `FORMATS`.
+      output: made if need be, and empty.
+      console: shows what is going on.
+      license: for the model card.
+
+    Returns:
+      What changed on the evaluation split, by dtype; nothing if its data cannot be found.
+
+    Raises:
+      UserError: if the folder is none of ours, the format is unknown, or cannot express the modules.
+    """
+    if form not in FORMATS:
+        raise UserError(f"--format {form!r} is unknown: {nearest(form, FORMATS)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} is there already: choose a new folder")
+    folder = _find(model, console)
+    saved = modules_on_disk.load(folder)
+    description, kept = modules_on_disk.read(folder)
+    console.title(f"exporting {folder} as {form}")
+    if form == "hf":
+        _write_merged(output, saved)
+    else:
+        modules = huggingface.Modules(description["modules"], kept.get("peft", {}), kept["params"])
+        huggingface.write(output, modules, saved.model.config, description["base"]["name"])
+    drift = _drift(folder, form, output, saved, console)
+    files.write_text(output / CARD, _card(folder, form, description, saved, drift, license))
+    console.say(f"written: {output}")
+    return drift
+
+
+def _find(model: Path, console: Console) -> Path:
+    """The folder of modules itself, or that of a workdir's best seed."""
+    if (model / modules_on_disk.DESCRIPTION).is_file():
+        return model
+    if not (model / "report.json").is_file():
+        raise UserError(f"--model {model} is neither a folder of trained modules nor the workdir of a finished run")
+    report = files.read_record(model / "report.json", tables.REPORT)
+    metric = report["primary_metric"]
+    best = max(report["metrics"]["per_seed"], key=lambda row: row["last"][metric])
+    if len(report["metrics"]["per_seed"]) > 1:
+        console.say(f"  seed {best['seed']} has the best {metric}, {best['last'][metric]:.4f}")
+    return model / f"seed_{best['seed']}" / "model"
+
+
+def _write_merged(output: Path, saved: Saved) -> None:
+    merged = merge(saved.transform, saved.variables["peft"], saved.variables["params"])
+    if merged.transform.members:
+        names = ", ".join(instances(merged.transform))
+        raise UserError(f"{names} cannot be merged into a plain model: what it does depends on the input")
+    pretrained.save(output, saved.model.config, merged.params, labels=saved.labels, tokenizer_from=saved.tokenizer)
+
+
+def _drift(folder: Path, form: str, output: Path, saved: Saved, console: Console) -> list[Drift]:
+    run, predictions = folder.parents[1], folder.parent / experiment.PREDICTIONS
+    try:
+        config = workdir.read_config(run)
+        data, *_ = experiment.load(config, Console(quiet=True))
+        expected = np.asarray(files.read_leaves(predictions)["logits"])
+    except UserError as error:
+        console.warn(f"what changed on the evaluation split was not measured: {error}")
+        return []
+    params, transform, leaves = READERS[form](output, saved)
+    found = []
+    for dtype in DTYPES:
+        model = Bert(BertConfig(**{**vars(saved.model.config), "dtype": dtype}))
+        run_step = Compiled(step.eval_step(model, transform), 2)
+        variables = {"params": params, "peft": leaves}
+        logits = evaluate(run_step, variables, {"params": {}, "peft": {}}, data.dev, data.eval_buckets)
+        changed = int((logits.argmax(1) != expected.argmax(1)).sum()) if saved.labels else None
+        found.append(Drift(dtype, float(np.abs(logits - expected).max()), changed, len(expected)))
+        of = "" if changed is None else f", {changed} of {len(expected):,} answers"
+        console.say(f"  in {dtype}, the exported model differs by at most {found[-1].largest:.1e} in a logit{of}")
+    return found
+
+
+def _read_merged(output: Path, saved: Saved) -> tuple[dict[str, Any], Chain, dict[str, Any]]:
+    loaded = pretrained.load(output, num_labels=len(saved.labels) or 1, key=jax.random.key(0))
+    return loaded.params, build([]), {}
+
+
+def _read_peft(output: Path, saved: Saved) -> tuple[dict[str, Any], Chain, dict[str, Any]]:
+    modules = huggingface.read(output, saved.model.config)
+    leaves = jax.tree.map(jnp.asarray, modules.leaves)
+    return union(saved.variables["params"], modules.params), build(modules.spec), leaves
+
+
+READERS: Mapping[str, Callable[[Path, Saved], tuple[dict[str, Any], Chain, dict[str, Any]]]]
+READERS = {"hf": _read_merged, "peft": _read_peft}
+USE = {
+    "hf": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")""",
+    "peft": """from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={num_labels})
+model = PeftModel.from_pretrained(base, "this folder")
+tokenizer = AutoTokenizer.from_pretrained({base!r})""",
+}
+
+
+def _card(
+    folder: Path, form: str, description: Mapping[str, Any], saved: Saved, drift: list[Drift], license: str
+) -> str:
+    """The model card: what it is, how it was made, how well it does, what the export changed, how to use it."""
+    base, labels = description["base"]["name"], saved.labels
+    methods = ", ".join(f"{entry['method']} {json.dumps(entry['options'])}" for entry in description["modules"])
+    lines = [
+        "---", f"license: {license}", f"base_model: {json.dumps(base)}", "pipeline_tag: text-classification",
+        f"library_name: {'transformers' if form == 'hf' else 'peft'}", "---", "",
+        f"# {saved.task}, {base}", "",
+        f"Trained with jpeft {description['jpeft']}. Modules: {methods or 'none'}.",
+        f"Inputs: {'pairs of sentences' if saved.num_texts == 2 else 'sentences'}, cut to {saved.max_length} tokens.",
+        f"Labels: {', '.join(labels)}." if labels else "It answers with a number.",
+        "",
+    ]  # fmt: skip
+    report = folder.parents[1] / "report.json"
+    if report.is_file():
+        read = files.read_record(report, tables.REPORT)
+        lines += [
+            f"| seed | {' | '.join(read['metrics']['mean'])} |",
+            "| --- |" + " ---: |" * len(read["metrics"]["mean"]),
+        ]
+        for row in read["metrics"]["per_seed"]:
+            own = f"{row['seed']}, this model" if f"seed_{row['seed']}" == folder.parent.name else str(row["seed"])
+            lines.append(f"| {own} | {' | '.join(f'{x:.4f}' for x in row['last'].values())} |")
+        lines += ["", f"On {read['examples']['evaluation']:,} rows of {read['split']}.", ""]
+        if read["command"]:
+            lines += ["Made by", "", f"    {read['command']}", ""]
+    if drift:
+        lines += ["What the export changed, on the same rows, against the run's own logits in float32:", ""]
+        lines += ["| computed in | largest difference of a logit | other answers |", "| --- | ---: | ---: |"]
+        lines += [f"| {d.dtype} | {d.largest:.1e} | {'-' if d.changed is None else d.changed} |" for d in drift]
+        lines.append("")
+    use = USE[form].format(base=base, num_labels=len(labels) or 1)
+    return "\n".join([*lines, "```python", use, "```", ""])

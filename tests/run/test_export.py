@@ -1,0 +1,121 @@
+"""Exports of finished runs: what is written, what it says of itself, and what cannot be written."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jpeft import export as program
+from jpeft.core import files
+from jpeft.models import pretrained
+from jpeft.run import experiment, export
+from jpeft.run.console import Console
+from jpeft.store import huggingface
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def trained(tiny_config, tmp_path):
+    def make(method="lora", task="mrpc", seeds=(11,), **options):
+        config = tiny_config(method, task, num_epochs=1, max_length=8)
+        config.seeds = seeds
+        config.peft[method].update(options)
+        experiment.run(config, tmp_path / "run", QUIET)
+        return tmp_path / "run"
+
+    return make
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs the program, which must fail, and returns its one line."""
+
+    def call(*args):
+        assert program.main(["export", *map(str, args)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix("error: ")
+
+    return call
+
+
+@pytest.mark.parametrize("form", ["hf", "peft"])
+def test_the_exported_model_has_the_logits_of_the_run(trained, tmp_path, form, capsys):
+    workdir = trained(seeds=(1, 2))
+    report = json.loads((workdir / "report.json").read_text())
+    best = max(report["metrics"]["per_seed"], key=lambda row: row["last"]["accuracy"])["seed"]
+    output = tmp_path / "out"
+    arguments = ["export", "--model", str(workdir), "--format", form, "--output", str(output), "--license", "mit"]
+    assert program.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"seed {best} has the best accuracy" in printed
+    assert "in float32, the exported model differs by at most" in printed
+    card = (output / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\nbase_model: ")
+    assert f"| {best}, this model | " in card
+    assert "| bfloat16 | " in card
+    if form == "hf":
+        loaded = pretrained.load(output, num_labels=2, key=jax.random.key(0))
+        assert loaded.fresh == ()
+        config = json.loads((output / "config.json").read_text())
+        assert config["id2label"] == {"0": "not_equivalent", "1": "equivalent"}
+        assert (output / "tokenizer.json").is_file()
+    else:
+        assert json.loads((output / huggingface.CONFIG).read_text())["modules_to_save"] == ["classifier"]
+
+
+def test_what_changed_is_measured_by_dtype(trained, tmp_path):
+    (folder,) = trained().glob("seed_11/model")
+    exact, rough = export.export(folder, "hf", tmp_path / "out", QUIET)
+    assert (exact.dtype, rough.dtype) == ("float32", "bfloat16")
+    assert exact.largest < 1e-5 < rough.largest < 0.1
+    assert exact.changed == 0
+    assert exact.rows == 18
+    # It is measured on what was written: another head there gives other logits.
+    written = tmp_path / "out/model.safetensors"
+    tensors, metadata = files.read_safetensors(written)
+    files.write_safetensors(written, {**tensors, "classifier.bias": np.array([9, -9], np.float32)}, metadata)
+    saved = export.modules_on_disk.load(folder)
+    assert export._drift(folder, "hf", tmp_path / "out", saved, QUIET)[0].largest > 1
+
+
+def test_a_regression_has_no_answers_that_change(trained, tmp_path):
+    exact, _ = export.export(trained(task="stsb"), "peft", tmp_path / "out", QUIET)
+    assert exact.changed is None
+    assert exact.largest < 1e-5
+    assert "It answers with a number." in (tmp_path / "out/README.md").read_text()
+
+
+def test_without_the_data_it_is_exported_unmeasured(trained, tmp_path, tiny_glue):
+    workdir = trained()
+    (folder,) = workdir.glob("seed_11/model")
+    alone = tmp_path / "elsewhere" / "model"
+    alone.mkdir(parents=True)
+    for file in folder.iterdir():
+        (alone / file.name).write_bytes(file.read_bytes())
+    console = Console(quiet=True)
+    assert export.export(alone, "peft", tmp_path / "out", console) == []
+    assert "was not measured" in console.warnings[0]
+    assert "What the export changed" not in (tmp_path / "out/README.md").read_text()
+
+
+def test_what_cannot_be_exported(trained, tmp_path, fails):
+    workdir = trained("pfeiffer", bottleneck=4)
+    out = tmp_path / "out"
+    to = ("--model", workdir, "--output", out)
+    assert "pfeiffer_0 cannot be merged" in fails(*to, "--format", "hf")
+    assert "peft has no pfeiffer" in fails(*to, "--format", "peft")
+    assert "--format 'onxn' is unknown" in fails(*to, "--format", "onxn")
+    assert not out.exists()
+    assert "the following arguments are required: --format" in fails(*to)
+    assert "neither a folder of trained modules" in fails("--model", tmp_path, "--output", out, "--format", "hf")
+    (out / "x").mkdir(parents=True)
+    assert "is there already" in fails(*to, "--format", "hf")
+
+
+def test_the_help_names_every_format(capsys):
+    with pytest.raises(SystemExit):
+        program.main(["export", "--help"])
+    printed = capsys.readouterr().out
+    assert all(f"{form}: " in printed for form in export.FORMATS)
