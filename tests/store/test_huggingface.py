@@ -114,7 +114,7 @@ def entry_of(method, **options):
         ([entry_of("pfeiffer")], "peft has no pfeiffer that computes the same"),
         ([entry_of("prefix", mlp_hidden=None)], "prefixes count the positions of the text from their own length on"),
         ([entry_of("lora", gate=True)], "peft has no gated LoRA"),
-        ([entry_of("prompt", placement="states")], "puts virtual tokens before the words only"),
+        ([entry_of("prompt", placement="states")], "no such prompt: it puts virtual tokens before the words only"),
     ],
 )
 def test_what_peft_has_no_words_for(tmp_path, base, spec, says):
