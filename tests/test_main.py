@@ -207,6 +207,7 @@ def test_a_workdir_of_another_config(failing, config, tmp_path):
     files.write_record(
         tmp_path / "work" / "config.json", "config of a run", {"task": "mrpc", "train": {"num_epochs": 9}}
     )
+    (tmp_path / "work" / ".lock").touch()
     line = failing(f"--config={config}")
     assert "belongs to another config" in line
     assert "config.train.num_epochs was 9, now 1" in line

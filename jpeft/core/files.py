@@ -116,7 +116,12 @@ def write_leaves(path: str | Path, leaves: Mapping[str, Any], about: Mapping[str
       leaves: the arrays. Empty dicts are stored too, as names in the metadata.
       about: additional metadata.
     """
+    if not isinstance(leaves, Mapping):
+        raise UserError(f"expected a nested dict of arrays, got {type(leaves).__name__}")
     tensors = {":".join(keys): np.asarray(x, order="C") for keys, x in flatten(leaves).items()}
+    for name, x in tensors.items():
+        if x.dtype.kind not in "biufV":
+            raise UserError(f"{name} is not an array of numbers: {x!r:.60}")
     described = {"about": dict(about or {}), EMPTY: [":".join(keys) for keys in empty_paths(leaves)]}
     described[HASH] = _tensor_hash(tensors, described)
     # In one entry: safetensors writes several in any order, and equal leaves should give equal files.
@@ -136,23 +141,35 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray], metad
     try:
         save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, beside, metadata=dict(metadata))
     except SafetensorError as error:  # a full disk, for one
+        beside.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}") from error
     beside.chmod(mode)  # safetensors makes files that only their owner can read
     os.replace(beside, path)
 
 
 def read_leaves(path: str | Path) -> dict[str, Any]:
-    """The inverse of `write_leaves`; returns JAX arrays.
+    """The inverse of `write_leaves`; returns JAX arrays, and NumPy's where a number needs 64 bits.
 
     Raises:
       UserError: as `read_tensors`.
     """
     tensors, described = _read(path)
-    leaves: dict[tuple[str, ...], Any] = {tuple(k.split(":")): jax.numpy.asarray(x) for k, x in tensors.items()}
+    leaves: dict[tuple[str, ...], Any] = {tuple(k.split(":")): _as_jax(x) for k, x in tensors.items()}
     try:
         return unflatten(leaves | {tuple(key.split(":")): {} for key in described[EMPTY]})
     except (ValueError, AttributeError, TypeError) as error:  # names that are no tree
         raise UserError(f"{path} is not a safetensors file of leaves: {error}") from None
+
+
+def _as_jax(x: np.ndarray) -> Any:
+    """A JAX array, but where JAX would cut 64 bits down to 32 that cannot hold the number: those stay NumPy's."""
+    with np.errstate(over="ignore"):
+        y = jax.numpy.asarray(x)
+    if y.dtype == x.dtype:
+        return y
+    kept = np.asarray(y)
+    exact = np.isfinite(kept) == np.isfinite(x) if x.dtype.kind == "f" else kept == x
+    return y if np.all(exact) else x
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

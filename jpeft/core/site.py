@@ -222,8 +222,8 @@ def matches(pattern: str, path: str) -> bool:
     """Whether a path, or a suffix of whole parts, matches a regular expression; a UserError if that is invalid."""
     try:
         return re.fullmatch(rf"(?:.*/)?(?:{pattern})", path) is not None
-    except re.error as error:
-        raise UserError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"pattern {pattern!r:.100} is not a regular expression: {error}") from None
 
 
 def find(

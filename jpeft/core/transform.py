@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
+from jpeft.core.errors import UserError
 from jpeft.core.site import Site, Sites
 
 __all__ = [
@@ -157,6 +158,9 @@ class Merged(NamedTuple):
 
 def chain(*transforms: Transform | Chain) -> Chain:
     """Composes transforms in the order written: where two meet at a site, the later one wraps the earlier one."""
+    for each in transforms:
+        if not isinstance(each, Transform | Chain):
+            raise UserError(f"jpeft.chain takes transforms, such as jpeft.lora(), got {each!r:.60}")
     return Chain(tuple(t for each in transforms for t in members(each)))
 
 

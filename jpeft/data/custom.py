@@ -143,6 +143,13 @@ def _classes(file: Path, label: str, given: Sequence[str] | None) -> tuple[str, 
         names.sort(key=float)
     else:
         names.sort()
+    alike = Counter(name.strip().casefold() for name in names)
+    if alike and alike.most_common(1)[0][1] > 1:
+        twins = [name for name in names if name.strip().casefold() == alike.most_common(1)[0][0]]
+        raise UserError(
+            f"{file}: the labels {' and '.join(map(repr, twins[:2]))} differ in case or spaces only: mend them, or name"
+            " all classes in config.data.labels"
+        )
     if len(names) < 2:
         raise UserError(f"{file} has {len(names)} different labels in column {label!r}: expected at least two")
     if len(names) > MAX_CLASSES:

@@ -106,16 +106,19 @@ def _index(value: Any, otherwise: int) -> int:
     return int(text) if len(text) < 19 and text.isdecimal() and text.isascii() else otherwise
 
 
+MOST = 1e30  # a value of a regression; its square is no longer finite
+
+
 def _label(task: Task, value: Any, hidden: bool, where: str) -> int | float:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)  # Python reads 1_000
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if number == -1 and hidden:
         return -1 if task.labels else -1.0
     if not task.labels:
         low, high = task.label_range
-        if not low <= number <= high or math.isinf(number):
+        if not low <= number <= high or abs(number) > MOST:
             within = "" if math.isinf(low) else f" from {low:g} to {high:g}"
             raise UserError(f"{where}: label {value!r} is not a number{within}")
         return number

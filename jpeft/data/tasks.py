@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jpeft.core.errors import UserError, nearest
+from jpeft.data import checking
 from jpeft.data.rows import ENDINGS, columns
 from jpeft.data.task import Splits, Task
 
@@ -82,13 +83,22 @@ def read_task(file: str) -> Task:
     if not Path(file).is_file():
         raise UserError(f"config.task {file!r}: there is no such file")
     try:
-        found = runpy.run_path(file)["get_task"]()
+        defined = runpy.run_path(file)
+        if "get_task" not in defined:
+            raise UserError(f"task file {file!r} does not define get_task()")
+        found = defined["get_task"]()
     except UserError:
         raise
+    except SystemExit:
+        raise UserError(f"task file {file!r} exits: expected it to define get_task()") from None
     except Exception as error:  # a task file is a program
         raise UserError(f"task file {file!r}: {type(error).__name__}: {' '.join(str(error).split())}") from None
     if not isinstance(found, Task):
         raise UserError(f"task file {file!r}: get_task() returned {type(found).__name__}, expected a jpeft Task")
+    try:
+        checking.check_task(found)
+    except UserError as error:
+        raise UserError(f"task file {file!r}: {error}") from None
     return found
 
 

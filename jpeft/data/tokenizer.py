@@ -41,6 +41,11 @@ def load(folder: Path, vocab_size: int) -> Any:
         raise UserError(f"the tokenizer in {folder} cannot read text ({reason:.120})") from None
     if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):
         raise UserError(f"the tokenizer in {folder} knows no words: expected the base model's vocabulary")
+    for name in ("cls", "sep", "pad", "unk"):
+        token, number = getattr(tokenizer, f"{name}_token", None), getattr(tokenizer, f"{name}_token_id", None)
+        if token is not None and number is not None and number >= tokenizer.vocab_size:
+            # transformers adds what a vocabulary lacks at its end, where the model knows something else or nothing.
+            raise UserError(f"the tokenizer in {folder} lacks {token!r} in its vocabulary: expected the base model's")
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         raise UserError(

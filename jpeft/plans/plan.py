@@ -143,11 +143,41 @@ def build(modules: Plan | Spec, rates: Mapping[str, float] | None = None) -> Cha
       modules: the plan.
       rates: {method: factor}, which multiplies the learning rates of the method's leaves, so that modules of different
         kinds can each train at their own rate. 1 for any other method.
+
+    Raises:
+      UserError: if a layer, an entry or a rate is not one, or an option does not fit.
     """
-    groups = spec(modules) if isinstance(modules, dict) else modules
+    if isinstance(modules, dict):
+        for layer, entries in modules.items():
+            _check_layer(layer, entries)
+        groups = spec(modules)
+    else:
+        groups = modules
+        for group in groups:
+            if not isinstance(group, Mapping) or not {"method", "options"} <= set(group):
+                shape = '{"method": ..., "options": {...}}'
+                raise UserError(f"expected groups {shape}, as of jpeft.plans.plan.spec, got {group!r:.80}")
     factors = rates or {}
+    for name, factor in factors.items():
+        if name not in METHODS or not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+            raise UserError(f"rates must be {{method: positive factor}}, got {name!r:.40}: {factor!r:.40}")
     made = ((make(group["method"], **group["options"]), factors.get(group["method"], 1.0)) for group in groups)
     return chain(*(_faster(member, factor) for transform, factor in made for member in members(transform)))
+
+
+MOST = 64  # modules in one layer
+
+
+def _check_layer(layer: Any, entries: Any) -> None:
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise UserError(f"a plan maps layers, counted from 0, to their modules: got layer {layer!r:.40}")
+    if not isinstance(entries, Sequence) or not all(isinstance(entry, Entry) for entry in entries):
+        raise UserError(f"layer {layer}: expected a list of jpeft.Entry, got {entries!r:.80}")
+    if len(entries) > MOST:
+        raise UserError(f"layer {layer} has {len(entries):,} modules: expected at most {MOST}")
+    for entry in entries:
+        if "layers" in entry.options:
+            raise UserError(f"layer {layer}: the plan sets the layers, so drop the option 'layers' of {entry.method}")
 
 
 def _faster(member: Transform, factor: float) -> Transform:
@@ -205,6 +235,8 @@ def loads(text: str, source: str = "plan") -> Plan:
         raise UserError(f"{source} has no module in any layer: to train the head alone, use the method 'head'")
     plan = {}
     for layer, entries in raw.items():
+        if len(entries) > MOST:
+            raise UserError(f"{source}, layer {layer}: {len(entries):,} modules, expected at most {MOST}")
         for entry in entries:
             if not _is_entry(entry):
                 raise UserError(f"{source}, layer {layer}: expected a method and its options, got {json.dumps(entry)}")

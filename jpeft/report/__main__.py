@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         if missing:
             raise UserError(f"no report.json in {', '.join(missing)}: is the run finished?")
         print(compare([read_record(Path(folder) / "report.json", REPORT) for folder in argv]))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

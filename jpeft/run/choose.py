@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jpeft.core import files, transform
+from jpeft.core.errors import UserError
 from jpeft.core.summary import summary
 from jpeft.core.tree import count
 from jpeft.data import batching
@@ -38,11 +39,16 @@ def plan(seed: Seed) -> Plan:
     It is written to `plan.json`, and what was measured to `choice.json`.
 
     Raises:
-      UserError: if no plan fits the budget.
+      UserError: if no plan fits the budget, or the plan was edited since.
     """
-    config, path = seed.config, seed.folder / "plan.json"
-    if path.is_file():
-        return plans.read(str(path))
+    config, path, record = seed.config, seed.folder / "plan.json", seed.folder / "choice.json"
+    given = config.fishpal.plan
+    if path.is_file() and (given is not None or record.is_file()):
+        found = plans.read(str(path))
+        was = plans.read(given) if given is not None else files.read_record(record, CHOICE)["plan"]
+        if plans.dumps(found) != (plans.dumps(was) if given is not None else was):
+            raise UserError(f"{path} is not the plan that this run began with: restore it, or choose another --workdir")
+        return found
     if config.fishpal.plan is not None:
         chosen = plans.read(config.fishpal.plan)
     else:
@@ -57,9 +63,9 @@ def plan(seed: Seed) -> Plan:
         )
         choice = {
             "criterion": config.fishpal.criterion, "passes": found.passes, "share": found.passes / all_passes,
-            "seconds": seconds, "scores": found.scores, **found.about,
+            "seconds": seconds, "scores": found.scores, **found.about, "plan": plans.dumps(chosen),
         }  # fmt: skip
-        files.write_record(seed.folder / "choice.json", CHOICE, choice)
+        files.write_record(record, CHOICE, choice)
     files.write_text(path, plans.dumps(chosen))
     return chosen
 

@@ -1,5 +1,6 @@
 """The command line of the programs: a config file, overrides of its fields, few flags; a mistake is one line."""
 
+import io
 import json
 import logging
 import os
@@ -102,6 +103,9 @@ def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     for name in ("asyncio", "absl"):  # where Orbax's futures complain of a failure that is one line below
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    for stream in (sys.stdout, sys.stderr):  # where the terminal has no such sign, another stands in its place
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         with raised():
             program(sys.argv if argv is None else argv)
@@ -118,6 +122,9 @@ def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
         print("\nstopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
+        if "Unable to initialize backend" in str(error):
+            print(f"error: {_line(error):.200}", file=sys.stderr)
+            return 2
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(f"error: out of memory ({_line(error):.150}): try a smaller config.train.batch_size", file=sys.stderr)

@@ -248,6 +248,8 @@ def check(config: Config) -> None:
             f"config.fishpal.criterion {config.fishpal.criterion!r} is unknown: "
             f"{nearest(config.fishpal.criterion, CRITERIA)}"
         )
+    if not config.fishpal.sizes:
+        raise UserError("config.fishpal.sizes must name at least one size, such as (1,)")
     for size in config.fishpal.sizes:
         _above_zero("fishpal.sizes", size)
     try:
@@ -362,6 +364,12 @@ def _check_data(config: Config) -> None:
     unread = [name for name in given if (name == "path") == (config.task == CUSTOM) or config.task == "synthetic"]
     if unread:
         raise UserError(f"config.data.{unread[0]} is set, but config.task {config.task!r} does not read it: drop it")
+    if config.data.validation is not None:
+        for name in ("validation_fraction", "split_seed"):
+            if name in given:
+                raise UserError(f"config.data.{name} is set, but config.data.validation is a file: drop one")
+    if config.data.regression and config.data.labels is not None:
+        raise UserError("config.data.labels is set, but a regression has no classes: drop one")
     if config.task == CUSTOM:
         for name in ("train", "text"):
             if not config.data[name]:
@@ -389,12 +397,28 @@ def _check_read(config: Config) -> None:
                 raise UserError(f"config.peft.{method}.{name} is set, but {_reader(config)}: drop it")
             if measures and name == "layers":
                 raise UserError(f"config.peft.{method}.layers is set, but fishpal itself chooses the layers: drop it")
-    if not METHODS[parts[0]].chooses:
-        standard, given = (flatten(c.fishpal.to_dict()) for c in (default(config.task, config.method), config))
-        for names, value in given.items():
-            if value != standard[names]:
-                name = ".".join(names)
-                raise UserError(f"config.fishpal.{name} is set, but config.method is {config.method!r}: drop it")
+    standard, given = (flatten(c.fishpal.to_dict()) for c in (default(config.task, config.method), config))
+    for names, value in given.items():
+        if value != standard[names] and (reason := _unread(config, names[0])):
+            raise UserError(f"config.fishpal.{'.'.join(names)} is set, but {reason}: drop it")
+
+
+def _unread(config: Config, name: str) -> str | None:
+    """Why this run reads no such field of `config.fishpal`; None if it does."""
+    own = config.fishpal
+    if not METHODS[config.method.split("+")[0]].chooses:
+        return f"config.method is {config.method!r}"
+    if own.plan is not None and name not in ("plan", "criterion", "learning_rates"):
+        return "config.fishpal.plan is set, and nothing is chosen"
+    if name == "factors" and own.criterion != "thesis":
+        return f"config.fishpal.criterion is {own.criterion!r}, and only the thesis' has factors"
+    if name == "learning_rates" and own.criterion == "thesis":
+        return "with the thesis' criterion there is one rate for all"
+    if name == "num_examples" and own.criterion == "race":
+        return "a race says itself how many examples it trains on"
+    if name == "budget_of" and own.budget is None:
+        return "config.fishpal.budget is not"
+    return None
 
 
 def _reader(config: Config) -> str:

@@ -11,7 +11,7 @@ from jpeft.core import files, tree
 from jpeft.core.errors import UserError
 from jpeft.core.partition import partition
 from jpeft.core.summary import summary
-from jpeft.data import batching
+from jpeft.data import batching, checking
 from jpeft.data import tokenizer as tokenizers
 from jpeft.data.batching import Examples
 from jpeft.data.task import Data, Task
@@ -39,6 +39,8 @@ from jpeft.transforms.registry import METHODS
 __all__ = ["PREDICTIONS", "load", "run"]
 
 MOST_UNKNOWN = 0.5  # share of the words
+MODULES_FILES = (f"model/{modules_on_disk.WEIGHTS}", f"model/{modules_on_disk.DESCRIPTION}")
+SHOWN = 20  # names of classes
 COMPILE_TOKENS = 8000  # of MiniLM, 384 wide, that two cores train on in the time of one compilation
 PREDICTIONS = "predictions.safetensors"  # "logits" [n, num_labels] and "labels" [n] of the dev examples, in their order
 
@@ -79,7 +81,7 @@ def _run(config: Config, workdir: Path, console: Console, command: str | None) -
     paths = {seed: workdir / f"seed_{seed}" / "result.json" for seed in config.seeds}
     todo = []
     for seed, path in paths.items():
-        if path.is_file() and _intact(path, seed, console):
+        if path.is_file() and _intact(path, seed, config, console):
             console.say(f"  seed {seed}: finished earlier")
         else:
             todo.append(seed)
@@ -91,12 +93,16 @@ def _run(config: Config, workdir: Path, console: Console, command: str | None) -
     return finished.write(config, data, results, clock.seconds, workdir, console, command)
 
 
-def _intact(path: Path, seed: int, console: Console) -> bool:
-    """Whether all that a finished seed should have left is there and as it was written."""
+def _intact(path: Path, seed: int, config: Config, console: Console) -> bool:
+    """Whether all that a finished seed should have left is there, as it was written, and its own."""
     try:
         result = finished.read(path)
+        if result.owner != workdirs.owner(path.parents[1], config, seed):
+            raise UserError(f"{path} is of another run or seed")
         modules_on_disk.verify(path.parent / "model")
-        files.read_leaves(path.parent / PREDICTIONS)
+        for name, written in result.files.items():
+            if not (path.parent / name).is_file() or files.file_hash(path.parent / name) != written:
+                raise UserError(f"{path.parent / name} is missing, or not the one that was written")
     except UserError as error:
         console.warn(f"seed {seed} is finished, but {error}; rebuilding it, from the last checkpoint if there is one")
         return False
@@ -119,9 +125,12 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
         f"  {data.train.size:,} examples to train on, {data.dev.size:,} of {task.eval_split} to evaluate on, "
         f"padded to {lengths} tokens ({len(data.buckets)} length{'s' if len(data.buckets) > 1 else ''})"
     )
+    if config.task == configs.CUSTOM and task.labels:
+        names = ", ".join(task.labels[:SHOWN]) + (", ..." if len(task.labels) > SHOWN else "")
+        console.say(f"  {len(task.labels)} classes: {names}")
     if base.fresh:
         console.say(f"  not in the checkpoint, so initialised and trained: {', '.join(base.fresh)}")
-    return data, base, workdirs.inputs(data, base, source, config.init_from)
+    return data, base, workdirs.inputs(data, base, source, config.task, config.init_from)
 
 
 def _use_compilation_cache() -> None:
@@ -136,6 +145,8 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
     if not task.trainable:
         raise UserError(f"config.task {task.name!r} is a test set without training data: train config.task 'mnli'")
     splits = task.splits(config.data.path)
+    if config.task.endswith(".py"):  # all others check their own
+        splits = checking.check_splits(task, splits)
     for name, count in splits.empty_texts.items():
         console.warn(f"{task.name} {name}: {count} rows have an empty text")
     if splits.absent:
@@ -233,6 +244,8 @@ def _export(ready: Ready, last: Event) -> Result:
         data.dev.size * config.train.num_epochs,
         finished.peak_memory(),
         ready.warnings,
+        workdirs.owner(seed.workdir, config, seed.seed),
+        {name: files.file_hash(seed.folder / name) for name in (*MODULES_FILES, PREDICTIONS)},
     )
 
 

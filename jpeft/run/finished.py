@@ -45,6 +45,8 @@ class Result(NamedTuple):
       dev_examples: likewise for evaluation.
       peak_memory_bytes: of the accelerator, or of the process on CPU.
       warnings: of this seed.
+      owner: of `jpeft.run.workdir.owner`.
+      files: hashes of what else the seed left, by name.
     """
 
     history: list[dict[str, Any]]
@@ -55,6 +57,8 @@ class Result(NamedTuple):
     dev_examples: int
     peak_memory_bytes: int
     warnings: list[str]
+    owner: str
+    files: dict[str, str]
 
 
 def save(path: Path, result: Result) -> None:

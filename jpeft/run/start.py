@@ -9,7 +9,7 @@ import jax
 from jpeft.core.errors import UserError
 from jpeft.core.transform import Leaves
 from jpeft.core.tree import flatten, split, union
-from jpeft.models.pretrained import fingerprint
+from jpeft.models.pretrained import fingerprint, identity
 from jpeft.plans.plan import Spec
 from jpeft.run.seed import Seed
 from jpeft.store import modules as modules_on_disk
@@ -40,6 +40,11 @@ def start(seed: Seed, modules: Spec, leaves: Leaves) -> tuple[dict[str, Any], Le
     _, frozen = split(params, lambda path: path in trained)
     if fingerprint(frozen) != description["base"]["fingerprint"]:
         raise UserError(f"config.init_from {given} was trained on other base weights than those of {seed.config.model}")
+    for what, now in identity(seed.base).items():
+        if now != description["base"][what]:
+            raise UserError(
+                f"config.init_from {given} was trained with another {what} than that of {seed.config.model}"
+            )
     found = kept.get("peft", {})
     if jax.tree.map(lambda x: x.shape, found) != jax.tree.map(lambda x: x.shape, leaves):
         raise UserError(

@@ -17,6 +17,7 @@ from jpeft.run.config import Config
 from jpeft.run.log import Log
 from jpeft.run.seed import Seed
 from jpeft.run.stopping import Stopped, deferred
+from jpeft.run.workdir import owner
 from jpeft.training import checkpoint, optim, placement, step
 from jpeft.training.compiled import Steps, planned_memory, prepare
 from jpeft.training.loop import Event, Row, Schedule, evaluate, fit_together
@@ -130,13 +131,17 @@ def _schedule(seed: Seed) -> Schedule:
     return Schedule(seed.config.train.num_epochs, seed.config.train.batch_size, seed.seed, seed.dropout_key)
 
 
+def _owner(seed: Seed) -> str:
+    return owner(seed.workdir, seed.config, seed.seed)
+
+
 def _start(ready: Ready) -> _Start:
     seed = ready.seed
     state = step.init_state(ready.parts.trainable, _optimizer(ready))
-    restored = checkpoint.restore(seed.folder / "checkpoints", state, seed.console.warn)
+    restored = checkpoint.restore(seed.folder / "checkpoints", state, seed.console.warn, _owner(seed))
     if restored is None:
         return _Start(ready, state, (), 0.0)
-    state, (history, loss_sum, spent) = restored
+    state, (history, loss_sum, spent, _) = restored
     seed.clock.seconds.update(spent)
     seed.console.say(f"resuming at step {int(state.step):,} of {_schedule(seed).num_steps(seed.data):,}")
     return _Start(ready, state, history, loss_sum)
@@ -172,6 +177,7 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
                 half = len(starts) // 2
                 return [*_train(starts[:half]), *_train(starts[half:])]
             prepare(steps, state, frozen, data, config.train.batch_size, key)
+    owners = {each.seed: _owner(each) for each in seeds}
     logs, saved = [Log(start.ready.seed, first, start.history) for start in starts], time.monotonic()
     histories, sums = [tuple(start.history) for start in starts], [start.loss_sum for start in starts]
     events = tuple(
@@ -192,7 +198,9 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
             between = not ends_epoch and events[0].step % per_epoch != 0
             if ends_epoch or (between and (stopping() or time.monotonic() - saved > CHECKPOINT_SECONDS)):
                 for each, event in zip(seeds, events, strict=True):
-                    progress = checkpoint.Progress(list(event.history), event.loss_sum, each.clock.seconds)
+                    progress = checkpoint.Progress(
+                        list(event.history), event.loss_sum, each.clock.seconds, owners[each.seed]
+                    )
                     checkpoint.save(each.folder / "checkpoints", event.state, progress)
                 saved = time.monotonic()
                 for each in seeds:

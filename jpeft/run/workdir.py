@@ -23,11 +23,12 @@ from jpeft.run.config import Config
 from jpeft.store.modules import verify
 from jpeft.version import RESULTS
 
-__all__ = ["Inputs", "begin", "check", "check_config", "inputs", "locked"]
+__all__ = ["Inputs", "begin", "check", "check_config", "inputs", "locked", "owner", "read_config"]
 
 SHOWN = 4  # differences in a message
-KIND = "config of a run"
-CONFIG, INPUTS = "config.json", "inputs.json"
+KIND, INPUTS_KIND = "config of a run", "list of a run's inputs"
+CONFIG, INPUTS, LOCK = "config.json", "inputs.json", ".lock"
+WRITTEN = (CONFIG, INPUTS, "report.json", "report.md", "metrics.jsonl", "curves.png", "choice.png")
 
 
 class Inputs(NamedTuple):
@@ -37,6 +38,8 @@ class Inputs(NamedTuple):
       source: where the data came from. It may change, as long as the rows do not.
       train: number and hash of the tokenised examples to train on, with their labels.
       dev: likewise of those to evaluate on.
+      labels: the names of the classes.
+      task: hash of the Python file that defines the task; "" for any other task.
       tokenizer: hash of the tokenizer's files.
       config: hash of the shape of the base model, as its config.json has it.
       base: hash of the pretrained parameters.
@@ -47,6 +50,8 @@ class Inputs(NamedTuple):
     source: str
     train: tuple[int, str]
     dev: tuple[int, str]
+    labels: tuple[str, ...]
+    task: str
     tokenizer: str
     config: str
     base: str
@@ -54,15 +59,23 @@ class Inputs(NamedTuple):
     results: int
 
 
-def inputs(data: Data, base: Pretrained, source: str, init_from: str | None = None) -> Inputs:
+def inputs(data: Data, base: Pretrained, source: str, task: str = "", init_from: str | None = None) -> Inputs:
     """The inputs of a run; what the checkpoint lacked is left out, since each seed initialises it.
+
+    Args:
+      data: the tokenised task.
+      base: the base model.
+      source: where the data came from.
+      task: `config.task`.
+      init_from: `config.init_from`.
 
     Raises:
       UserError: if `init_from` is not a folder of modules.
     """
     given = {name: x for name, x in base.params.items() if name not in base.fresh}
     rest = {**identity(base), "base": fingerprint(given), "init_from": _modules(init_from), "results": RESULTS}
-    return Inputs(source, _digest(data.train), _digest(data.dev), **rest)
+    file = files.file_hash(Path(task)) if task.endswith(".py") else ""
+    return Inputs(source, _digest(data.train), _digest(data.dev), data.task.labels, file, **rest)
 
 
 def _digest(examples: Examples) -> tuple[int, str]:
@@ -94,18 +107,21 @@ def locked(workdir: Path, warn: Callable[[str], None] = lambda text: None) -> It
     try:
         str(workdir).encode()  # Orbax needs a name that is UTF-8
         own = workdir.resolve()
-    except (UnicodeEncodeError, ValueError):
+    except (UnicodeEncodeError, ValueError, RuntimeError):  # the last of links in a circle
         raise UserError(f"workdir {str(workdir)!r} is not the name of a folder") from None
     shared = own == Path.home() or own in (Path.cwd(), *Path.cwd().parents)
     if shared and not (own / INPUTS).is_file() and next(own.iterdir(), None) is not None:
         raise UserError(
             f"workdir {workdir} holds other things than a run: choose a folder of its own, such as runs/mine"
         )
+    foreign = [name for name in WRITTEN if (own / name).exists()] if not (own / LOCK).exists() else []
+    if foreign and not _is_ours(own / INPUTS):
+        raise UserError(f"workdir {workdir} holds a {foreign[0]} that is not of a run: choose a folder of its own")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"workdir {workdir} is a file or in one: expected a folder") from None
-    with open(workdir / ".lock", "a+", encoding="utf-8") as file:
+    with open(workdir / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -120,6 +136,29 @@ def locked(workdir: Path, warn: Callable[[str], None] = lambda text: None) -> It
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         yield
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is the list of a run's inputs, as a copied workdir has it."""
+    try:
+        files.read_record(path, INPUTS_KIND)
+    except UserError:
+        return False
+    return True
+
+
+def owner(workdir: Path, config: Config, seed: int) -> str:
+    """A hash of all that decides what a seed ends in.
+
+    Its checkpoints and its result carry it, so that those of another seed, config or input do not pass for its own.
+    """
+    known = _json(config)
+    known.pop("seeds", None)
+    known["train"].pop("together", None)
+    inputs = workdir / INPUTS
+    read = files.read_record(inputs, INPUTS_KIND) if inputs.is_file() else {}
+    read.pop("source", None)
+    return hashlib.sha256(json.dumps([seed, known, read], sort_keys=True).encode()).hexdigest()
 
 
 def check_config(workdir: Path, config: Config) -> None:
@@ -153,9 +192,10 @@ def read_config(workdir: Path) -> Config:
     Raises:
       UserError: if it holds none, or one of another version.
     """
-    read = flatten_dict(files.read_record(workdir / CONFIG, KIND), sep=".")
+    whole = files.read_record(workdir / CONFIG, KIND)
+    read: dict[str, Any] = {**flatten_dict(whole, sep=".")}
     try:
-        config = configs.default(read["task"], read["method"])
+        config = configs.default(whole["task"], whole["method"])
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
         config.update_from_flattened_dict({name: value for name, value in given.items() if value != {}})
     except (KeyError, TypeError, ValueError) as error:
@@ -172,9 +212,9 @@ def begin(workdir: Path, config: Config, now: Inputs) -> None:
     path = workdir / INPUTS
     if _begun(workdir):
         _exists(path)
-        check(files.read_record(path, "list of a run's inputs"), now, workdir)
+        check(files.read_record(path, INPUTS_KIND), now, workdir)
     else:
-        files.write_record(path, "list of a run's inputs", now._asdict())
+        files.write_record(path, INPUTS_KIND, now._asdict())
     files.write_record(workdir / CONFIG, KIND, _json(config))
 
 
@@ -197,13 +237,19 @@ def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
       UserError: if they differ.
     """
     new = json.loads(json.dumps(now._asdict()))
-    moved = "" if was.get("source") == new["source"] else f", read from {new['source']}, was {was.get('source')}"
+    moved = (
+        "" if was.get("source") in (None, new["source"]) else f", read from {new['source']}, was {was.get('source')}"
+    )
     told = []
     for name, what in (("train", "training"), ("dev", "evaluation")):
         if was.get(name) != new[name]:
             (then, _), (n, _) = was[name], new[name]
             count = f"{then:,} rows, now {n:,}" if then != n else f"as many rows ({n:,}), with other contents"
             told.append(f"the {what} data: {count}{moved}")
+    if was.get("labels") != new["labels"]:
+        told.append(f"the labels: {was.get('labels')!r:.100}, now {new['labels']!r:.100}")
+    if was.get("task") != new["task"]:
+        told.append("the file that defines the task")
     if was.get("tokenizer") != new["tokenizer"]:
         told.append("the tokenizer's files")
     if was.get("config") != new["config"]:

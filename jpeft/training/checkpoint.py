@@ -34,11 +34,13 @@ class Progress(NamedTuple):
       history: one row for each finished epoch, as in `metrics.jsonl`.
       loss_sum: sum of the batch losses of the epoch under way.
       seconds: seconds spent by kind of work.
+      owner: tells the checkpoints of one run from those of another.
     """
 
     history: list[dict[str, Any]]
     loss_sum: float
     seconds: dict[str, float]
+    owner: str = ""
 
 
 class Restored(NamedTuple):
@@ -87,13 +89,16 @@ def save(folder: Path, state: State, progress: Progress) -> None:
                 other.unlink()
 
 
-def restore(folder: Path, like: State, warn: Callable[[str], None] = lambda text: None) -> Restored | None:
+def restore(
+    folder: Path, like: State, warn: Callable[[str], None] = lambda text: None, owner: str | None = None
+) -> Restored | None:
     """Reads the newest checkpoint, or the one before if that one is damaged.
 
     Args:
       folder: where `save` wrote.
       like: a state of the same structure, shapes and dtypes; its values are not read.
       warn: called with one line about each checkpoint that is passed over.
+      owner: whose checkpoints; those of another run are passed over. None: whosever.
 
     Returns:
       The state and its progress, or None if there is no checkpoint yet.
@@ -109,6 +114,8 @@ def restore(folder: Path, like: State, warn: Callable[[str], None] = lambda text
             try:
                 _check_files(folder, step)
                 found = _read(manager, step, like)
+                if owner is not None and found.progress.owner != owner:
+                    raise _Damaged("it is of another run or seed")
                 for damaged in steps[:i]:  # or the run, when it gets there again, would find the step saved
                     shutil.rmtree(folder / str(damaged))
                 return found

@@ -1,48 +1,32 @@
 """Runs a grid of experiments: variants x tasks x learning rates x seeds, each cell a run like any other.
 
-A finished cell is one small JSON file with the scores and the predictions. It alone counts: cells that have one are not
-run again, wherever it was made, and reports are made from these files. So a grid can be stopped at any time, taken up
-on another machine, or shared among several.
+A finished cell is one small file (`cells.py`). It alone counts: cells that have one are not run again, wherever it was
+made, and reports are made from these files. So a grid can be stopped at any time, taken up on another machine, or
+shared among several.
 """
 
 import json
-import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.tree import flatten
 from jpeft.data.task import Task
 from jpeft.report.comparison import Outcome
 from jpeft.run import config as configs
 from jpeft.run import experiment
+from jpeft.run import workdir as workdirs
 from jpeft.run.config import Config
 from jpeft.run.console import Console
+from jpeft.workbench.cells import Cell, read, unpacked, write
 
 __all__ = ["Cell", "cells", "check", "config_of", "default", "outcomes", "run_all"]
-
-
-class Cell(NamedTuple):
-    """One run of a grid; `learning_rate` is None for the method's own."""
-
-    task: str
-    variant: str
-    learning_rate: float | None
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its file and folder: "mrpc-lora-11", "mrpc-lora-0.001-11"."""
-        rate = [] if self.learning_rate is None else [f"{self.learning_rate:g}"]
-        return re.sub(r"[^A-Za-z0-9._+-]+", "_", "-".join([self.task, self.variant, *rate, str(self.seed)]))
 
 
 def default(
@@ -127,9 +111,26 @@ def check(grid: Config) -> None:
     Raises:
       UserError: for the first cell that could not run.
     """
+    for name, kind in (("variants", ConfigDict), ("by_task", ConfigDict), ("run", ConfigDict)):
+        if not isinstance(grid[name], kind):
+            raise UserError(f"config.{name} must be a dict, got {grid[name]!r:.60}")
     for name in ("variants", "tasks", "seeds"):
         if not grid[name]:
             raise UserError(f"config.{name} is empty: there is nothing to compare")
+    for rate in grid.learning_rates:
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1e6:
+            raise UserError(f"config.learning_rates must be positive numbers, got {rate!r:.60}")
+    for name in grid.by_task:
+        if name not in grid.tasks:
+            raise UserError(f"config.by_task has {name!r}, which is none of the tasks: {nearest(name, grid.tasks)}")
+    for name, fields in grid.variants.items():
+        if not name.isprintable():
+            raise UserError(f"config.variants: {name!r:.60} cannot be the name of a variant")
+        if not isinstance(fields, ConfigDict):
+            raise UserError(f"config.variants[{name!r}] must be a dict of fields of a run, got {fields!r:.60}")
+        for field in ("task", "seeds"):
+            if field in fields:
+                raise UserError(f"config.variants[{name!r}] sets {field}, which is for the whole grid to say: drop it")
     names = [cell.name for cell in cells(grid)]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -157,7 +158,8 @@ def run_all(grid: Config, folder: Path, workdir: Path, console: Console) -> Iter
       UserError: if a file is of a cell with another config, or a run fails.
     """
     every = cells(grid)
-    todo = [cell for cell in every if not _finished(grid, cell, folder)]
+    _check_inputs(grid, folder, console)
+    todo = [cell for cell in every if read(folder, config_of(grid, cell), cell) is None]
     spent: list[float] = []
     for i, cell in enumerate(todo):
         left = f", about {_duration(statistics.fmean(spent) * (len(todo) - i))} left" if spent else ""
@@ -165,10 +167,33 @@ def run_all(grid: Config, folder: Path, workdir: Path, console: Console) -> Iter
         start = time.monotonic()
         config = config_of(grid, cell)
         report = experiment.run(config, workdir / cell.name, console)
-        files.write_json(folder / f"{cell.name}.json", _found(config, cell, report, workdir / cell.name))
+        write(folder, config, cell, report, workdir / cell.name)
         jax.clear_caches()  # programs of other cells are of no use, and hundreds of them fill the memory
         spent.append(time.monotonic() - start)
         yield cell
+
+
+def _check_inputs(grid: Config, folder: Path, console: Console) -> None:
+    """Checks that finished cells were made from the data and the base model that there are now.
+
+    Cells of one task, model and length share them, so they are loaded once.
+    """
+    known: dict[str, Any] = {}
+    for cell in cells(grid):
+        config = config_of(grid, cell)
+        row = read(folder, config, cell)
+        if row is None or "inputs" not in row:  # made by an earlier version, which did not write them down
+            continue
+        fields = [config.task, config.model, config.data.to_dict(), config.train.max_length]
+        key = json.dumps([*fields, config.train.max_train_examples, config.init_from])
+        if key not in known:
+            try:
+                known[key] = experiment.load(config, Console(quiet=True))[-1]
+            except UserError as error:
+                console.warn(f"cells of {cell.task} were not held against their data: {error}")
+                known[key] = None
+        if known[key] is not None:
+            workdirs.check(row["inputs"], known[key], folder / f"{cell.name}.json")
 
 
 def _duration(seconds: float) -> str:
@@ -176,75 +201,17 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-def _found(config: Config, cell: Cell, report: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
-    arrays = files.read_leaves(workdir / f"seed_{cell.seed}" / experiment.PREDICTIONS)
-    logits, labels = (np.asarray(arrays[name]) for name in ("logits", "labels"))
-    choice = report.get("choice")
-    return {
-        **cell._asdict(),
-        "config": _config(config),
-        "primary_metric": report["primary_metric"],
-        "metrics": report["metrics"]["mean"],
-        "trainable_percent": report["parameters"]["trainable_percent"],
-        "added_percent": report["parameters"]["added_percent"],
-        "seconds": {name: round(value, 1) for name, value in report["seconds"].items()},
-        **({"choice": choice} if choice else {}),
-        "versions": report["versions"],
-        "predictions": _packed(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1)),
-        "labels": _packed(labels),
-    }
-
-
-def _config(config: Config) -> dict[str, Any]:
-    """The fields that are not the defaults; where data and models lie is left out, since it is the machine's."""
-    standard = flatten(configs.default(config.task, config.method).to_dict())
-    given = {names: value for names, value in flatten(config.to_dict()).items() if value != standard[names]}
-    found = {".".join(names): value for names, value in given.items() if names != ("data", "path")}
-    return json.loads(json.dumps({"method": config.method, **found}))
-
-
-def _packed(values: np.ndarray) -> str | list[int] | list[float]:
-    """Class ids as one string of digits, where there are at most ten; values with six digits."""
-    if not np.issubdtype(values.dtype, np.integer):
-        return [float(f"{x:.6g}") for x in values.tolist()]
-    return "".join(map(str, values)) if values.max(initial=0) < 10 else values.tolist()
-
-
-def _unpacked(values: str | list[int] | list[float]) -> np.ndarray:
-    return np.array([int(x) for x in values]) if isinstance(values, str) else np.array(values)
-
-
-def _finished(grid: Config, cell: Cell, folder: Path) -> bool:
-    path = folder / f"{cell.name}.json"
-    if not path.is_file():
-        return False
-    row = files.read_json(path)
-    if not isinstance(row, dict) or not isinstance(row.get("config"), dict):
-        raise UserError(f"{path} is not the file of a cell: delete it")
-    old = row["config"]
-    new = _config(config_of(grid, cell))
-    differ = [name for name in {**old, **new} if (name in old, old.get(name)) != (name in new, new.get(name))]
-    if differ:
-        told = "; ".join(f"{name} was {_told(old, name)}, now {_told(new, name)}" for name in differ)
-        raise UserError(f"{path} is of another config ({told}): choose another folder for --cells")
-    return True
-
-
-def _told(config: Mapping[str, Any], name: str) -> str:
-    return repr(config[name]) if name in config else "not set"
-
-
 def outcomes(grid: Config, folder: Path) -> list[Outcome]:
     """What the finished cells of a grid found."""
     found = []
     tasks: dict[str, Task] = {}
     for cell in cells(grid):
-        if not _finished(grid, cell, folder):
+        row = read(folder, config_of(grid, cell), cell)
+        if row is None:
             continue
-        row = files.read_json(folder / f"{cell.name}.json")
         task = tasks.setdefault(cell.task, configs.task_of(config_of(grid, cell)))
         name = cell.variant if cell.learning_rate is None else f"{cell.variant} @ {cell.learning_rate:g}"
-        predictions, labels = _unpacked(row["predictions"]), _unpacked(row["labels"])
+        predictions, labels = unpacked(row["predictions"]), unpacked(row["labels"])
         sizes = row["trainable_percent"], row["added_percent"]
         found.append(Outcome(task, name, cell.seed, predictions, labels, *sizes))
     return found

@@ -73,7 +73,7 @@ def test_leaves_come_back_with_their_empty_dicts_and_a_path_may_be_text(tmp_path
     with pytest.raises(UserError, match="there is no file"):
         files.read_leaves(tmp_path / "none")
     (tmp_path / "bad").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="is not a safetensors file of leaves"):
+    with pytest.raises(UserError, match="is not a safetensors file"):
         files.read_leaves(tmp_path / "bad")
 
 
@@ -95,6 +95,21 @@ def test_leaves_keep_their_types_and_shapes(tmp_path):
     assert {k: (x.shape, x.dtype.name) for k, x in back.items()} == {
         "h": ((2, 0), "bfloat16"), "s": ((), "float32"), "i": ((3,), "int32"), "b": ((2,), "bfloat16"),
     }  # fmt: skip
+
+
+def test_numbers_of_64_bits_are_not_cut_down(tmp_path):
+    path = tmp_path / "x.safetensors"
+    files.write_leaves(path, {"a": np.array([2**40 + 1]), "b": np.array([1e300])})
+    found = files.read_leaves(path)
+    assert (found["a"].dtype, int(found["a"][0])) == (np.int64, 2**40 + 1)
+    assert float(found["b"][0]) == 1e300
+
+
+@pytest.mark.parametrize("leaves", [None, [1], {"a": "text"}, {"a": {"b": None}}])
+def test_what_is_no_tree_of_arrays(tmp_path, leaves):
+    with pytest.raises(UserError, match=r"expected a nested dict of arrays|is not an array of numbers"):
+        files.write_leaves(tmp_path / "x.safetensors", leaves)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_flipped_bit_anywhere_is_found(tmp_path):

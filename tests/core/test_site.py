@@ -122,6 +122,11 @@ def test_find_with_a_bad_regular_expression():
         find(SITES, "(proj")
 
 
+def test_a_pattern_too_deep_for_the_parser():
+    with pytest.raises(UserError, match="is not a regular expression"):
+        matches("(" * 5000, "a/b")
+
+
 def test_matches_whole_parts_from_the_end():
     assert matches("b/c", "a/b/c")
     assert matches("a/b/c", "a/b/c")

@@ -21,6 +21,11 @@ from jpeft.core import tree
 from jpeft.core.transform import Transform
 
 
+def test_a_chain_of_something_else():
+    with pytest.raises(jpeft.UserError, match="takes transforms, such as jpeft"):
+        jpeft.chain("lora")
+
+
 def test_instances_count_each_method():
     method = jpeft.chain(scaled(), jpeft.chain(shifted(), scaled()), jpeft.chain())
     assert list(jpeft.instances(method)) == ["scaled_0", "shifted_0", "scaled_1"]

@@ -131,6 +131,22 @@ def test_options_that_cannot_be(tmp_path, changes, says):
         custom(**{"train": file, "text": ("one",), "label": "answer", **changes})
 
 
+@pytest.mark.parametrize("twin", ["neg ", "NEG"])
+def test_labels_that_differ_in_case_or_spaces_only(tmp_path, twin):
+    path = tmp_path / "train.csv"
+    path.write_text(f"text,label\na,neg\nb,pos\nc,{twin}\n")
+    with pytest.raises(UserError, match=r"differ in case or spaces only: mend them, or name all classes"):
+        custom(str(path), ("text",))
+    assert custom(str(path), ("text",), labels=("neg", "pos", twin)).labels == ("neg", "pos", twin)
+
+
+def test_a_value_that_is_not_finite_when_squared(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\na,1\nb,1e300\n")
+    with pytest.raises(UserError, match="label '1e300' is not a number"):
+        custom(str(path), ("text",), regression=True).splits()
+
+
 def test_true_and_false_are_classes(tmp_path):
     task = custom(write(tmp_path / "train.jsonl", [("a", "b", True), ("c", "d", False)] * 3), ("one",), "answer")
     assert task.labels == ("false", "true")

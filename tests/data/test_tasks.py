@@ -94,7 +94,7 @@ def test_a_label_outside_the_set_names_file_and_row(cola, label):
     assert "0 (unacceptable), 1 (acceptable)" in message
 
 
-@pytest.mark.parametrize("label", [-1.0, -0.1, 5.1, "high", float("nan")])
+@pytest.mark.parametrize("label", [-1.0, -0.1, 5.1, "high", float("nan"), "1_0"])
 def test_regression_labels_lie_in_their_range(tmp_path, label):
     row = {"sentence1": "a", "sentence2": "b", "label": 5}
     write(tmp_path / "stsb", train_jsonl=lines([row]), validation_jsonl=lines([row, row | {"label": label}]))

@@ -29,6 +29,18 @@ def test_a_vocabulary_that_is_not_one(folder):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("lacks", ["[SEP]", "[CLS]", "[PAD]"])
+def test_a_vocabulary_without_a_special_token(tmp_path, lacks):
+    """transformers would add it at the end, and every id behind it would shift."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "dog"]
+    (tmp_path / "vocab.txt").write_text("\n".join(word for word in words if word != lacks))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=rf"lacks '\{lacks[:-1]}\]' in its vocabulary"):
+        tokenizer.load(tmp_path, 18)
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    assert tokenizer.load(tmp_path, 18)("the dog")["input_ids"] == [2, 5, 6, 3]
+
+
 def test_ids_beyond_the_embedding(folder):
     with pytest.raises(UserError, match=r"has ids up to 17, the model's embedding 17 rows"):
         tokenizer.load(folder, 17)

@@ -1,3 +1,4 @@
+import json
 import random
 
 import chex
@@ -138,6 +139,35 @@ def test_a_module_at_another_size():
         plan.resized(Entry("lora", {"rank": 3}), 0.5)
     with pytest.raises(UserError, match="bitfit comes in one size only"):
         plan.resized(Entry("bitfit"), 2)
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ({-1: [Entry("lora")]}, "got layer -1"),
+        ({True: [Entry("lora")]}, "got layer True"),
+        ({0: ["lora"]}, "layer 0: expected a list of jpeft.Entry"),
+        ({0: "lora"}, "layer 0: expected a list of jpeft.Entry"),
+        ({0: [Entry("lora", {"layers": [1]})]}, "drop the option 'layers' of lora"),
+        ({0: [Entry("lora")] * 65}, "layer 0 has 65 modules"),
+        ([{}], "expected groups"),
+        ([{"method": "lora"}], "expected groups"),
+    ],
+)
+def test_what_cannot_be_built(made, says):
+    with pytest.raises(UserError, match=says):
+        plan.build(made)
+
+
+@pytest.mark.parametrize("rates", [{"lora": float("nan")}, {"lora": "x"}, {"lroa": 1.0}, {"lora": 0}])
+def test_rates_that_are_none(rates):
+    with pytest.raises(UserError, match="rates must be"):
+        plan.build({0: [Entry("lora")]}, rates)
+
+
+def test_a_plan_of_thousands_of_modules_in_a_layer():
+    with pytest.raises(UserError, match="layer 0: 2,000 modules, expected at most 64"):
+        plan.loads(json.dumps({"0": [{"method": "lora"}] * 2000}))
 
 
 def test_a_layer_that_does_not_exist():

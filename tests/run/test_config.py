@@ -120,6 +120,18 @@ def test_variants():
         ({"peft__ia3__layers": (0,)}, "config.peft.ia3.layers is set, but config.fishpal.candidates are lora"),
         ({"method": "lora", "peft__pfeiffer__bottleneck": 4}, "config.peft.pfeiffer.bottleneck is set, but config.me"),
         ({"fishpal__criterion": "adam"}, "config.fishpal.criterion 'adam' is unknown: did you mean 'adam_step'"),
+        ({"fishpal__sizes": ()}, "config.fishpal.sizes must name at least one size"),
+        ({"fishpal__factors__lora": 2.0}, "fishpal.factors.lora is set, but config.fishpal.criterion is 'race'"),
+        ({"fishpal__num_examples": 8}, "config.fishpal.num_examples is set, but a race says itself how many"),
+        ({"fishpal__budget_of": "added"}, "config.fishpal.budget_of is set, but config.fishpal.budget is not"),
+        (
+            {"fishpal__criterion": "thesis", "fishpal__learning_rates__lora": 0.1},
+            "fishpal.learning_rates.lora is set, but with the thesis' criterion there is one rate",
+        ),
+        (
+            {"fishpal__plan": "thesis_mnli", "fishpal__budget": "1%"},
+            "config.fishpal.budget is set, but config.fishpal.plan is set, and nothing is chosen",
+        ),
         ({"fishpal__sizes": (0,)}, "config.fishpal.sizes must be above 0 and below 1,000,000, got 0"),
         ({"fishpal__sizes": (0.3,)}, "config.fishpal.sizes: lora has rank 8, which cannot be made 0.3 times as large"),
         ({"fishpal__sizes": (2,), "fishpal__candidates": ("ia3",)}, "config.fishpal.sizes: ia3 comes in one size only"),

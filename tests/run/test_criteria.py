@@ -21,7 +21,7 @@ def seed(tiny_config, tmp_path):
 
     def make(criterion, task="mrpc", **fields):
         config = tiny_config("fishpal", task, num_epochs=1, max_length=8)
-        config.fishpal.update(criterion=criterion, **fields)
+        config.fishpal.update(criterion=criterion, num_examples=None if criterion == "race" else 8, **fields)
         configs.check(config)
         return begin(config, 11, *experiment.load(config, QUIET)[:2], tmp_path, QUIET)
 
@@ -96,7 +96,7 @@ def test_a_lead_within_one_standard_error_is_no_lead():
 
 def test_a_run_chooses_by_a_race_and_says_what_it_cost(tiny_config, tmp_path):
     config = tiny_config("fishpal", num_epochs=1, max_length=8)
-    config.fishpal.criterion = "race"
+    config.fishpal.update(criterion="race", num_examples=None)
     report = experiment.run(config, tmp_path, QUIET)
     found = json.loads((tmp_path / "seed_11" / "choice.json").read_text())
     scores = {name: found["scores"]["0"][name] for name in config.fishpal.candidates}

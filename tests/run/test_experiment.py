@@ -295,6 +295,40 @@ def test_without_checkpoints_it_is_trained_again(finished):
     assert (workdir / "seed_11" / "model/modules.safetensors").read_bytes() == kept["model/modules.safetensors"]
 
 
+def test_what_belongs_to_another_seed_does_not_pass_for_its_own(finished, tmp_path):
+    """Its result, its modules, and its checkpoints."""
+    config, workdir, kept = finished
+    other = tmp_path / "other"
+    theirs = config.copy_and_resolve_references()
+    theirs.seeds = (22,)
+    run(theirs, other)
+    for name in ("result.json", "model", experiment.PREDICTIONS):
+        ours = workdir / "seed_11" / name
+        shutil.rmtree(ours) if ours.is_dir() else ours.unlink()
+        source = other / "seed_22" / name
+        shutil.copytree(source, ours) if source.is_dir() else shutil.copyfile(source, ours)
+        _, console = again(config, workdir)
+        assert any("seed 11 is finished, but" in text for text in console.warnings), name
+        for file in ("model/modules.safetensors", experiment.PREDICTIONS):
+            assert (workdir / "seed_11" / file).read_bytes() == kept[file]
+    (workdir / "seed_11" / "result.json").unlink()
+    shutil.rmtree(workdir / "seed_11" / "checkpoints")
+    shutil.copytree(other / "seed_22" / "checkpoints", workdir / "seed_11" / "checkpoints")
+    with pytest.raises(UserError, match="it is of another run or seed"):
+        run(config, workdir)
+
+
+def test_a_plan_that_was_edited_since_is_refused(fishpal_run):
+    config, workdir, _, _ = fishpal_run
+    path = workdir / "seed_1" / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["0"] = [{"method": "lora", "options": {"dropout": 0.5}}]
+    path.write_text(json.dumps(plan))
+    (workdir / "seed_1" / "result.json").unlink()
+    with pytest.raises(UserError, match="is not the plan that this run began with"):
+        run(config, workdir)
+
+
 def test_a_seed_is_added_to_a_finished_run(finished):
     config, workdir, kept = finished
     config.seeds = (11, 22)

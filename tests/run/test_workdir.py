@@ -76,6 +76,15 @@ def test_other_rows_are_named(begun, tiny_config, base, changed, says):
     assert says in refusal(begun, tiny_config, workdirs.inputs(data(**changed), base, "there"))
 
 
+def test_other_labels_and_another_task_file_are_named(begun, tiny_config, base, tmp_path):
+    renamed = dataclasses.replace(TASKS["mrpc"], labels=("no", "yes"))
+    told = refusal(begun, tiny_config, workdirs.inputs(data()._replace(task=renamed), base, "here"))
+    assert "the labels: ['not_equivalent', 'equivalent'], now ['no', 'yes']" in told
+    (tmp_path / "own.py").write_text("# a task")
+    told = refusal(begun, tiny_config, workdirs.inputs(data(), base, "here", str(tmp_path / "own.py")))
+    assert "the file that defines the task" in told
+
+
 def test_rows_cut_elsewhere_are_other_rows():
     """The same tokens in the same order, as rows of other lengths."""
     one, other = (
@@ -209,6 +218,28 @@ def test_the_current_folder_may_be_a_workdir_of_its_own(tmp_path, monkeypatch):
     with workdirs.locked(Path(".")):
         files.write_text(tmp_path / "inputs.json", "")
     with workdirs.locked(Path(".")):
+        pass
+
+
+@pytest.mark.parametrize("name", workdirs.WRITTEN)
+def test_files_of_something_else_are_not_overwritten(tmp_path, name):
+    """As those of the base model's folder."""
+    files.write_text(tmp_path / name, "{}")
+    with pytest.raises(UserError, match="that is not of a run"), workdirs.locked(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_run_that_was_copied_without_its_lock_is_a_run(begun):
+    assert not (begun / ".lock").exists()
+    with workdirs.locked(begun):
+        pass
+
+
+def test_links_in_a_circle(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match="is not the name of a folder"), workdirs.locked(tmp_path / "a"):
         pass
 
 

@@ -1,14 +1,17 @@
 """A grid of runs: which cells there are, what is kept of them, and what is refused before any work."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from jpeft import UserError
+from jpeft.core import files
 from jpeft.run.console import Console
-from jpeft.workbench import compare
-from jpeft.workbench.compare import Cell
+from jpeft.workbench import cells, compare
+from jpeft.workbench.cells import Cell
 
 pytestmark = pytest.mark.usefixtures("programs_stay")
 QUIET = Console(quiet=True)
@@ -59,6 +62,28 @@ def test_what_cannot_run_is_refused_before_any_work(grid, variants, message):
         compare.check(grid(**variants))
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"learning_rates": ("a",)}, "config.learning_rates must be positive numbers, got 'a'"),
+        ({"learning_rates": (0.0,)}, "config.learning_rates must be positive numbers, got 0.0"),
+        ({"run": None}, "config.run must be a dict, got None"),
+        ({"by_task": {"cola": {"nonsense": 1}}}, "config.by_task has 'cola', which is none of the tasks"),
+        ({"variants": {"a": 5}}, r"config.variants\['a'\] must be a dict"),
+        ({"variants": {"a": {"method": "head", "seeds": (3,)}}}, "sets seeds, which is for the whole grid to say"),
+        ({"variants": {"a": {"method": "head", "task": "cola"}}}, "sets task, which is for the whole grid to say"),
+        ({"variants": {"\ud800": {"method": "head"}}}, "cannot be the name of a variant"),
+    ],
+)
+def test_grids_that_cannot_be(grid, changes, says):
+    config = grid()
+    with config.ignore_type(), config.unlocked():
+        for name, value in changes.items():
+            config[name] = ConfigDict(value) if isinstance(value, dict) else value
+    with pytest.raises(UserError, match=says):
+        compare.check(config)
+
+
 def test_nothing_to_compare(grid):
     with pytest.raises(UserError, match=r"config\.seeds is empty"):
         compare.check(grid(seeds=()))
@@ -67,9 +92,9 @@ def test_nothing_to_compare(grid):
 def test_a_cell_is_one_small_file_and_is_not_run_again(grid, tmp_path, monkeypatch):
     config = grid(tasks=("mrpc", "stsb"), seeds=(1,))
     compare.check(config)
-    cells, runs = tmp_path / "cells", tmp_path / "runs"
-    assert [cell.task for cell in compare.run_all(config, cells, runs, QUIET)] == ["mrpc", "stsb"]
-    classes, values = (json.loads((cells / f"{task}-head-1.json").read_text()) for task in ("mrpc", "stsb"))
+    folder, runs = tmp_path / "cells", tmp_path / "runs"
+    assert [cell.task for cell in compare.run_all(config, folder, runs, QUIET)] == ["mrpc", "stsb"]
+    classes, values = (json.loads((folder / f"{task}-head-1.json").read_text()) for task in ("mrpc", "stsb"))
     assert len(classes["predictions"]) == len(classes["labels"]) == 18
     assert set(classes["labels"]) == {"0", "1"}
     assert len(values["predictions"]) == 18
@@ -77,12 +102,12 @@ def test_a_cell_is_one_small_file_and_is_not_run_again(grid, tmp_path, monkeypat
     right = np.mean([a == b for a, b in zip(classes["predictions"], classes["labels"], strict=True)])
     assert classes["metrics"]["accuracy"] == pytest.approx(right)
 
-    outcomes = compare.outcomes(config, cells)
+    outcomes = compare.outcomes(config, folder)
     assert [o.score() for o in outcomes] == [
         pytest.approx(classes["metrics"]["accuracy"]), pytest.approx(values["metrics"]["pearson"], abs=1e-4),
     ]  # fmt: skip
     monkeypatch.setattr(compare.experiment, "run", lambda *_: pytest.fail("it ran a finished cell"))
-    assert list(compare.run_all(config, cells, tmp_path / "elsewhere", QUIET)) == []
+    assert list(compare.run_all(config, folder, tmp_path / "elsewhere", QUIET)) == []
 
 
 def test_files_of_other_cells_are_refused(grid, tmp_path):
@@ -91,9 +116,34 @@ def test_files_of_other_cells_are_refused(grid, tmp_path):
     config.run.train.num_epochs = 2
     with pytest.raises(UserError, match=r"of another config \(train.num_epochs was 1, now 2\)"):
         list(compare.run_all(config, tmp_path, tmp_path / "runs", QUIET))
-    (tmp_path / "mrpc-head-1.json").write_text("[")
+    config.run.train.num_epochs = 1
+    path = tmp_path / "mrpc-head-1.json"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(row | {"predictions": row["labels"]}))
+    with pytest.raises(UserError, match="was changed or damaged after it was written"):
+        compare.outcomes(config, tmp_path)
+    path.write_text("[")
     with pytest.raises(UserError, match="is not JSON"):
         compare.outcomes(config, tmp_path)
+
+
+def test_cells_of_other_data_are_named(grid, tmp_path, tiny_glue):
+    """As they would be if they were runs; where there are no data any more, a warning says so."""
+    config = grid(seeds=(1,))
+    own = tmp_path / "glue"
+    shutil.copytree(tiny_glue, own)
+    config.run.data.path = str(own)
+    list(compare.run_all(config, tmp_path / "cells", tmp_path / "runs", QUIET))
+    assert str(tmp_path) not in (tmp_path / "cells/mrpc-head-1.json").read_text()
+    assert list(compare.run_all(config, tmp_path / "cells", tmp_path / "runs", QUIET)) == []
+    lines = (own / "mrpc/validation.jsonl").read_text().splitlines()
+    (own / "mrpc/validation.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(UserError, match="the evaluation data: 18 rows, now 17"):
+        list(compare.run_all(config, tmp_path / "cells", tmp_path / "runs", QUIET))
+    shutil.rmtree(own)
+    console = Console(quiet=True)
+    assert list(compare.run_all(config, tmp_path / "cells", tmp_path / "runs", console)) == []
+    assert "were not held against their data" in console.warnings[0]
 
 
 def test_an_option_can_be_set_to_none(grid):
@@ -101,20 +151,21 @@ def test_an_option_can_be_set_to_none(grid):
     config = grid(flat={"method": "prefix", "peft": {"prefix": {"mlp_hidden": None}}})
     found = compare.config_of(config, Cell("mrpc", "flat", None, 1))
     assert found.peft.prefix.mlp_hidden is None
-    assert compare._config(found)["peft.prefix.mlp_hidden"] is None
+    assert cells._config(found)["peft.prefix.mlp_hidden"] is None
 
 
 def test_a_field_of_none_is_not_a_field_that_is_absent(grid, tmp_path):
     plain, flat = (grid(seeds=(1,), x={"method": "prefix", "peft": {"prefix": o}}) for o in ({}, {"mlp_hidden": None}))
-    row = {"config": compare._config(compare.config_of(plain, Cell("mrpc", "x", None, 1)))}
-    (tmp_path / "mrpc-x-1.json").write_text(json.dumps(row))
+    row = {"config": cells._config(compare.config_of(plain, Cell("mrpc", "x", None, 1)))}
+    files.write_record(tmp_path / "mrpc-x-1.json", cells.KIND, row)
+    cell = Cell("mrpc", "x", None, 1)
     with pytest.raises(UserError, match=r"peft.prefix.mlp_hidden was not set, now None"):
-        compare._finished(flat, Cell("mrpc", "x", None, 1), tmp_path)
+        cells.read(tmp_path, compare.config_of(flat, cell), cell)
 
 
 def test_class_ids_are_digits_while_there_are_ten():
-    assert compare._packed(np.array([0, 9, 2])) == "092"
-    np.testing.assert_array_equal(compare._unpacked("092"), [0, 9, 2])
-    many = compare._unpacked(compare._packed(np.array([0, 10, 2])))
+    assert cells._packed(np.array([0, 9, 2])) == "092"
+    np.testing.assert_array_equal(cells.unpacked("092"), [0, 9, 2])
+    many = cells.unpacked(cells._packed(np.array([0, 10, 2])))
     np.testing.assert_array_equal(many, [0, 10, 2])
     assert np.issubdtype(many.dtype, np.integer)

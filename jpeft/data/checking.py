@@ -1,0 +1,97 @@
+"""Holds a task of the user's own against what a run needs of it, before a model is trained on something else."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jpeft.core.errors import UserError, nearest
+from jpeft.data.metrics import METRICS
+from jpeft.data.task import Splits, Task
+
+__all__ = ["check_splits", "check_task"]
+
+
+def check_task(task: Task) -> None:
+    """Checks the attributes, the loss and the scores of a task.
+
+    Raises:
+      UserError: for the first that is not what `Task` says.
+    """
+    for name, least in (("text", 1), ("labels", 0), ("metrics", 1)):
+        value = getattr(task, name)
+        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) < least:
+            raise UserError(f"{name} must be a tuple of names, got {value!r:.60}")
+        if not all(isinstance(x, str) for x in value) or len(set(value)) < len(value):
+            raise UserError(f"{name} must be distinct names, got {value!r:.60}")
+    if len(task.text) > 2:
+        raise UserError(f"text must name one or two columns, got {task.text}")
+    if len(task.labels) == 1:
+        raise UserError(f"labels must be at least two, or none for a regression, got {task.labels}")
+    if type(task).score is Task.score:
+        for name in task.metrics:
+            if name not in METRICS:
+                raise UserError(f"metric {name!r} is unknown: {nearest(name, METRICS)}")
+    if task.primary not in task.metrics:
+        raise UserError(f"primary {task.primary!r} is not among the metrics {', '.join(task.metrics)}")
+    n, classes = 8, task.num_labels
+    ids = np.arange(n) % classes if task.labels else np.linspace(0, 1, n)
+    labels = ids.astype(np.int32 if task.labels else np.float32)
+    shape = _told("loss", lambda: jax.eval_shape(task.loss, np.zeros((n, classes), np.float32), labels)).shape
+    if shape != (n,):
+        raise UserError(f"loss must give one number for each example, [{n}], got {list(shape)}")
+    logits = np.random.default_rng(0).normal(size=(n, classes)).astype(np.float32)
+    scores = _told("score", lambda: task.score(logits, labels))
+    if not isinstance(scores, dict) or set(scores) != set(task.metrics):
+        raise UserError(f"score must give {{metric: number}} for {', '.join(task.metrics)}, got {scores!r:.80}")
+    for name, value in scores.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
+            raise UserError(f"score gives {value!r:.60} for {name}: expected a finite number")
+
+
+def _told(what: str, call: Any) -> Any:
+    try:
+        return call()
+    except UserError:
+        raise
+    except Exception as error:  # the user's code
+        raise UserError(f"{what} fails: {type(error).__name__}: {' '.join(str(error).split()):.200}") from None
+
+
+def check_splits(task: Task, found: Any) -> Splits:
+    """Returns what `task.splits` gave, if a run can use it.
+
+    Raises:
+      UserError: if a split or a column is missing, columns are not of one length, a text is none, or a label is not an
+        id of a class, or a finite value.
+    """
+    if not isinstance(found, Splits):
+        raise UserError(f"splits must give a jpeft Splits, got {type(found).__name__}")
+    for name in task.required_splits:
+        if name not in found.splits:
+            raise UserError(f"splits has no {name!r} split: {nearest(name, found.splits)}")
+        split = found.splits[name]
+        columns = {}
+        for column in (*task.text, "label"):
+            try:
+                columns[column] = list(split[column])
+            except Exception:
+                raise UserError(f"the {name} split has no column {column!r}") from None
+        sizes = {column: len(values) for column, values in columns.items()}
+        if len(set(sizes.values())) > 1 or not sizes["label"]:
+            raise UserError(f"the {name} split must have rows, as many in each column, got {sizes}")
+        for column in task.text:
+            if not all(isinstance(text, str) for text in columns[column]):
+                raise UserError(f"the {name} split: column {column!r} holds something else than text")
+        _check_labels(task, name, columns["label"])
+    return found
+
+
+def _check_labels(task: Task, name: str, labels: list[Any]) -> None:
+    for i, label in enumerate(labels):
+        number = isinstance(label, int | float | np.number) and not isinstance(label, bool)
+        if task.labels and not (number and float(label).is_integer() and 0 <= label < len(task.labels)):
+            raise UserError(f"the {name} split, row {i}: label {label!r:.40} is not one of 0 to {len(task.labels) - 1}")
+        if not task.labels and not (number and np.isfinite(label)):
+            raise UserError(f"the {name} split, row {i}: label {label!r:.40} is not a finite number")

@@ -1,0 +1,109 @@
+"""Tasks of the user's own that are not what a run needs: one line each, before anything trains."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jpeft import Splits, Task
+from jpeft.core.errors import UserError
+from jpeft.data import checking
+
+TASK = Task("own", ("text",), ("a", "b"))
+ROWS = {"text": ["x", "y"], "label": [0, 1]}
+
+
+class Scored(Task):
+    """A task whose score and loss are given."""
+
+    answer = {"accuracy": 0.5}  # noqa: RUF012
+
+    def score(self, logits, labels):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+class Scalar(Task):
+    def loss(self, logits, labels):
+        return logits.mean()
+
+
+class Broken(Task):
+    def loss(self, logits, labels):
+        raise ValueError("two\nlines")
+
+
+def test_tasks_that_can_run():
+    checking.check_task(TASK)
+    checking.check_task(Task("values", ("a", "b"), (), ("pearson",), "pearson"))
+    checking.check_task(Scored("own", ("text",), ("a", "b")))
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        (dataclasses.replace(TASK, text="text"), "text must be a tuple of names, got 'text'"),
+        (dataclasses.replace(TASK, text=("a", "b", "c")), "text must name one or two columns"),
+        (dataclasses.replace(TASK, labels=("a", "a")), "labels must be distinct names"),
+        (dataclasses.replace(TASK, labels=(0, 1)), "labels must be distinct names"),
+        (dataclasses.replace(TASK, labels=("a",)), "labels must be at least two"),
+        (dataclasses.replace(TASK, metrics=("zzz",)), "metric 'zzz' is unknown"),
+        (dataclasses.replace(TASK, metrics=()), "metrics must be a tuple of names"),
+        (dataclasses.replace(TASK, primary="f1"), "primary 'f1' is not among the metrics accuracy"),
+        (Scalar("own", ("text",), ("a", "b")), r"loss must give one number for each example, \[8\], got \[\]"),
+        (Broken("own", ("text",), ("a", "b")), "loss fails: ValueError: two lines"),
+    ],
+)
+def test_tasks_that_cannot(task, says):
+    with pytest.raises(UserError, match=says):
+        checking.check_task(task)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (None, "score must give"),
+        ({"f1": 1.0}, "score must give"),
+        ({"accuracy": float("nan")}, "score gives nan for accuracy"),
+        ({"accuracy": "high"}, "score gives 'high'"),
+        (KeyError("x"), "score fails: KeyError"),
+    ],
+)
+def test_scores_that_are_none(monkeypatch, answer, says):
+    monkeypatch.setattr(Scored, "answer", answer)
+    with pytest.raises(UserError, match=says):
+        checking.check_task(Scored("own", ("text",), ("a", "b")))
+
+
+def test_splits_that_can_be_used():
+    found = Splits({"train": ROWS, "validation": {**ROWS, "label": np.array([1, 1])}})
+    assert checking.check_splits(TASK, found) is found
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"label": [0, 7]}, "the validation split, row 1: label 7 is not one of 0 to 1"),
+        ({"label": [0.5, 1]}, "row 0: label 0.5 is not one of"),
+        ({"label": [True, 1]}, "row 0: label True"),
+        ({"label": ["a", 1]}, "row 0: label 'a'"),
+        ({"label": [0]}, "as many in each column"),
+        ({"text": ["x", None]}, "holds something else than text"),
+    ],
+)
+def test_splits_that_cannot(changes, says):
+    with pytest.raises(UserError, match=says):
+        checking.check_splits(TASK, Splits({"train": ROWS, "validation": {**ROWS, **changes}}))
+
+
+def test_splits_and_columns_that_are_missing():
+    with pytest.raises(UserError, match="splits has no 'validation' split"):
+        checking.check_splits(TASK, Splits({"train": ROWS}))
+    with pytest.raises(UserError, match="the train split has no column 'text'"):
+        checking.check_splits(TASK, Splits({"train": {"label": [0]}, "validation": ROWS}))
+    with pytest.raises(UserError, match="must give a jpeft Splits, got dict"):
+        checking.check_splits(TASK, {"train": ROWS})
+    values = {"text": ["x", "y"], "label": [1.0, float("inf")]}
+    with pytest.raises(UserError, match="row 1: label inf is not a finite number"):
+        checking.check_splits(dataclasses.replace(TASK, labels=()), Splits({"train": values, "validation": values}))
