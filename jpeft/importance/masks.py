@@ -163,6 +163,8 @@ def write_mask(path: Path, mask: Any, model: str) -> None:
     Raises:
       UserError: if a leaf of the mask is invalid.
     """
+    if not isinstance(mask, dict):
+        raise UserError(f"expected a mask of a nested dict, got {type(mask).__name__}")
     mask = jax.tree_util.tree_map_with_path(_selection, mask)
     kept = {name: np.asarray(m) for name, m in tree.flatten(mask).items() if m is not False and np.size(m)}
     write_leaves(path, tree.unflatten(kept), {MODEL: model})

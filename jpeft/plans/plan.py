@@ -157,7 +157,9 @@ def build(modules: Plan | Spec, rates: Mapping[str, float] | None = None) -> Cha
             if not isinstance(group, Mapping) or not {"method", "options"} <= set(group):
                 shape = '{"method": ..., "options": {...}}'
                 raise UserError(f"expected groups {shape}, as of jpeft.plans.plan.spec, got {group!r:.80}")
-    factors = rates or {}
+    factors = {} if rates is None else rates
+    if not isinstance(factors, Mapping):
+        raise UserError(f"rates must be {{method: positive factor}}, got {factors!r:.60}")
     for name, factor in factors.items():
         if name not in METHODS or not isinstance(factor, int | float) or not 0 < factor < float("inf"):
             raise UserError(f"rates must be {{method: positive factor}}, got {name!r:.40}: {factor!r:.40}")

@@ -159,7 +159,7 @@ def test_what_cannot_be_built(made, says):
         plan.build(made)
 
 
-@pytest.mark.parametrize("rates", [{"lora": float("nan")}, {"lora": "x"}, {"lroa": 1.0}, {"lora": 0}])
+@pytest.mark.parametrize("rates", [{"lora": float("nan")}, {"lora": "x"}, {"lroa": 1.0}, {"lora": 0}, [1]])
 def test_rates_that_are_none(rates):
     with pytest.raises(UserError, match="rates must be"):
         plan.build({0: [Entry("lora")]}, rates)

@@ -106,9 +106,10 @@ def check_same(last, whole):
 
 
 @pytest.mark.parametrize("calls", [4, 6, 8, 11])
-def test_killed_between_checkpoints_it_ends_the_same(tmp_path, start, whole, calls):
-    with pytest.raises(Killed):
-        start(tmp_path / "killed", calls)
+def test_killed_twice_between_checkpoints_it_ends_the_same(tmp_path, start, whole, calls):
+    for dies_after in (calls, 2):
+        with pytest.raises(Killed):
+            start(tmp_path / "killed", dies_after)
     check_same(start(tmp_path / "killed")[0], whole)
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
