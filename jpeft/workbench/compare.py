@@ -102,7 +102,10 @@ def _set(config: Config, fields: Mapping[str, Any], where: str) -> None:
         name = ".".join(names)
         if name not in known:
             raise UserError(f"config.{where}: {name!r} is not a field of a run: {nearest(name, known)}")
-        config.update_from_flattened_dict({name: value})  # None, too: it is a value, as of a prefix's `mlp_hidden`
+        try:  # None, too: it is a value, as of a prefix's `mlp_hidden`
+            config.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError):
+            raise UserError(f"config.{where}: {name} cannot be {value!r:.60}") from None
 
 
 def check(grid: Config) -> None:

@@ -69,6 +69,7 @@ def test_what_cannot_run_is_refused_before_any_work(grid, variants, message):
         ({"learning_rates": (0.0,)}, "config.learning_rates must be positive numbers, got 0.0"),
         ({"run": None}, "config.run must be a dict, got None"),
         ({"by_task": {"cola": {"nonsense": 1}}}, "config.by_task has 'cola', which is none of the tasks"),
+        ({"variants": {"a": {"method": 5}}}, r"config.variants\['a'\]: method cannot be 5"),
         ({"variants": {"a": 5}}, r"config.variants\['a'\] must be a dict"),
         ({"variants": {"a": {"method": "head", "seeds": (3,)}}}, "sets seeds, which is for the whole grid to say"),
         ({"variants": {"a": {"method": "head", "task": "cola"}}}, "sets task, which is for the whole grid to say"),
