@@ -10,7 +10,7 @@ from jpeft.core.errors import UserError, nearest
 from jpeft.data.metrics import METRICS
 from jpeft.data.task import Splits, Task
 
-__all__ = ["check_splits", "check_task"]
+__all__ = ["check_splits", "check_task", "splits"]
 
 
 def check_task(task: Task) -> None:
@@ -57,6 +57,15 @@ def _told(what: str, call: Any) -> Any:
         raise
     except Exception as error:  # the user's code
         raise UserError(f"{what} fails: {type(error).__name__}: {' '.join(str(error).split()):.200}") from None
+
+
+def splits(task: Task, path: str | None) -> Splits:
+    """What `task.splits(path)` gives, checked.
+
+    Raises:
+      UserError: if it fails, or a run cannot use it.
+    """
+    return check_splits(task, _told("splits", lambda: task.splits(path)))
 
 
 def check_splits(task: Task, found: Any) -> Splits:

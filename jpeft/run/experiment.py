@@ -144,9 +144,8 @@ def _use_compilation_cache() -> None:
 def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -> tuple[Data, str]:
     if not task.trainable:
         raise UserError(f"config.task {task.name!r} is a test set without training data: train config.task 'mnli'")
-    splits = task.splits(config.data.path)
-    if config.task.endswith(".py"):  # all others check their own
-        splits = checking.check_splits(task, splits)
+    own = config.task.endswith(".py")  # all others check their own
+    splits = checking.splits(task, config.data.path) if own else task.splits(config.data.path)
     for name, count in splits.empty_texts.items():
         console.warn(f"{task.name} {name}: {count} rows have an empty text")
     if splits.absent:

@@ -264,8 +264,7 @@ def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
         )
     if told:
         raise UserError(
-            f"what {workdir} was started with has changed: {'; '.join(told)}. "
-            "Restore it, or choose another --workdir"
+            f"what {workdir} was started with has changed: {'; '.join(told)}. Restore it, or choose another --workdir"
         )
 
 

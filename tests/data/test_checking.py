@@ -97,6 +97,15 @@ def test_splits_that_cannot(changes, says):
         checking.check_splits(TASK, Splits({"train": ROWS, "validation": {**ROWS, **changes}}))
 
 
+def test_splits_that_fail():
+    class Failing(Task):
+        def splits(self, path):
+            raise KeyError(path)
+
+    with pytest.raises(UserError, match="splits fails: KeyError: 'here'"):
+        checking.splits(Failing("own", ("text",), ("a", "b")), "here")
+
+
 def test_splits_and_columns_that_are_missing():
     with pytest.raises(UserError, match="splits has no 'validation' split"):
         checking.check_splits(TASK, Splits({"train": ROWS}))
