@@ -8,8 +8,10 @@
 Reading is strict: except for an absent head or pooler, a surplus, missing or misshapen tensor is an error.
 """
 
+import functools
 import hashlib
 import re
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -144,10 +146,11 @@ def _flat(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
-def shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=16)  # it traces the whole model
+def shapes(config: BertConfig) -> Mapping[str, tuple[int, ...]]:
     """The shape of every parameter by its path, without computing anything."""
     variables = jax.eval_shape(Bert(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    return {path: x.shape for path, x in _flat(variables["params"]).items()}
+    return types.MappingProxyType({path: x.shape for path, x in _flat(variables["params"]).items()})
 
 
 def _hf_name(path: str, model_type: str = "") -> str:

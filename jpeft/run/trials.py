@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,10 @@ from jpeft.run.seed import Seed
 from jpeft.training import optim, step
 from jpeft.training.trial import Reached, held_out_gradient, held_out_loss, trial
 
-__all__ = ["loss_drop", "race", "ranking"]
+__all__ = ["loss_drop", "race", "race_steps", "ranking"]
 
-RACE_SHARE = 0.06  # of the run's steps, for the whole race; looking at the held-out examples comes on top
+RACE_SHARE = 0.06  # of the run's steps, for the whole race
+RACE_MOST = 0.1  # of the run's passes, with what comes on top: fitting the head, looking at the held-out examples
 RACE_HELD = 256  # held-out examples of a race
 DROP_STEPS = 8
 DROP_HELD = 64  # held-out examples of `loss_drop`
@@ -59,8 +60,9 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
     sizes = [len(candidates)]
     while sizes[-1] > 2:
         sizes.append(math.ceil(sizes[-1] / 2))
-    steps = max(4, round(RACE_SHARE * total / sum(sizes)))
     ready = prepare(seed, 2 * RACE_HELD)
+    fixed = (ready.passes + sum(sizes) * ready.b.size / 3) / (total * batch_size)
+    steps = race_steps(total, sizes, fixed)
     # All but the held-out half is there to train on.
     out = set(ready.rows[ready.a.size :].tolist())
     train = batching.take(seed.data.train, [i for i in range(seed.data.train.size) if i not in out])
@@ -79,6 +81,18 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
     # Ranks, not losses, since those who dropped out early have not trained as long.
     scores = {name: float(len(order) - order.index(name)) for name in candidates}
     return Found(dict.fromkeys(range(layers), scores), passes, {"steps": steps, "held_out_losses": history})
+
+
+def race_steps(total: int, sizes: Sequence[int], fixed: float) -> int:
+    """Steps from one look to the next, at least 4.
+
+    Args:
+      total: steps of the run.
+      sizes: how many candidates train in each round.
+      fixed: the share of the run's passes that fitting the head and looking take. In short runs it leaves less for
+        training, so that all together take at most `RACE_MOST`.
+    """
+    return max(4, min(round(RACE_SHARE * total / sum(sizes)), math.floor((RACE_MOST - fixed) * total / sum(sizes))))
 
 
 def ranking(losses: Mapping[str, np.ndarray]) -> list[str]:

@@ -95,6 +95,13 @@ def test_a_race_is_won_by_the_lowest_loss_of_those_who_are_left(seed, monkeypatc
     assert sorted(entries, key=found.scores[0].get) == ["slow", "quick", "middle"]
 
 
+def test_a_race_takes_a_tenth_of_the_passes_at_most():
+    assert trials.race_steps(1150, [3, 2], 0.034) == 14  # five epochs of MRPC
+    assert trials.race_steps(690, [3, 2], 0.052) == 6  # three, where the same share would be 8
+    assert 0.052 + 6 * 5 / 690 <= 0.1 < 0.052 + 7 * 5 / 690
+    assert trials.race_steps(20, [3, 2], 0.5) == 4
+
+
 def test_a_lead_within_one_standard_error_is_no_lead():
     own = np.random.default_rng(0).normal(size=400)
     own = (own - own.mean()) / own.std(ddof=1)  # a standard error of 0.05
