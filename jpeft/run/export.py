@@ -79,11 +79,16 @@ def export(model: Path, form: str, output: Path, console: Console, license: str 
         _write_merged(output, saved)
     else:
         modules = huggingface.Modules(description["modules"], kept.get("peft", {}), kept["params"])
-        huggingface.write(output, modules, saved.model.config, description["base"]["name"])
+        huggingface.write(output, modules, saved.model.config, _on_the_hub(description["base"]["name"]))
     drift = _drift(folder, form, output, saved, console)
     files.write_text(output / CARD, _card(folder, form, description, saved, drift, license))
     console.say(f"written: {output}")
     return drift
+
+
+def _on_the_hub(base: str) -> str:
+    """The name by which others find the base model."""
+    return {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}.get(base, base)
 
 
 def _find(model: Path, console: Console) -> Path:
@@ -162,7 +167,7 @@ def _card(
     folder: Path, form: str, description: Mapping[str, Any], saved: Saved, drift: list[Drift], license: str
 ) -> str:
     """The model card: what it is, how it was made, how well it does, what the export changed, how to use it."""
-    base, labels = description["base"]["name"], saved.labels
+    base, labels = _on_the_hub(description["base"]["name"]), saved.labels
     methods = ", ".join(f"{entry['method']} {json.dumps(entry['options'])}" for entry in description["modules"])
     lines = [
         "---", f"license: {license}", f"base_model: {json.dumps(base)}", "pipeline_tag: text-classification",
