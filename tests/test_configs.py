@@ -8,6 +8,7 @@ import pytest
 from jpeft.core.errors import UserError
 from jpeft.data.tasks import TASKS
 from jpeft.plans import plan as plans
+from jpeft.run import checks
 from jpeft.run import config as c
 from jpeft.transforms.registry import METHODS
 from jpeft.workbench import compare
@@ -36,7 +37,7 @@ def test_the_fields_follow_the_name_of_the_file(path):
     config = get_config(path, "")
     method, task = path.stem.rsplit("_", 1)
     method = {"adapter": "pfeiffer"}.get(method, method)
-    c.check(config)
+    checks.check(config)
     assert (config.method, config.task, config.seeds) == (method, task, SEEDS[task])
     assert config.model == "bert-base-uncased"
 
@@ -44,7 +45,7 @@ def test_the_fields_follow_the_name_of_the_file(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_demo_needs_no_network(path):
     config = get_config(path, "demo")
-    c.check(config)
+    checks.check(config)
     assert (config.task, config.model, config.seeds) == ("synthetic", "minilm", (11,))
 
 
@@ -77,9 +78,9 @@ def test_any_method_on_any_task(method):
         config = get_config(FOLDER / "glue.py", f"{method},{task}")
         assert (config.method, config.task) == (method, task)
         assert config.seeds == SEEDS.get(task, (11, 22, 88))
-    c.check(config)
+    checks.check(config)
     demo = get_config(FOLDER / "glue.py", f"{method},mrpc,demo")
-    c.check(demo)
+    checks.check(demo)
     assert (demo.task, demo.model) == ("synthetic", "minilm")
 
 

@@ -85,7 +85,7 @@ def check_splits(task: Task, found: Any) -> Splits:
         for column in (*task.text, "label"):
             try:
                 columns[column] = list(split[column])
-            except Exception:
+            except (KeyError, TypeError):
                 raise UserError(f"the {name} split has no column {column!r}") from None
         sizes = {column: len(values) for column, values in columns.items()}
         if len(set(sizes.values())) > 1 or not sizes["label"]:

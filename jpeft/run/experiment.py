@@ -20,7 +20,7 @@ from jpeft.models.pretrained import Pretrained
 from jpeft.plans import plan as plans
 from jpeft.plans.plan import Plan
 from jpeft.report import tables
-from jpeft.run import choose, finished, log
+from jpeft.run import checks, choose, finished, log
 from jpeft.run import config as configs
 from jpeft.run import workdir as workdirs
 from jpeft.run.clock import Clock
@@ -61,7 +61,7 @@ def run(config: Config, workdir: Path, console: Console | None = None, command: 
       UserError: for anything that the user can mend.
     """
     console = console or Console()
-    configs.check(config)
+    checks.check(config)
     with workdirs.locked(workdir, console.warn):
         return _run(config, workdir, console, command)
 

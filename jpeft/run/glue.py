@@ -5,6 +5,7 @@ python -m jpeft.main --config configs/glue.py:lora,rte  # the same, from the rep
 """
 
 from jpeft.core.errors import UserError
+from jpeft.run import checks
 from jpeft.run import config as configs
 from jpeft.run.config import Config
 
@@ -36,5 +37,5 @@ def get_config(name: str = "") -> Config:
     config = configs.default(task, method)
     config.train.update(RECIPES.get(method, {}))
     config.seeds = SEEDS.get(task, (11, 22, 88))
-    configs.check_names(config)
+    checks.check_names(config)
     return configs.variant(config, *variant) if variant else config

@@ -165,9 +165,7 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
     first, mesh = int(starts[0].state.step), placement.all_devices(config.train.batch_size)
     if mesh is not None:
         state, key = jax.device_put((state, key), placement.whole(mesh))
-        base = frozen["params"]
-        over = placement.divided(mesh, base) if config.train.shard_base else placement.whole(mesh)
-        frozen = {"params": jax.device_put(base, over), "peft": jax.device_put(frozen["peft"], placement.whole(mesh))}
+        frozen = placement.frozen(mesh, frozen, config.train.shard_base)
     steps = Steps.compiled(training, evaluation, mesh)
     for each in seeds:
         each.clock.start(lambda: sum(getattr(fn, "seconds", 0.0) for fn in steps), shared_by=len(seeds))

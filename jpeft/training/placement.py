@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jpeft.core.errors import UserError
 from jpeft.data.batching import Batch
 
-__all__ = ["all_devices", "divided", "rows", "whole"]
+__all__ = ["all_devices", "divided", "frozen", "rows", "whole"]
 
 ROWS = "rows"  # the axis of the mesh
 
@@ -40,6 +40,13 @@ def rows(mesh: Mesh, batch: Batch) -> Batch:
     """The shardings of a batch whose rows are divided; its arrays are [b, ...], or [runs, b, ...]."""
     axis = len(batch.labels.shape) - 1
     return Batch(*(NamedSharding(mesh, P(*(None,) * axis, ROWS)) for _ in batch))
+
+
+def frozen(mesh: Mesh, variables: dict[str, Any], shard_base: bool) -> dict[str, Any]:
+    """Puts on the devices what does not train: the base, "params", whole or in parts, the leaves whole."""
+    base = variables["params"]
+    over = divided(mesh, base) if shard_base else whole(mesh)
+    return {"params": jax.device_put(base, over), "peft": jax.device_put(variables["peft"], whole(mesh))}
 
 
 def divided(mesh: Mesh, tree: Any) -> Any:

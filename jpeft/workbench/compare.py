@@ -19,8 +19,8 @@ from jpeft.core.errors import UserError, nearest
 from jpeft.core.tree import flatten
 from jpeft.data.task import Task
 from jpeft.report.comparison import Outcome
+from jpeft.run import checks, experiment
 from jpeft.run import config as configs
-from jpeft.run import experiment
 from jpeft.run import workdir as workdirs
 from jpeft.run.config import Config
 from jpeft.run.console import Console
@@ -140,7 +140,7 @@ def check(grid: Config) -> None:
         raise UserError(f"two cells are called {twice!r}: give the variants, tasks, rates and seeds distinct names")
     for cell in cells(grid):
         try:
-            configs.check(config_of(grid, cell))
+            checks.check(config_of(grid, cell))
         except UserError as error:
             raise UserError(f"cell {cell.name}: {error}") from None
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jpeft.plans import plan as plans
+from jpeft.run import checks, criteria, experiment, measuring, trials
 from jpeft.run import config as configs
-from jpeft.run import criteria, experiment, measuring, trials
 from jpeft.run.console import Console
 from jpeft.run.seed import begin
 from jpeft.training.trial import Reached
@@ -22,7 +22,7 @@ def seed(tiny_config, tmp_path):
     def make(criterion, task="mrpc", **fields):
         config = tiny_config("fishpal", task, num_epochs=1, max_length=8)
         config.fishpal.update(criterion=criterion, num_examples=None if criterion == "race" else 8, **fields)
-        configs.check(config)
+        checks.check(config)
         return begin(config, 11, *experiment.load(config, QUIET)[:2], tmp_path, QUIET)
 
     return make
