@@ -9,20 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jpeft.core.errors import UserError
 from jpeft.run import command
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"{message}; see --help")
 
 
 def run(argv: list[str]) -> None:
     """Parses the command line and exports."""
     # Said again here, so that the help needs no imports; a test holds it against `jpeft.run.export.FORMATS`.
     formats = "hf: a plain model with the modules merged; peft: an adapter for Hugging Face peft"
-    parser = _Parser("python -m jpeft.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.Parser(
+        "python -m jpeft.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True, help="seed_<n>/model, or a workdir")
     parser.add_argument("--format", required=True, help=formats)
     parser.add_argument("--output", type=Path, required=True, help="a new folder")

@@ -15,7 +15,7 @@ from jax import Array
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.site import check_linen, in_order, path_of, site_of, sites
-from jpeft.core.transform import SHARED, STACKED, Call, Chain, Context, Params, Transform, instances
+from jpeft.core.transform import SHARED, STACKED, Call, Chain, Context, Params, Transform, checked
 
 __all__ = ["apply"]
 
@@ -76,9 +76,7 @@ def apply(
     check_linen(model)
     variables = dict(variables)
     leaves = variables.pop("peft", {})
-    named = instances(transform)
-    if set(leaves) != set(named):
-        raise UserError(f"leaves of {sorted(leaves)} do not fit a transform with {sorted(named)}")
+    named = checked(transform, leaves)
     placed: dict[str, dict[str, Any]] = {}
     for name, member in named.items():
         if member.wrap is None and member.merge is not None:

@@ -43,6 +43,7 @@ __all__ = [
     "Setting",
     "Transform",
     "chain",
+    "checked",
     "fold",
     "init",
     "instances",
@@ -221,6 +222,18 @@ def prepare(transform: Transform | Chain, setting: Setting) -> Leaves:
     return leaves
 
 
+def checked(transform: Transform | Chain, leaves: Leaves) -> dict[str, Transform]:
+    """The instances of a transform, if these are leaves of it.
+
+    Raises:
+      UserError: if they are not.
+    """
+    named = instances(transform)
+    if set(leaves) != set(named):
+        raise UserError(f"leaves of {sorted(leaves)} do not fit a transform with {sorted(named)}")
+    return named
+
+
 def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merged:
     """Folds what it can into the base weights. The base is not modified, so to unmerge, keep the old tree.
 
@@ -236,8 +249,11 @@ def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merge
 
     Returns:
       New parameters, the chain of the members that were not merged, and their leaves.
+
+    Raises:
+      UserError: if the leaves are not those of the transform.
     """
-    staying, named = stays(transform, leaves), instances(transform)
+    staying, named = stays(transform, leaves), checked(transform, leaves)
     with jax.default_matmul_precision("highest"):
         for name, member in sorted(named.items(), key=lambda item: item[1].wrap is not None):
             if name not in staying and member.merge is not None:
@@ -248,7 +264,7 @@ def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merge
 
 def stays(transform: Transform | Chain, leaves: Leaves) -> list[str]:
     """The instances that `merge` cannot fold into the base, in the order of the chain."""
-    named = instances(transform)
+    named = checked(transform, leaves)
     names = list(named)
     sites = {name: set(leaves[name]) - {SHARED} if named[name].wrap is not None else set() for name in names}
     staying = {name for name in names if named[name].merge is None}
@@ -267,5 +283,5 @@ def stays(transform: Transform | Chain, leaves: Leaves) -> list[str]:
 
 def fold(transform: Transform | Chain, leaves: Leaves) -> Leaves:
     """Drops what only training needs, such as the MLP of a prefix; the same transform reads the smaller leaves."""
-    folded = {name: member.fold for name, member in instances(transform).items()}
+    folded = {name: member.fold for name, member in checked(transform, leaves).items()}
     return {name: leaves[name] if fn is None else fn(leaves[name]) for name, fn in folded.items()}

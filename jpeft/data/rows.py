@@ -1,5 +1,6 @@
 """Rows and columns out of JSON lines, CSV, TSV and parquet files, with errors that name the file and the row."""
 
+import contextlib
 import csv
 import gzip
 import json
@@ -7,12 +8,12 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.data.task import Task
 
-__all__ = ["ENDINGS", "columns", "is_unicode", "rows"]
+__all__ = ["ENDINGS", "attempts", "columns", "is_unicode", "rows", "text_of"]
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
@@ -23,7 +24,23 @@ def rows(file: Path) -> Iterator[Mapping[str, Any]]:
     Raises:
       UserError: if the file or a row cannot be read, naming the row, counted from 1 after any header.
     """
-    ending = file.name.removesuffix(".gz").rpartition(".")[2]
+    for row in attempts(file):
+        if isinstance(row, UserError):
+            raise row
+        yield row
+
+
+def attempts(file: Path, stream: BinaryIO | None = None) -> Iterator[Mapping[str, Any] | UserError]:
+    """Yields the rows of a file, and in the place of a row that cannot be read an error that says why.
+
+    Args:
+      file: as for `rows`.
+      stream: JSON lines to read in place of the file, which then is only a name.
+
+    Raises:
+      UserError: if the file itself cannot be read, or after a row of CSV that leaves open where the next one begins.
+    """
+    ending = "jsonl" if stream else file.name.removesuffix(".gz").rpartition(".")[2]
     if ending == "parquet":
         import pyarrow
         from pyarrow import parquet
@@ -34,17 +51,8 @@ def rows(file: Path) -> Iterator[Mapping[str, Any]]:
             raise UserError(f"{file} is not a readable parquet file ({type(error).__name__})") from error
         yield from found
     elif ending == "jsonl":
-        for number, line in enumerate(_lines(file), start=1):
-            try:
-                row = json.loads(line, object_pairs_hook=_once)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, row {number}: not JSON, {error.msg} at column {error.colno}") from error
-            # A name that is there twice, a number of thousands of digits, brackets without end.
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}, row {number}: not JSON that can be read ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{file}, row {number}: not a JSON object")
-            yield row
+        for number, line in enumerate(_lines(file, stream), start=1):
+            yield line if isinstance(line, UserError) else _object(line, f"{file}, row {number}")
     else:
         yield from _table(file, "," if ending == "csv" else "\t")
 
@@ -68,13 +76,7 @@ def columns(file: Path, task: Task, hidden: bool, label: str = "label") -> dict[
     for number, row in enumerate(rows(file), start=1):
         where = f"{file}, row {number}"
         for name in task.text:
-            if name not in row:
-                raise UserError(f"{where}: no column {name!r}; {nearest(name, row)}")
-            if not isinstance(row[name], str):
-                raise UserError(f"{where}: {name!r} is {row[name]!r}, which is not text")
-            if not is_unicode(row[name]):
-                raise UserError(f"{where}: {name!r} holds half of a surrogate pair, which is not a character")
-            found[name].append(row[name])
+            found[name].append(text_of(row, name, where))
         if label not in row and not hidden:
             raise UserError(f"{where}: no column {label!r}; {nearest(label, row)}")
         found["label"].append(_label(task, row.get(label, -1), hidden, where))
@@ -82,6 +84,32 @@ def columns(file: Path, task: Task, hidden: bool, label: str = "label") -> dict[
     if not found["label"]:
         raise UserError(f"{file} has no rows")
     return found
+
+
+def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
+    """The text in a column of a row.
+
+    Raises:
+      UserError: if there is no such column, or it does not hold text.
+    """
+    if name not in row:
+        raise UserError(f"{where}: no column {name!r}; {nearest(name, row)}")
+    if not isinstance(row[name], str):
+        raise UserError(f"{where}: {name!r} is {row[name]!r:.60}, which is not text")
+    if not is_unicode(row[name]):
+        raise UserError(f"{where}: {name!r} holds half of a surrogate pair, which is not a character")
+    return row[name]
+
+
+def _object(line: str, where: str) -> Mapping[str, Any] | UserError:
+    try:
+        row = json.loads(line, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        return UserError(f"{where}: not JSON, {error.msg} at column {error.colno}")
+    # A name that is there twice, a number of thousands of digits, brackets without end.
+    except (ValueError, RecursionError) as error:
+        return UserError(f"{where}: not JSON that can be read ({error})")
+    return row if isinstance(row, dict) else UserError(f"{where}: not a JSON object")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -128,40 +156,60 @@ def _label(task: Task, value: Any, hidden: bool, where: str) -> int | float:
     return int(number)
 
 
-def _table(file: Path, separator: str) -> Iterator[Mapping[str, str]]:
+def _table(file: Path, separator: str) -> Iterator[Mapping[str, str] | UserError]:
     lines = _lines(file)
     # A quoted field of a CSV file may hold line breaks, which the reader wants to see.
-    fields = csv.reader(lines, strict=True) if separator == "," else (x.rstrip("\r\n").split("\t") for x in lines)
-    header = None
+    fields = csv.reader(map(_must, lines), strict=True) if separator == "," else map(_cells, lines)
+    header: Any = None
     number = 0
     try:
         for number, row in enumerate(fields):
             if header is None:
-                header = row
+                header = _must(row)
                 if twice := [name for name in header if header.count(name) > 1]:
                     raise UserError(f"{file}: column {twice[0]!r} occurs twice")
+            elif isinstance(row, UserError):
+                yield row
             elif len(row) != len(header):
-                raise UserError(f"{file}, row {number}: {len(row)} fields where the header has {len(header)}")
+                yield UserError(f"{file}, row {number}: {len(row)} fields where the header has {len(header)}")
             else:
                 yield dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise UserError(f"{file}, row {number + 1}: {error}") from error
 
 
-def _lines(file: Path) -> Iterator[str]:
+def _cells(line: str | UserError) -> list[str] | UserError:
+    return line if isinstance(line, UserError) else line.rstrip("\r\n").split("\t")
+
+
+def _must(found: Any) -> Any:
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _lines(file: Path, given: BinaryIO | None = None) -> Iterator[str | UserError]:
     # Decoded line by line, to know the line that is not UTF-8; and split at line feeds only.
     number, blank = 0, []
     try:
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
+        with _open(file, given) as stream:
             for number, line in enumerate(stream, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip("\r\n"):  # at the end of a file such lines mean nothing
-                    blank.append(text)
-                    continue
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    text = UserError(f"{file}, line {number}: not UTF-8")
+                else:
+                    if not text.strip("\r\n"):  # at the end of a file such lines mean nothing
+                        blank.append(text)
+                        continue
                 yield from blank
                 blank.clear()
                 yield text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}, line {number}: not UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}, after line {number}: cannot be read ({error})") from error
+
+
+def _open(file: Path, given: BinaryIO | None) -> Any:
+    if given is not None:
+        return contextlib.nullcontext(given)
+    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")

@@ -1,5 +1,6 @@
 """The command line of the programs: a config file, overrides of its fields, few flags; a mistake is one line."""
 
+import argparse
 import io
 import json
 import logging
@@ -18,7 +19,15 @@ from jpeft.core.errors import UserError, nearest
 from jpeft.run.stopping import Stopped, raised
 from jpeft.version import __version__
 
-__all__ = ["Arguments", "call", "parse"]
+__all__ = ["Arguments", "Parser", "call", "parse"]
+
+
+class Parser(argparse.ArgumentParser):
+    """For programs without a config; a mistake is a `UserError`."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Raises in place of exiting."""
+        raise UserError(f"{message}; see --help")
 
 
 class Arguments(NamedTuple):

@@ -94,8 +94,8 @@ class Console:
             yield Bar(progress, task, self, names)
 
     @contextmanager
-    def counting(self, text: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """A bar over `total` examples; the function it gives says how many are done."""
+    def counting(self, text: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """A bar over `total` examples, None if that is not known; the function it gives says how many are done."""
         self.say(text)
         columns = (
             TextColumn("  {task.description}"),

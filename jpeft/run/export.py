@@ -25,7 +25,7 @@ from jpeft.training import step
 from jpeft.training.compiled import Compiled
 from jpeft.training.loop import evaluate
 
-__all__ = ["DTYPES", "FORMATS", "Drift", "export"]
+__all__ = ["DTYPES", "FORMATS", "Drift", "export", "find_modules"]
 
 DTYPES = ("float32", "bfloat16")
 FORMATS = {
@@ -71,7 +71,7 @@ def export(model: Path, form: str, output: Path, console: Console, license: str 
         raise UserError(f"--format {form!r} is unknown: {nearest(form, FORMATS)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already: choose a new folder")
-    folder = _find(model, console)
+    folder = find_modules(model, console)
     saved = modules_on_disk.load(folder)
     description, kept = modules_on_disk.read(folder)
     console.title(f"exporting {folder} as {form}")
@@ -91,8 +91,12 @@ def _on_the_hub(base: str) -> str:
     return {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}.get(base, base)
 
 
-def _find(model: Path, console: Console) -> Path:
-    """The folder of modules itself, or that of a workdir's best seed."""
+def find_modules(model: Path, console: Console) -> Path:
+    """The folder of modules itself, or that of a workdir's best seed.
+
+    Raises:
+      UserError: if it is neither.
+    """
     if (model / modules_on_disk.DESCRIPTION).is_file():
         return model
     if not (model / "report.json").is_file():

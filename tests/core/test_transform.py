@@ -18,6 +18,7 @@ from nets import (
 
 import jpeft
 from jpeft.core import tree
+from jpeft.core.errors import UserError
 from jpeft.core.transform import Transform
 
 
@@ -123,6 +124,15 @@ def test_merge_leaves_the_base_untouched_and_returns_the_rest():
     assert merged.params["blocks_0"]["proj"]["bias"] is not PARAMS["blocks_0"]["proj"]["bias"]
     now = run(merged.transform, merged.leaves, params=merged.params)
     np.testing.assert_allclose(now, run(method, leaves), rtol=1e-5, atol=1e-6)
+
+
+def test_leaves_of_another_transform_are_refused():
+    one, two = scaled(), jpeft.chain(scaled(merge=merge_scale), shifted())
+    leaves = leaves_of(one)
+    told = r"leaves of \['scaled_0'\] do not fit a transform with \['scaled_0', 'shifted_0'\]"
+    for use in (lambda: jpeft.merge(two, leaves, PARAMS), lambda: jpeft.fold(two, leaves), lambda: run(two, leaves)):
+        with pytest.raises(UserError, match=told):
+            use()
 
 
 def test_fold():

@@ -1,0 +1,250 @@
+"""Predictions for the rows of a file: streamed, in the order of the input, and resumed where they stopped."""
+
+import csv
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.nn import softmax
+
+from jpeft.core import files
+from jpeft.core.errors import UserError, nearest
+from jpeft.data import tokenizer as tokenizers
+from jpeft.data.batching import length_buckets, tokenize
+from jpeft.data.rows import ENDINGS, attempts, text_of
+from jpeft.data.tasks import TASKS
+from jpeft.run import workdir
+from jpeft.run.config import CUSTOM
+from jpeft.run.console import Console
+from jpeft.run.export import find_modules
+from jpeft.store import modules
+from jpeft.store.modules import Saved
+from jpeft.training import step
+from jpeft.training.compiled import Compiled
+from jpeft.training.loop import evaluate
+
+__all__ = ["Counts", "predict"]
+
+CHUNK = 2048  # rows that are answered, written and noted together
+STDIN = "-"
+PROGRESS = "progress of predictions"  # the kind of the record
+WRITES = (".jsonl", ".csv", ".tsv")
+
+
+class Counts(NamedTuple):
+    """How many rows got an answer, and how many could not be read."""
+
+    answered: int
+    unread: int
+
+
+def predict(model: Path, source: str, output: Path, console: Console, text: Sequence[str] | None = None) -> Counts:
+    """Writes a label with its probabilities, or of a regression a value, for every row of a file.
+
+    Args:
+      model: a `seed_<n>/model` folder, or a workdir, whose best seed is taken.
+      source: a JSON lines, CSV, TSV or parquet file; "-" reads JSON lines from the standard input.
+      output: a JSON lines, CSV or TSV file that is not there yet, or that an earlier call began. It names rows by their
+        number, from 1. Beside it, `<output>.errors.jsonl` lists the rows that could not be read, if there are any.
+      console: shows what is going on.
+      text: the columns with text, one or two as in training; None takes those of the task.
+
+    Returns:
+      What was counted, over all calls that it took.
+
+    Raises:
+      UserError: if the model, the input or the output is none of these, or the output is of another model or input.
+    """
+    folder = find_modules(model, console)
+    saved = modules.load(folder)
+    columns = _columns(folder, saved, text)
+    ending = output.suffix
+    if ending not in WRITES:
+        raise UserError(f"--output {output}: {nearest(ending, WRITES)}")
+    given = sys.stdin.buffer if source == STDIN else None
+    file = Path("standard input" if source == STDIN else source)
+    if given is None and not file.is_file():
+        raise UserError(f"--input: there is no file {file}")
+    if given is None and not source.endswith(ENDINGS):
+        raise UserError(f"--input {file} is of an unknown kind: expected {', '.join(ENDINGS)}")
+    identity = {
+        "model": files.file_hash(folder / modules.WEIGHTS),
+        "input": "" if given else files.file_hash(file),
+        "text": list(columns),
+    }
+    total = None if given else _count(file, columns)
+    place = _Place(output, identity)
+    done = place.begin()
+    if done:
+        console.say(f"  resuming at row {done + 1:,}")
+    answer = _answering(saved, columns)
+    numbered = enumerate(attempts(file, given), start=1)
+    rows = (
+        (number, _texts(row, columns, f"{file}, row {number}"))
+        for number, row in itertools.islice(numbered, done, None)
+    )
+    with console.counting(f"predicting with {folder}", total, done) as show:
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            good = [(number, texts) for number, texts in chunk if not isinstance(texts, UserError)]
+            bad = [(number, str(error)) for number, error in chunk if isinstance(error, UserError)]
+            logits = answer([texts for _, texts in good])
+            written = _lines([number for number, _ in good], logits, saved.labels, ending, head=not done)
+            done += len(chunk)
+            place.add(written, "".join(json.dumps({"row": n, "error": e}) + "\n" for n, e in bad), done, len(bad))
+            show(done)
+    place.end()
+    if not done:
+        raise UserError(f"{file} has no rows")
+    counts = Counts(done - place.unread, place.unread)
+    console.say(f"{counts.answered:,} rows answered: {output}")
+    if counts.unread:
+        console.warn(f"{counts.unread:,} rows could not be read: {place.errors}")
+    return counts
+
+
+def _columns(folder: Path, saved: Saved, text: Sequence[str] | None) -> tuple[str, ...]:
+    found = tuple(text or ())
+    if not found and saved.task in TASKS:
+        found = TASKS[saved.task].text
+    elif not found and saved.task == CUSTOM:
+        try:
+            found = tuple(workdir.read_config(folder.parents[1]).data.text)
+        except UserError:
+            found = ()
+    if not found:
+        raise UserError(f"name the columns with text, as in --text sentence1{',sentence2' * (saved.num_texts == 2)}")
+    if len(found) != saved.num_texts or len(set(found)) < len(found):
+        raise UserError(
+            f"--text must name {saved.num_texts} column{'s' * (saved.num_texts > 1)}, as in training, got {found}"
+        )
+    return found
+
+
+def _count(file: Path, columns: Sequence[str]) -> int:
+    """The number of rows. A column that the first of them lacks is a mistake, and not that of the row."""
+    total, checked = 0, False
+    for total, row in enumerate(attempts(file), start=1):
+        if not checked and not isinstance(row, UserError):
+            for name in columns:
+                text_of(row, name, f"{file}, row {total}")
+            checked = True
+    if not total:
+        raise UserError(f"{file} has no rows")
+    return total
+
+
+def _texts(row: Any, columns: Sequence[str], where: str) -> tuple[str, ...] | UserError:
+    if isinstance(row, UserError):
+        return row
+    try:
+        return tuple(text_of(row, name, where) for name in columns)
+    except UserError as error:
+        return error
+
+
+def _answering(saved: Saved, columns: Sequence[str]) -> Any:
+    """The function from texts to logits; its padded lengths are chosen for the first texts, so it compiles once."""
+    config = saved.model.config
+    tokenizer = tokenizers.load(saved.tokenizer, config.vocab_size)
+    run = Compiled(step.eval_step(saved.model, saved.transform), 2)
+    longest = min(saved.max_length, config.max_length)
+    buckets: list[int] = []
+
+    def answer(texts: Sequence[tuple[str, ...]]) -> np.ndarray:
+        if not texts:
+            return np.zeros((0, len(saved.labels) or 1), np.float32)
+        split: dict[str, Any] = {name: [row[i] for row in texts] for i, name in enumerate(columns)}
+        split |= {"label": [0] * len(texts)}
+        examples = tokenize(split, columns, tokenizer, longest, np.int32)
+        if not buckets:
+            most = 8 if jax.default_backend() == "cpu" else 3
+            buckets.extend(sorted({longest, *(min(n, longest) for n in length_buckets(examples.lengths, most))}))
+        return evaluate(run, saved.variables, {"params": {}, "peft": {}}, examples, buckets)
+
+    return answer
+
+
+def _lines(rows: Sequence[int], logits: np.ndarray, labels: Sequence[str], ending: str, head: bool) -> str:
+    """The answers as text. Numbers have as many digits as float32 needs."""
+    shares = np.asarray(softmax(logits.astype(np.float64), axis=-1)) if labels else logits
+    names = [*labels] if labels else ["value"]
+    digits = [[float(f"{x:.7g}") for x in row] for row in shares.tolist()]
+    best = logits.argmax(1).tolist() if labels else []
+    if ending == ".jsonl":
+        if labels:
+            found: Iterator[Any] = (
+                {"row": n, "label": labels[i], "probabilities": dict(zip(names, own, strict=True))}
+                for n, i, own in zip(rows, best, digits, strict=True)
+            )
+        else:
+            found = ({"row": n, "value": own[0]} for n, own in zip(rows, digits, strict=True))
+        return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in found)
+    text = io.StringIO()
+    write = csv.writer(text, delimiter="," if ending == ".csv" else "\t", lineterminator="\n").writerow
+    if head:
+        write(["row", *(["label"] if labels else []), *names])
+    for i, (n, own) in enumerate(zip(rows, digits, strict=True)):
+        write([n, *([labels[best[i]]] if labels else []), *own])
+    return text.getvalue()
+
+
+class _Place:
+    """Where answers go. What was written and noted stays; what was written after the last note is cut off again."""
+
+    def __init__(self, output: Path, identity: Mapping[str, Any]):
+        self.output, self.errors = output, output.with_name(f"{output.name}.errors.jsonl")
+        self._note, self._identity = output.with_name(f".{output.name}.progress.json"), identity
+        self.unread = 0
+
+    def begin(self) -> int:
+        """The number of rows that are done already."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        if not self._note.is_file():
+            for path in (self.output, self.errors):
+                if path.exists():
+                    raise UserError(f"--output: {path} is there already: choose another name, or delete it")
+            self._write(0)
+            return 0
+        noted = files.read_record(self._note, PROGRESS)
+        started_again = f"choose another name, or delete it and {self._note}"
+        if not self._identity["input"] or noted["of"] != self._identity:
+            raise UserError(f"--output: {self.output} was begun with another model, input or columns: {started_again}")
+        self.unread = noted["unread"]
+        for path, size in ((self.output, noted["output"]), (self.errors, noted["errors"])):
+            if _size(path) < size:
+                raise UserError(f"--output: {path} was cut or deleted since it was begun: {started_again}")
+            if not size:
+                path.unlink(missing_ok=True)
+            elif _size(path) > size:
+                os.truncate(path, size)
+        return noted["rows"]
+
+    def add(self, lines: str, errors: str, rows: int, unread: int) -> None:
+        """Appends answers and errors, and notes that so many rows are done."""
+        self.unread += unread
+        for path, text in ((self.output, lines), (self.errors, errors)):
+            if text:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+        self._write(rows)
+
+    def end(self) -> None:
+        """Forgets the note: the output is whole."""
+        self._note.unlink()
+
+    def _write(self, rows: int) -> None:
+        sizes = {"output": _size(self.output), "errors": _size(self.errors)}
+        files.write_record(self._note, PROGRESS, {"of": self._identity, "rows": rows, "unread": self.unread, **sizes})
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

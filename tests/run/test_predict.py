@@ -1,0 +1,205 @@
+"""Predictions for files: the run's own logits, in the order of the rows, whatever happens on the way."""
+
+import importlib
+import io
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+import jpeft
+from jpeft.core import files
+from jpeft.run import experiment, predict
+from jpeft.run.console import Console
+
+QUIET = Console(quiet=True)
+PROGRAM = runpy.run_path(str(Path(jpeft.__file__).with_name("predict.py")))
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    return tmp_path_factory.mktemp("once")
+
+
+@pytest.fixture
+def workdir(tiny_config, once):
+    if not (once / "report.json").is_file():
+        experiment.run(tiny_config("lora", num_epochs=1, max_length=8), once, QUIET)
+    return once
+
+
+@pytest.fixture
+def source(tiny_glue):
+    return tiny_glue / "mrpc" / "validation.jsonl"
+
+
+@pytest.fixture
+def fails(workdir, tmp_path, capsys):
+    """Runs the program, which must fail, and returns its one line."""
+
+    def call(**changes):
+        given = {"model": workdir, "output": tmp_path / "out.jsonl", **changes}
+        assert PROGRAM["main"](["predict", *(f"--{name}={value}" for name, value in given.items())]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix("error: ")
+
+    return call
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_are_those_of_the_run(workdir, source, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    arguments = ["predict", "--model", str(workdir), "--input", str(source), "--output", str(output)]
+    assert PROGRAM["main"](arguments) == 0
+    assert "18 rows answered" in capsys.readouterr().out
+    logits = files.read_leaves(workdir / "seed_11" / experiment.PREDICTIONS)["logits"]
+    names = ("not_equivalent", "equivalent")
+    for number, (row, shares) in enumerate(zip(read(output), jax.nn.softmax(logits), strict=True), start=1):
+        assert row["row"] == number
+        assert row["label"] == names[int(shares.argmax())]
+        np.testing.assert_allclose([row["probabilities"][name] for name in names], shares, rtol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_regression_has_values(tiny_config, tiny_glue, tmp_path):
+    experiment.run(tiny_config("lora", "stsb", num_epochs=1, max_length=8), tmp_path / "run", QUIET)
+    source, output = tiny_glue / "stsb" / "validation.jsonl", tmp_path / "out.csv"
+    predict.predict(tmp_path / "run", str(source), output, QUIET)
+    logits = files.read_leaves(tmp_path / "run" / "seed_11" / experiment.PREDICTIONS)["logits"]
+    head, *lines = output.read_text().splitlines()
+    assert head == "row,value"
+    np.testing.assert_allclose([float(line.split(",")[1]) for line in lines], logits[:, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", "-"])
+def test_every_kind_of_file_gives_the_same(workdir, source, tmp_path, monkeypatch, ending):
+    predict.predict(workdir, str(source), tmp_path / "expected.jsonl", QUIET)
+    rows, file = read(source), tmp_path / f"rows{ending}"
+    if ending == "-":
+        monkeypatch.setattr(predict.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(source.read_bytes())))
+    elif ending == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        separator = {".csv": ",", ".tsv": "\t"}[ending]
+        file.write_text("".join(separator.join(map(str, row)) + "\n" for row in [rows[0], *(r.values() for r in rows)]))
+    given = ending if ending == "-" else str(file)
+    predict.predict(workdir, given, tmp_path / "found.jsonl", QUIET)
+    assert (tmp_path / "found.jsonl").read_text() == (tmp_path / "expected.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("ending", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_tables_hold_what_json_lines_hold(workdir, source, tmp_path, ending, separator):
+    for name in ("out.jsonl", f"out{ending}"):
+        predict.predict(workdir, str(source), tmp_path / name, QUIET)
+    head, *lines = (line.split(separator) for line in (tmp_path / f"out{ending}").read_text().splitlines())
+    assert head == ["row", "label", "not_equivalent", "equivalent"]
+    for fields, row in zip(lines, read(tmp_path / "out.jsonl"), strict=True):
+        assert fields == [str(row["row"]), row["label"], *map(str, row["probabilities"].values())]
+
+
+def test_rows_that_cannot_be_read_are_listed_and_the_rest_goes_on(workdir, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "CHUNK", 3)
+    lines = source.read_bytes().splitlines()[:8]
+    bad = {1: b"{", 3: b"[1]", 5: b'{"sentence1": "the dog"}', 6: b'{"sentence1": 1, "sentence2": "a"}', 7: b'"\xff"'}
+    file, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    file.write_bytes(b"\n".join(bad.get(number, line) for number, line in enumerate(lines, start=1)))
+    console = Console(quiet=True)
+    assert predict.predict(workdir, str(file), output, console) == (3, 5)
+    assert "5 rows could not be read" in console.warnings[-1]
+    listed = read(tmp_path / "out.jsonl.errors.jsonl")
+    assert [row["row"] for row in listed] == list(bad)
+    for row, says in zip(
+        listed, ("not JSON", "not a JSON object", "no column 'sentence2'", "not text", "not UTF-8"), strict=True
+    ):
+        assert says in row["error"]
+    predict.predict(workdir, str(source), tmp_path / "whole.jsonl", QUIET)
+    whole = read(tmp_path / "whole.jsonl")
+    for row in read(output):
+        assert row["label"] == whole[row["row"] - 1]["label"]
+    assert [row["row"] for row in read(output)] == [2, 4, 8]
+
+
+def test_stopped_anywhere_it_ends_the_same(workdir, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "CHUNK", 4)
+    lines = [*source.read_text().splitlines(), "{", *source.read_text().splitlines()]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(lines))
+    predict.predict(workdir, str(file), tmp_path / "whole.csv", QUIET)
+    output, write = tmp_path / "out.csv", predict.files.write_record
+    for survives in (0, 1, 4, 2):  # notes that are made before the process dies, with rows on disk that no note knows
+
+        def dying(*args, left=[survives]):  # noqa: B006
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            write(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(predict.files, "write_record", dying)
+            with pytest.raises(KeyboardInterrupt):
+                predict.predict(workdir, str(file), output, QUIET)
+    assert predict.predict(workdir, str(file), output, QUIET) == (36, 1)
+    assert output.read_text() == (tmp_path / "whole.csv").read_text()
+    errors = [tmp_path / f"{name}.csv.errors.jsonl" for name in ("out", "whole")]
+    assert errors[0].read_text() == errors[1].read_text()
+    assert not [path for path in tmp_path.iterdir() if "progress" in path.name]
+
+
+def test_what_was_begun_goes_on_with_the_same_only(workdir, source, tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(predict, "CHUNK", 4)
+    output, other = tmp_path / "out.jsonl", tmp_path / "other.jsonl"
+    evaluate = predict.evaluate
+    monkeypatch.setattr(predict, "evaluate", lambda *args: evaluate(*args) if not output.exists() else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predict.predict(workdir, str(source), output, QUIET)
+    monkeypatch.setattr(predict, "evaluate", evaluate)
+    other.write_text(source.read_text().replace("dog", "cat"))
+    assert "was begun with another model, input or columns" in fails(input=other)
+    kept = output.read_text()
+    output.write_text(kept[:-1])
+    assert "was cut or deleted since it was begun" in fails(input=source)
+    output.write_text(kept)
+    note = tmp_path / ".out.jsonl.progress.json"
+    note.write_text(note.read_text().replace('"rows": 4', '"rows": 8'))
+    assert "was changed or damaged" in fails(input=source)
+
+
+def test_what_cannot_be_done_is_one_line(workdir, source, tmp_path, fails):
+    assert "there is no file nowhere.csv" in fails(input="nowhere.csv")
+    assert "is of an unknown kind: expected .jsonl" in fails(input=__file__)
+    assert "is neither a folder of trained modules nor the workdir" in fails(input=source, model=tmp_path)
+    assert ".jsonl" in fails(input=source, output=tmp_path / "out.json")
+    assert "no column 'sentence'; did you mean" in fails(input=source, text="sentence,sentence2")
+    assert "--text must name 2 columns, as in training" in fails(input=source, text="sentence1")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert "empty.jsonl has no rows" in fails(input=empty)
+    (tmp_path / "out.jsonl").write_text("mine")
+    assert "is there already" in fails(input=source)
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+
+
+def test_a_task_of_ones_own_knows_its_columns(tiny_config, tmp_path, source):
+    config = tiny_config("lora", "custom", num_epochs=1, max_length=8)
+    config.data.update(path=None, train=str(source), text=("sentence2",), validation_fraction=0.3)
+    experiment.run(config, tmp_path / "run", QUIET)
+    predict.predict(tmp_path / "run", str(source), tmp_path / "out.jsonl", QUIET)
+    assert {row["label"] for row in read(tmp_path / "out.jsonl")} <= {"0", "1"}
+    (tmp_path / "run" / "seed_11" / "model").rename(tmp_path / "model")  # without its run
+    with pytest.raises(jpeft.UserError, match=r"name the columns with text, as in --text sentence1$"):
+        predict.predict(tmp_path / "model", str(source), tmp_path / "other.jsonl", QUIET)
+
+
+def test_the_program_does_not_stand_in_the_place_of_the_function():
+    with pytest.raises(ImportError, match=r"python -m jpeft\.predict"):
+        importlib.import_module("jpeft.predict")
+    assert callable(jpeft.predict)
