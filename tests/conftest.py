@@ -140,7 +140,7 @@ def toy() -> Toy:
     model = Bert(config)
     ids = jax.random.randint(jax.random.key(1), (4, 7), 1, 50)
     mask = (jax.numpy.arange(7)[None] < jax.numpy.array([7, 4, 5, 6])[:, None]).astype(jax.numpy.int32)
-    params = randomised(model.init(jax.random.key(0), ids)["params"], seed=3)
+    params = randomised(jax.eval_shape(lambda: model.init(jax.random.key(0), ids)["params"]), seed=3)
     return Toy(model, params, ids, mask, jax.numpy.array([0, 1, 2, 1]), jpeft.sites(model, ids, mask))
 
 
@@ -169,7 +169,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=32, initializer_range=0.3,
     )  # fmt: skip
-    params = Bert(config).init(jax.random.key(0), jax.numpy.ones((1, 2), int))["params"]
+    params = jax.jit(Bert(config).init)(jax.random.key(0), jax.numpy.ones((1, 2), int))["params"]
     # A larger spread than Flax's own embeddings have, so that texts differ.
     params = replace(params, "embeddings/word_embeddings/embedding", lambda x: 5 * x)
     pretrained.save(folder / "model", config, params, tokenizer_from=folder / "tokenizer")

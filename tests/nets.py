@@ -75,7 +75,7 @@ def by_hand(params, x, at_proj):
 
 X = jax.random.normal(jax.random.key(7), (4, D))
 NET = Net()
-PARAMS = randomise(NET.init(jax.random.key(0), X)["params"], 1)
+PARAMS = randomise(jax.eval_shape(lambda: NET.init(jax.random.key(0), X)["params"]), 1)
 SITES = jpeft.sites(NET, X)
 BLOCKS = {"plain": Block, "jit": JitBlock, "remat": RematBlock}
 

@@ -1,8 +1,9 @@
 """From text to batches: tokenise once, pad to a few lengths, and make the order a pure function of seed and epoch.
 
-Padding to the longest row of a random batch wastes a factor of two on the GLUE tasks, and every new length would
-compile the step again. So a handful of padded lengths, the buckets, is chosen for the lengths at hand, and rows of one
-bucket share a batch.
+Padding a batch to its longest row wastes a factor of two on the GLUE tasks. Batches of rows of similar length waste
+little, but are worse to train on: what short rows have in common and long ones have not becomes noise of the gradient.
+So a batch for training is a stratified sample. It consists of a few parts, each padded to a length of its own, and
+every batch has as many short and as many long rows as the training set.
 """
 
 import math
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 __all__ = [
-    "Batch", "Examples", "by_length", "drawn", "eval_batches", "length_buckets", "num_batches", "sample", "take",
-    "together", "tokenize", "train_batches",
+    "Batch", "Examples", "Stratum", "by_length", "drawn", "eval_batches", "filled", "length_buckets", "num_batches",
+    "sample", "strata", "take", "together", "tokenize", "train_batches",
 ]  # fmt: skip
 
 
@@ -33,6 +34,18 @@ class Batch(NamedTuple):
     token_type_ids: Any
     labels: Any
     weights: Any
+
+
+class Stratum(NamedTuple):
+    """The part of each training batch that holds rows of similar length.
+
+    Attributes:
+      rows: of each batch.
+      length: that they are padded to.
+    """
+
+    rows: int
+    length: int
 
 
 class Examples(NamedTuple):
@@ -127,36 +140,88 @@ def length_buckets(
     return plans[-1]
 
 
+def strata(
+    lengths: np.ndarray | Sequence[int],
+    batch_size: int,
+    max_strata: int = 4,
+    multiple: int = 8,
+    worth: float = 0.0,
+    longest: int | None = None,
+) -> tuple[Stratum, ...]:
+    """Chooses the strata that waste the least padding when every batch has the same share of each.
+
+    Args:
+      lengths: tokens of every row to train on.
+      batch_size: rows of a batch.
+      max_strata: at most this many.
+      multiple: every padded length is a multiple of it.
+      worth: the tokens of an epoch that one more stratum must save, since it takes time to compile.
+      longest: no padded length is longer, though it were no multiple.
+
+    Returns:
+      The strata, ascending in length. Their rows sum to the batch size.
+
+    Raises:
+      ValueError: if there are no rows.
+
+    >>> strata([3, 4, 5, 30], batch_size=8, max_strata=2)
+    (Stratum(rows=7, length=8), Stratum(rows=1, length=32))
+    """
+    # Each row of a batch stands for a quantile of the lengths; what it is padded to must hold all of that quantile.
+    ends = _ends(len(lengths), range(1, batch_size + 1), batch_size)
+    tops = np.sort(lengths)[np.maximum(ends, 1) - 1] if len(lengths) else np.zeros(0, int)
+    found = np.array(length_buckets(tops, max_strata, multiple, worth / max(1, num_batches(len(lengths), batch_size))))
+    rows = np.bincount(np.searchsorted(found, tops), minlength=len(found))
+    return tuple(Stratum(int(n), int(min(length, longest or length))) for n, length in zip(rows, found, strict=True))
+
+
+def _ends(size: int, rows: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
+    """How many of `size` rows go to the first 1, 2, ... strata, if so many `rows` of a batch do."""
+    return size * np.asarray(rows) // batch_size
+
+
 def num_batches(size: int, batch_size: int) -> int:
     """Returns the number of batches of an epoch; the last one may be partial."""
     return math.ceil(size / batch_size)
 
 
 def train_batches(
-    examples: Examples, batch_size: int, buckets: Sequence[int], seed: int, epoch: int, start: int = 0
-) -> Iterator[Batch]:
-    """Yields every row once, in an order that depends on seed and epoch alone.
+    examples: Examples, strata: Sequence[Stratum], seed: int, epoch: int, start: int = 0, multiple: int = 1
+) -> Iterator[tuple[Batch, ...]]:
+    """Yields batches that hold every row once, in an order that depends on seed and epoch alone.
 
-    Rows are shuffled, sorted by bucket and cut into batches, so that a batch holds random rows of one bucket, or of two
-    where one ends. The batches come in random order. Which lengths follow each other depends on the epoch, not on the
-    seed: the seeds of a run have batches of one shape at every step, and can train together.
+    Rows are sorted by length and cut into strata, and each stratum is shuffled. All batches have the same shapes.
 
     Args:
       examples: the rows.
-      batch_size: rows of every batch. What the last one lacks is filled with copies of weight 0.
-      buckets: padded lengths; a batch has the smallest that holds its longest row.
+      strata: from `strata`, for these rows.
       seed: of the run.
       epoch: any number that tells the epochs of a run apart; `fit` counts from 1.
       start: skips this many batches, at no cost, to resume in the middle of an epoch.
+      multiple: the rows of each part are filled up to a multiple of it, for as many devices.
+
+    Yields:
+      The parts of a batch, one for each stratum. What the last batch lacks is filled with copies of weight 0.
 
     Raises:
-      ValueError: if a row is longer than every bucket.
+      ValueError: if a row is longer than its stratum.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(examples.size)
-    bucket = np.searchsorted(np.sort(buckets), examples.lengths[order])
-    batches = _cut(order[np.argsort(bucket, kind="stable")], batch_size)
-    for i in np.random.default_rng(epoch).permutation(len(batches))[start:]:
-        yield _collate(examples, batches[i], batch_size, buckets)
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(examples.size)
+    order = order[np.argsort(examples.lengths[order], kind="stable")]
+    counts = [stratum.rows for stratum in strata]
+    cuts = np.split(order, _ends(examples.size, np.cumsum(counts), sum(counts))[:-1])
+    shuffled = [rng.permutation(rows) for rows in cuts]
+    for i in range(start, num_batches(examples.size, sum(counts))):
+        yield tuple(
+            _collate(examples, rows[i * n : (i + 1) * n], filled(n, multiple), (length,), rows[0])
+            for rows, (n, length) in zip(shuffled, strata, strict=True)
+        )
+
+
+def filled(rows: int, multiple: int) -> int:
+    """Returns the least multiple that holds so many rows."""
+    return math.ceil(rows / multiple) * multiple
 
 
 def eval_batches(examples: Examples, batch_size: int, buckets: Sequence[int]) -> Iterator[tuple[Batch, np.ndarray]]:
@@ -164,8 +229,8 @@ def eval_batches(examples: Examples, batch_size: int, buckets: Sequence[int]) ->
 
     Args:
       examples: the rows.
-      batch_size: as in `train_batches`.
-      buckets: as in `train_batches`.
+      batch_size: rows of every batch. What the last one lacks is filled with copies of weight 0.
+      buckets: padded lengths; a batch has the smallest that holds its longest row.
 
     Yields:
       A batch and which rows it holds: the first `len(indices)` of the batch, the others have weight 0.
@@ -182,7 +247,7 @@ def by_length(examples: Examples, buckets: Sequence[int]) -> tuple[list[Batch], 
 
     Args:
       examples: the rows.
-      buckets: as in `train_batches`, ascending.
+      buckets: padded lengths, ascending.
 
     Returns:
       The batches, and the indices of their rows one after the other.
@@ -200,7 +265,7 @@ def together(examples: Examples, buckets: Sequence[int]) -> Batch:
 
     Args:
       examples: the rows, at least one.
-      buckets: as in `train_batches`.
+      buckets: padded lengths.
 
     Raises:
       ValueError: if a row is longer than every bucket.
@@ -242,10 +307,12 @@ def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _collate(examples: Examples, rows: np.ndarray, batch_size: int, buckets: Sequence[int]) -> Batch:
+def _collate(
+    examples: Examples, rows: np.ndarray, batch_size: int, buckets: Sequence[int], filler: int | None = None
+) -> Batch:
     # A copy of a real row fills up, not an empty one: attention over nothing and the like must not arise.
-    filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])
-    longest = max(len(examples.input_ids[i]) for i in rows)
+    filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0] if filler is None else filler)])
+    longest = max(len(examples.input_ids[i]) for i in filled)
     length = min((b for b in buckets if b >= longest), default=0)
     if not length:
         raise ValueError(f"a row of {longest} tokens fits no bucket of {tuple(buckets)}")

@@ -23,7 +23,7 @@ from jax import Array
 
 from jpeft.core.errors import UserError
 from jpeft.data import metrics
-from jpeft.data.batching import Examples, tokenize
+from jpeft.data.batching import Examples, Stratum, tokenize
 
 __all__ = ["Data", "Splits", "Task", "example_losses"]
 
@@ -131,15 +131,25 @@ class Data(NamedTuple):
       task: which.
       train: examples to train on.
       dev: examples to evaluate on.
-      buckets: the lengths that rows to train on are padded to, ascending.
-      eval_buckets: likewise for rows to evaluate on.
+      strata: what each batch to train on consists of, ascending in length.
+      eval_buckets: the lengths that rows to evaluate on are padded to, ascending.
     """
 
     task: Task
     train: Examples
     dev: Examples
-    buckets: Sequence[int]
+    strata: Sequence[Stratum]
     eval_buckets: Sequence[int]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a batch to train on."""
+        return sum(stratum.rows for stratum in self.strata)
+
+    @property
+    def longest(self) -> int:
+        """The length that the longest rows to train on are padded to."""
+        return self.strata[-1].length
 
 
 def example_losses(logits: Array, labels: Array) -> Array:

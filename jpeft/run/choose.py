@@ -157,4 +157,4 @@ def _rows(seed: Seed, n: int) -> tuple[batching.Examples, np.ndarray]:
 
 def _sample(seed: Seed, n: int) -> batching.Batch:
     """Likewise, as one batch in the order of the shuffle."""
-    return batching.together(_rows(seed, n)[0], seed.data.buckets[-1:])
+    return batching.together(_rows(seed, n)[0], (seed.data.longest,))

@@ -52,7 +52,8 @@ def default(task: str, method: str) -> Config:
     `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
 
     `train.export` says which epoch's modules are saved in the end: the last, or the best on the evaluation split.
-    `train.group_by_length=False` pads all rows to one length, so that batches are random: slower, but for comparison.
+    `train.padded_lengths` is how many lengths the rows of a batch are padded to at most. More pad less; every batch
+    has as many short and long rows as the data. With 1 all rows have the length of the longest.
     `train.together` is how many seeds train at once at most, in one program with one base model; None is as many as
     fit on an accelerator, and one on a CPU.
     All devices of a machine divide the rows of a batch; with `train.shard_base` they hold the base model in parts.
@@ -95,7 +96,7 @@ def default(task: str, method: str) -> Config:
                 "warmup_ratio": 0.06,
                 "weight_decay": 0.1,
                 "max_length": 128,
-                "group_by_length": True,
+                "padded_lengths": 4,
                 "max_train_examples": placeholder(int),
                 "dtype": "float32",
                 "remat": False,
@@ -136,7 +137,6 @@ def demo(config: Config) -> Config:
     config.model = "minilm"
     config.train.learning_rate = None
     config.train.update(num_epochs=4, max_length=64, learning_rate=4 * learning_rate(config))
-    config.train.group_by_length = False
     config.seeds = (11,)
     return config
 

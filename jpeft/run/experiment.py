@@ -13,7 +13,7 @@ from jpeft.core.partition import partition
 from jpeft.core.summary import summary
 from jpeft.data import batching, checking
 from jpeft.data import tokenizer as tokenizers
-from jpeft.data.batching import Examples
+from jpeft.data.batching import Examples, Stratum
 from jpeft.data.task import Data, Task
 from jpeft.models import BertConfig, pretrained
 from jpeft.models.pretrained import Pretrained
@@ -68,7 +68,7 @@ def run(config: Config, workdir: Path, console: Console | None = None, command: 
 
 def _run(config: Config, workdir: Path, console: Console, command: str | None) -> dict[str, Any]:
     workdirs.check_config(workdir, config)
-    mesh = placement.all_devices(config.train.batch_size)
+    mesh = placement.all_devices()
     _use_compilation_cache()
     console.title(f"{config.method} on {config.task} with {config.model}, in {workdir}")
     if mesh is not None:
@@ -120,10 +120,10 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
     task = configs.task_of(config)
     base = load_model(config, task.num_labels, config.seeds[0])  # each seed draws its own head
     data, source = _load_data(config, task, base, console)
-    lengths = f"{data.buckets[0]} to {data.buckets[-1]}" if len(data.buckets) > 4 else ", ".join(map(str, data.buckets))
+    lengths = ", ".join(str(stratum.length) for stratum in data.strata)
     console.say(
         f"  {data.train.size:,} examples to train on, {data.dev.size:,} of {task.eval_split} to evaluate on, "
-        f"padded to {lengths} tokens ({len(data.buckets)} length{'s' if len(data.buckets) > 1 else ''})"
+        f"padded to {lengths} tokens"
     )
     if config.task == configs.CUSTOM and task.labels:
         names = ", ".join(task.labels[:SHOWN]) + (", ..." if len(task.labels) > SHOWN else "")
@@ -159,11 +159,7 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
         for name in (name for name, n in zip(task.labels, counts, strict=True) if n == 0):
             console.warn(f"no training row has the label {name!r}")
     # Not by the number of seeds: what a seed ends in must not depend on which others are beside it.
-    epochs = config.train.num_epochs
-    buckets, dev_buckets = (_buckets(examples.lengths, base.config, epochs) for examples in (train, dev))
-    if not config.train.group_by_length:
-        buckets = buckets[-1:]
-    return Data(task, train, dev, buckets, dev_buckets), splits.source
+    return Data(task, train, dev, *_padded(config, base.config, train.lengths, dev.lengths)), splits.source
 
 
 def _check_known(examples: Examples, tokenizer: Any, folder: Path, console: Console) -> None:
@@ -178,15 +174,21 @@ def _check_known(examples: Examples, tokenizer: Any, folder: Path, console: Cons
         console.warn(told)
 
 
-def _buckets(lengths: np.ndarray, model: BertConfig, epochs: int) -> tuple[int, ...]:
-    """The padded lengths: on an accelerator few, since it compiles long and computes fast; on CPU as many as pay."""
-    if jax.default_backend() != "cpu":
-        found = batching.length_buckets(lengths)
-    else:
+def _padded(
+    config: Config, model: BertConfig, train: np.ndarray, dev: np.ndarray
+) -> tuple[tuple[Stratum, ...], tuple[int, ...]]:
+    """What training batches consist of, and the padded lengths of evaluation.
+
+    An accelerator compiles long and computes fast: there are few lengths. On CPU there are as many as pay.
+    """
+    most, multiple, worth, evaluated = config.train.padded_lengths, 8, 0.0, 4
+    if jax.default_backend() == "cpu":
         # Time to compile grows with the layers, and that of a token with layers and the square of the width.
-        worth = COMPILE_TOKENS * (384 / model.hidden_size) ** 2 / epochs
-        found = batching.length_buckets(lengths, max_buckets=32, multiple=2, worth=worth)
-    return tuple(min(length, model.max_length) for length in found)
+        worth = COMPILE_TOKENS * (384 / model.hidden_size) ** 2 / config.train.num_epochs
+        multiple, evaluated = 2, 32
+    strata = batching.strata(train, config.train.batch_size, most, multiple, worth, model.max_length)
+    buckets = batching.length_buckets(dev, evaluated, multiple, worth)
+    return strata, tuple(min(length, model.max_length) for length in buckets)
 
 
 def _few(split: Any, most: int | None) -> Any:

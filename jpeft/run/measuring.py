@@ -73,7 +73,7 @@ def prepare(seed: Seed, n: int, labels: np.ndarray | None = None) -> Prepared:
 def lengths(seed: Seed, most: int = 2) -> tuple[int, ...]:
     """The padded lengths to measure at: fewer than to train at, since compiling takes longer than a few examples do."""
     found = batching.length_buckets(seed.data.train.lengths, max_buckets=most)
-    return tuple(min(length, seed.data.buckets[-1]) for length in found)  # which the model takes
+    return tuple(min(length, seed.data.longest) for length in found)  # which the model takes
 
 
 def alone(seed: Seed, entry: Entry) -> tuple[transform.Chain, transform.Leaves]:

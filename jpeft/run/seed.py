@@ -1,5 +1,6 @@
 """One seed of a run: what it starts from."""
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from jpeft.core import site
 from jpeft.core.errors import UserError
 from jpeft.core.site import Sites
 from jpeft.data.task import Data
-from jpeft.models import Bert, pretrained
+from jpeft.models import Bert, BertConfig, pretrained
 from jpeft.models.pretrained import Pretrained
 from jpeft.plans import plan as plans
 from jpeft.run.clock import Clock
@@ -64,10 +65,15 @@ def begin(config: Config, seed: int, data: Data, base: Pretrained, workdir: Path
     """Gives the model, as it was loaded for any seed, the head of this one."""
     base = pretrained.redrawn(base, jax.random.key(seed))
     model = Bert(base.config)
-    sites = site.sites(model, jax.ShapeDtypeStruct((1, data.buckets[0]), "int32"))
+    sites = dict(_sites(base.config, data.longest))
     key, dropout_key = jax.random.split(jax.random.key(seed))
     clock = Clock(dict.fromkeys(("fisher", "compile", "train", "evaluate"), 0.0))
     return Seed(config, seed, data, base, model, sites, key, dropout_key, workdir, console, clock)
+
+
+@functools.lru_cache(maxsize=4)  # it traces the whole model, which all seeds share
+def _sites(config: BertConfig, length: int) -> site.Sites:
+    return site.sites(Bert(config), jax.ShapeDtypeStruct((1, length), "int32"))
 
 
 def load_model(config: Config, num_labels: int, seed: int) -> Pretrained:

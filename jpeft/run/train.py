@@ -128,7 +128,7 @@ def _optimizer(ready: Ready) -> Any:
 
 
 def _schedule(seed: Seed) -> Schedule:
-    return Schedule(seed.config.train.num_epochs, seed.config.train.batch_size, seed.seed, seed.dropout_key)
+    return Schedule(seed.config.train.num_epochs, seed.seed, seed.dropout_key)
 
 
 def _owner(seed: Seed) -> str:
@@ -162,7 +162,7 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
         training, evaluation = step.together(training, 0), step.together(evaluation, None)
         state, key = step.stack([start.state for start in starts]), jnp.stack([each.key for each in schedules])
         frozen = {**frozen, "peft": step.stack([start.ready.parts.frozen["peft"] for start in starts])}
-    first, mesh = int(starts[0].state.step), placement.all_devices(config.train.batch_size)
+    first, mesh = int(starts[0].state.step), placement.all_devices()
     if mesh is not None:
         state, key = jax.device_put((state, key), placement.whole(mesh))
         frozen = placement.frozen(mesh, frozen, config.train.shard_base)
@@ -171,10 +171,10 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
         each.clock.start(lambda: sum(getattr(fn, "seconds", 0.0) for fn in steps), shared_by=len(seeds))
     if first < total:
         with console.waiting("compiling"):
-            if several and not _fits(seeds, planned_memory(steps, state, frozen, data, config.train.batch_size, key)):
+            if several and not _fits(seeds, planned_memory(steps, state, frozen, data, key)):
                 half = len(starts) // 2
                 return [*_train(starts[:half]), *_train(starts[half:])]
-            prepare(steps, state, frozen, data, config.train.batch_size, key)
+            prepare(steps, state, frozen, data, key)
     owners = {each.seed: _owner(each) for each in seeds}
     logs, saved = [Log(start.ready.seed, first, start.history) for start in starts], time.monotonic()
     histories, sums = [tuple(start.history) for start in starts], [start.loss_sum for start in starts]

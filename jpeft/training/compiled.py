@@ -1,6 +1,5 @@
 """Programs compiled ahead, one for each shape of batch."""
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jpeft.data.batching import Batch, Examples
+from jpeft.data.batching import Batch, Examples, filled
 from jpeft.data.task import Data
 from jpeft.training import placement
 from jpeft.training.step import State, StepMetrics, Tree
@@ -40,12 +39,12 @@ class Compiled:
         if mesh is not None:
             options["out_shardings"] = placement.whole(mesh)
         self._jitted, self._batch_at, self._mesh = jax.jit(fn, **options), batch_at, mesh
-        self._programs: dict[tuple[int, ...], Any] = {}
+        self._programs: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def prepare(self, calls: Sequence[tuple[Any, ...]]) -> None:
         """Compiles a program for each of these arguments, which may be `jax.ShapeDtypeStruct`s, in parallel threads."""
         start = time.perf_counter()
-        missing = {args[self._batch_at].input_ids.shape: args for args in calls}
+        missing = {_shapes(args[self._batch_at]): args for args in calls}
         todo = {shape: args for shape, args in missing.items() if shape not in self._programs}
         with ThreadPoolExecutor(max(1, min(len(todo), os.cpu_count() or 1))) as threads:
             self._programs |= dict(zip(todo, threads.map(self._compile, todo.values()), strict=True))
@@ -57,8 +56,8 @@ class Compiled:
         return max((x.argument_size_in_bytes + x.temp_size_in_bytes for x in found if x is not None), default=0)
 
     def __call__(self, *args: Any) -> Any:
-        """Calls the program for the shape of the batch, which is argument number `batch_at`."""
-        shape = args[self._batch_at].input_ids.shape
+        """Calls the program for the shapes of the batch, or of its parts, which are argument number `batch_at`."""
+        shape = _shapes(args[self._batch_at])
         if shape not in self._programs:
             start = time.perf_counter()
             self._programs[shape] = self._compile(args)
@@ -72,12 +71,16 @@ class Compiled:
         if self._mesh is not None:
             batch = args[self._batch_at]
             shardings = placement.rows(self._mesh, batch)
-            shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(batch, shardings, strict=True))
-            args = self._with_batch(args, Batch(*shapes))
+            given = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, shardings)
+            args = self._with_batch(args, given)
         return self._jitted.lower(*args).compile()
 
-    def _with_batch(self, args: tuple[Any, ...], batch: Batch) -> tuple[Any, ...]:
+    def _with_batch(self, args: tuple[Any, ...], batch: Any) -> tuple[Any, ...]:
         return (*args[: self._batch_at], batch, *args[self._batch_at + 1 :])
+
+
+def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(x.shape for x in jax.tree.leaves(batch))
 
 
 class Steps(NamedTuple):
@@ -86,51 +89,56 @@ class Steps(NamedTuple):
     Attributes:
       train: (state, frozen, batch, key) -> (state, metrics).
       eval: (trainable, frozen, batch) -> logits.
-      eval_rows: of a batch in evaluation.
+      devices: among which the rows of a batch are divided.
     """
 
     train: Callable[[State, Tree, Any, Array], tuple[State, StepMetrics]]
     eval: Callable[[Tree, Tree, Any], Array]
-    eval_rows: int = EVAL_BATCH
+    devices: int = 1
+
+    @property
+    def eval_rows(self) -> int:
+        """Of a batch in evaluation."""
+        return filled(EVAL_BATCH, self.devices)
 
     @classmethod
     def compiled(cls, train: Callable[..., Any], evaluate: Callable[..., Any], mesh: Mesh | None = None) -> "Steps":
         """Both as `Compiled`; the training step takes over the buffers of its state."""
         devices = 1 if mesh is None else mesh.size
-        rows = math.ceil(EVAL_BATCH / devices) * devices
-        return cls(Compiled(train, 2, mesh, donate_argnums=0), Compiled(evaluate, 2, mesh), rows)
+        return cls(Compiled(train, 2, mesh, donate_argnums=0), Compiled(evaluate, 2, mesh), devices)
 
 
-def prepare(steps: Steps, state: State, frozen: Tree, data: Data, batch_size: int, key: Array) -> None:
-    """Compiles the programs of steps that are `Compiled` for all padded lengths, ahead of the first step.
+def prepare(steps: Steps, state: State, frozen: Tree, data: Data, key: Array) -> None:
+    """Compiles the programs of steps that are `Compiled`, ahead of the first step.
 
     Args:
       steps: whose programs.
       state: as `fit` takes it, stacked where several runs train together; so is `key`, the dropout key.
       frozen: the variables that do not train.
       data: whose lengths.
-      batch_size: rows of a training batch of one run.
       key: see `state`.
     """
-    labels = data.train.labels.dtype
-    train = [_shape(batch_size, length, labels, key.shape) for length in _used(data.train, data.buckets)]
-    dev = [_shape(steps.eval_rows, length, labels) for length in _used(data.dev, data.eval_buckets)]
+    dev = [_shape(steps.eval_rows, length, data.train.labels.dtype) for length in _used(data.dev, data.eval_buckets)]
     if isinstance(steps.train, Compiled):
-        steps.train.prepare([(state, frozen, batch, key) for batch in train])
+        steps.train.prepare([(state, frozen, _parts(steps, data, key.shape), key)])
     if isinstance(steps.eval, Compiled):
         steps.eval.prepare([(state.trainable, frozen, batch) for batch in dev])
 
 
-def planned_memory(steps: Steps, state: State, frozen: Tree, data: Data, batch_size: int, key: Array) -> int:
-    """The bytes that training with these arguments of `prepare` needs, by its longest rows; 0 if it is not `Compiled`.
+def planned_memory(steps: Steps, state: State, frozen: Tree, data: Data, key: Array) -> int:
+    """The bytes that training with these arguments of `prepare` needs; 0 if it is not `Compiled`.
 
     The base model counts, though it may already be there.
     """
     if not isinstance(steps.train, Compiled):
         return 0
-    batch = _shape(batch_size, max(_used(data.train, data.buckets)), data.train.labels.dtype, key.shape)
-    steps.train.prepare([(state, frozen, batch, key)])
+    steps.train.prepare([(state, frozen, _parts(steps, data, key.shape), key)])
     return steps.train.memory()
+
+
+def _parts(steps: Steps, data: Data, runs: tuple[int, ...]) -> tuple[Batch, ...]:
+    labels = data.train.labels.dtype
+    return tuple(_shape(filled(rows, steps.devices), length, labels, runs) for rows, length in data.strata)
 
 
 def _used(examples: Examples, buckets: Sequence[int]) -> list[int]:

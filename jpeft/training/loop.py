@@ -31,19 +31,17 @@ class Schedule(NamedTuple):
 
     Attributes:
       num_epochs: passes over the training data.
-      batch_size: rows of a batch.
       seed: of the order of the rows.
       key: the dropout key.
     """
 
     num_epochs: int
-    batch_size: int
     seed: int
     key: Array
 
     def num_steps(self, data: Data) -> int:
         """The number of updates in all epochs."""
-        return self.num_epochs * num_batches(data.train.size, self.batch_size)
+        return self.num_epochs * num_batches(data.train.size, data.batch_size)
 
 
 class Event(NamedTuple):
@@ -145,13 +143,13 @@ def fit_together(
     first, runs = schedules[0], [None] if len(schedules) == 1 else list(range(len(schedules)))
     key = first.key if runs == [None] else jnp.stack([schedule.key for schedule in schedules])
     histories, sums = [tuple(history) for history in histories], list(loss_sums)
-    per_epoch = num_batches(data.train.size, first.batch_size)
+    per_epoch = num_batches(data.train.size, data.batch_size)
     step = int(np.max(states.step))
     for epoch in range(step // per_epoch + 1, first.num_epochs + 1):
         pending: list[StepMetrics] = []
         due = time.monotonic() + every
         orders = [
-            train_batches(data.train, first.batch_size, data.buckets, schedule.seed, epoch, step % per_epoch)
+            train_batches(data.train, data.strata, schedule.seed, epoch, step % per_epoch, steps.devices)
             for schedule in schedules
         ]
         for batches in zip(*orders, strict=True):

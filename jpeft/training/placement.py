@@ -6,7 +6,6 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jpeft.core.errors import UserError
 from jpeft.data.batching import Batch
 
 __all__ = ["all_devices", "divided", "frozen", "rows", "whole"]
@@ -14,20 +13,11 @@ __all__ = ["all_devices", "divided", "frozen", "rows", "whole"]
 ROWS = "rows"  # the axis of the mesh
 
 
-def all_devices(batch_size: int) -> Mesh | None:
-    """All devices in a row; None if there is only one.
-
-    Raises:
-      UserError: if they cannot divide the rows of a batch evenly.
-    """
+def all_devices() -> Mesh | None:
+    """All devices in a row; None if there is only one."""
     devices = jax.devices()
     if len(devices) == 1:
         return None
-    if batch_size % len(devices):
-        nearest = max(1, round(batch_size / len(devices))) * len(devices)
-        raise UserError(
-            f"config.train.batch_size {batch_size} must be a multiple of the {len(devices)} devices, such as {nearest}"
-        )
     return jax.make_mesh((len(devices),), (ROWS,), axis_types=(AxisType.Auto,))
 
 
@@ -36,10 +26,14 @@ def whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def rows(mesh: Mesh, batch: Batch) -> Batch:
-    """The shardings of a batch whose rows are divided; its arrays are [b, ...], or [runs, b, ...]."""
-    axis = len(batch.labels.shape) - 1
-    return Batch(*(NamedSharding(mesh, P(*(None,) * axis, ROWS)) for _ in batch))
+def rows(mesh: Mesh, batch: Any) -> Any:
+    """The shardings of a batch, or its parts, whose rows are divided; the arrays are [b, ...], or [runs, b, ...]."""
+
+    def of(part: Batch) -> Batch:
+        axis = len(part.labels.shape) - 1
+        return Batch(*(NamedSharding(mesh, P(*(None,) * axis, ROWS)) for _ in part))
+
+    return jax.tree.map(of, batch, is_leaf=lambda x: isinstance(x, Batch))
 
 
 def frozen(mesh: Mesh, variables: dict[str, Any], shard_base: bool) -> dict[str, Any]:

@@ -102,20 +102,25 @@ def train_step(
 ) -> Callable[[State, Tree, Batch, Array], tuple[State, StepMetrics]]:
     """The function (state, frozen, batch, key) -> (state, metrics); jit it, and donate the state.
 
+    A batch may come in parts of different padded lengths, as from `train_batches`: the loss is the mean over all rows.
     `example_loss` is `Task.loss`. The dropout key of a step is `key` folded with the step's number, so a resumed run
-    draws what it would have drawn.
+    draws what it would have drawn, and that of a part is folded with the part's number, too.
     """
 
-    def step(state: State, frozen: Tree, batch: Batch, key: Array) -> tuple[State, StepMetrics]:
+    def step(state: State, frozen: Tree, batch: Batch | tuple[Batch, ...], key: Array) -> tuple[State, StepMetrics]:
         key = jax.random.fold_in(key, state.step)
+        parts: tuple[Batch, ...] = (batch,) if isinstance(batch, Batch) else batch
+
+        def losses(trainable: Tree, part: Batch, key: Array) -> Array:
+            def again() -> Array:
+                return forward(model, transform, trainable, frozen, part, jax.random.fold_in(key, 1))
+
+            logits = forward(model, transform, trainable, frozen, part, key)
+            return example_loss(logits, part.labels) + penalty(transform, logits, again)
 
         def loss(trainable: Tree) -> Array:
-            def again() -> Array:
-                return forward(model, transform, trainable, frozen, batch, jax.random.fold_in(key, 1))
-
-            logits = forward(model, transform, trainable, frozen, batch, key)
-            losses = example_loss(logits, batch.labels) + penalty(transform, logits, again)
-            return jnp.average(losses, weights=batch.weights)
+            found = [losses(trainable, part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)]
+            return jnp.average(jnp.concatenate(found), weights=jnp.concatenate([part.weights for part in parts]))
 
         value, grads = jax.value_and_grad(loss)(state.trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)

@@ -100,7 +100,7 @@ class Attends(nn.Module):
 
 SERIES = jax.random.normal(jax.random.key(1), (2, 4, D))
 ATTENDS = Attends()
-WEIGHTS = randomise(ATTENDS.init(jax.random.key(0), SERIES)["params"], 1)
+WEIGHTS = randomise(jax.eval_shape(lambda: ATTENDS.init(jax.random.key(0), SERIES)["params"]), 1)
 DENSE = {
     "lora": jpeft.lora(2, targets="query|value|out"),
     "rslora": jpeft.rslora(2, targets="query|value|out"),

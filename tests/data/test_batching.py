@@ -1,9 +1,12 @@
 import itertools
 
+import chex
+import jax
 import numpy as np
 import pytest
 
 from jpeft.data import batching
+from jpeft.data.batching import Stratum
 from jpeft.data.tasks import TASKS
 
 
@@ -57,7 +60,7 @@ def test_tokenize_without_token_types_and_regression():
     np.testing.assert_array_equal(found.token_type_ids[0], np.zeros(6))
     assert found.labels.dtype == np.float32
     assert found.labels[0] == 3.25
-    batch = next(batching.train_batches(found, 1, (8,), seed=0, epoch=0))
+    (batch,) = next(batching.train_batches(found, [Stratum(1, 8)], seed=0, epoch=0))
     np.testing.assert_array_equal(batch.input_ids, [[0, 1, 2, 2, 2, 2, 1, 1]])
 
 
@@ -90,26 +93,60 @@ def test_length_buckets_edges():
         batching.length_buckets([])
 
 
-def test_an_epoch_holds_every_row_once(examples):
-    buckets = batching.length_buckets(examples.lengths)
-    batches = list(batching.train_batches(examples, 16, buckets, seed=3, epoch=0))
-    assert len(batches) == batching.num_batches(examples.size, 16) == 63
-    assert sorted(np.concatenate([rows(b) for b in batches])) == list(range(examples.size))
-    assert {b.input_ids.shape for b in batches} <= {(16, n) for n in buckets}
-    assert sum(b.weights.sum() for b in batches) == examples.size
-    for b in batches:
-        real = b.attention_mask.sum(1)
-        np.testing.assert_array_equal(real, examples.lengths[b.labels])  # labels are the row numbers
-        assert b.input_ids.shape[1] == min(n for n in buckets if n >= real.max())
-        np.testing.assert_array_equal(b.attention_mask, np.arange(b.input_ids.shape[1]) < real[:, None])
-        np.testing.assert_array_equal(b.input_ids, b.attention_mask * (b.labels + 1)[:, None])
-        np.testing.assert_array_equal(b.token_type_ids[0, : real[0]], examples.token_type_ids[b.labels[0]])
-    assert [a.dtype for a in batches[0]] == [np.int32] * 4 + [np.float32]
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("max_strata", [1, 2, 3])
+def test_strata_are_the_best_of_all(seed, max_strata):
+    lengths = np.random.default_rng(seed).gamma(2.0, 12.0, 203).astype(int) + 2
+    found = batching.strata(lengths, 7, max_strata, multiple=4)
+
+    def cost(cuts):
+        """Padded tokens of a full batch, from the rows that would be dealt to each stratum."""
+        ends = [203 * c // 7 for c in (*cuts, 7)]
+        tops = [-(-np.sort(lengths)[:end].max() // 4) * 4 for end in ends]
+        return sum(n * top for n, top in zip(np.diff((0, *cuts, 7)), tops, strict=True))
+
+    best = min(cost(cuts) for k in range(max_strata) for cuts in itertools.combinations(range(1, 7), k))
+    assert sum(rows * length for rows, length in found) == best
+    assert sum(rows for rows, _ in found) == 7
+    assert len(found) <= max_strata
+
+
+def test_strata_edges():
+    assert batching.strata([5], 16) == (Stratum(16, 8),)
+    assert batching.strata([5, 100], 2, longest=90) == (Stratum(1, 8), Stratum(1, 90))
+    assert batching.strata([5, 100], 2, worth=91) == (Stratum(1, 8), Stratum(1, 104))
+    assert batching.strata([5, 100], 2, worth=97) == (Stratum(2, 104),)
+    with pytest.raises(ValueError, match="at least one row"):
+        batching.strata([], 16)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 15, 16, 17, 63, 64, 65, 1003])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_an_epoch_holds_every_row_once(size, batch_size):
+    examples = ragged(np.random.default_rng(size).integers(2, 60, size))
+    strata = batching.strata(examples.lengths, batch_size)
+    batches = list(batching.train_batches(examples, strata, seed=3, epoch=0))
+    assert len(batches) == batching.num_batches(size, batch_size)
+    parts = [part for batch in batches for part in batch]
+    assert sorted(np.concatenate([rows(part) for part in parts])) == list(range(size))
+    for batch in batches:
+        assert [part.input_ids.shape for part in batch] == [tuple(stratum) for stratum in strata]
+        assert sum(part.weights.sum() for part in batch) == batch_size or batch is batches[-1]
+    for part in parts:
+        real = part.attention_mask.sum(1)
+        np.testing.assert_array_equal(real, examples.lengths[part.labels])  # labels are the row numbers
+        np.testing.assert_array_equal(part.attention_mask, np.arange(part.input_ids.shape[1]) < real[:, None])
+        np.testing.assert_array_equal(part.input_ids, part.attention_mask * (part.labels + 1)[:, None])
+        np.testing.assert_array_equal(part.token_type_ids[0, : real[0]], examples.token_type_ids[part.labels[0]])
+        assert [a.dtype for a in part] == [np.int32] * 4 + [np.float32]
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(examples):
     def order(seed, epoch):
-        return np.concatenate([rows(b) for b in batching.train_batches(examples, 16, (64,), seed, epoch)])
+        strata = batching.strata(examples.lengths, 16)
+        return np.concatenate(
+            [rows(b) for parts in batching.train_batches(examples, strata, seed, epoch) for b in parts]
+        )
 
     np.testing.assert_array_equal(order(0, 0), order(0, 0))
     first = order(0, 0)
@@ -119,44 +156,49 @@ def test_the_order_depends_on_seed_and_epoch_alone(examples):
 
 
 def test_start_goes_on_where_the_epoch_was_left(examples):
-    whole = list(batching.train_batches(examples, 16, (32, 64), 0, 2))
-    rest = list(batching.train_batches(examples, 16, (32, 64), 0, 2, start=40))
+    strata = batching.strata(examples.lengths, 16)
+    whole = list(batching.train_batches(examples, strata, 0, 2))
+    rest = list(batching.train_batches(examples, strata, 0, 2, start=40))
     assert len(rest) == len(whole) - 40
-    for a, b in zip(whole[40:], rest, strict=True):
-        for x, y in zip(a, b, strict=True):
-            np.testing.assert_array_equal(x, y)
-    assert not list(batching.train_batches(examples, 16, (64,), 0, 2, start=63))
+    chex.assert_trees_all_equal(whole[40:], rest)
+    assert not list(batching.train_batches(examples, strata, 0, 2, start=63))
 
 
-def test_grouping_by_length_saves_padding_and_still_mixes(examples):
-    buckets = batching.length_buckets(examples.lengths)
-    batches = list(batching.train_batches(examples, 16, buckets, 0, 0))
-    grouped = sum(b.input_ids.size for b in batches)
-    shuffled = np.random.default_rng(0).permutation(examples.lengths)[:992].reshape(-1, 16)
-    assert grouped < 1.02 * padded(examples.lengths, buckets)  # the least that these buckets allow
-    assert grouped < 0.75 * (shuffled.max(1) * 16).sum()
-    widths = [b.input_ids.shape[1] for b in batches]
-    assert widths not in (sorted(widths), sorted(widths, reverse=True))
-    for width in buckets:  # rows of all lengths of a bucket meet in its batches
-        whole = [b.attention_mask.sum(1) for b in batches if b.input_ids.shape[1] == width]
-        assert np.mean([len(set(lengths)) for lengths in whole]) > 4
+def test_every_batch_is_like_the_data_and_pads_little(examples):
+    """Mean length and its scatter: of a random batch they differ from those of the data by far more."""
+    strata = batching.strata(examples.lengths, 16, multiple=1)
+    batches = list(batching.train_batches(examples, strata, 0, 0))[:-1]
+    means = np.array([sum(part.attention_mask.sum() for part in batch) / 16 for batch in batches])
+    random = np.random.default_rng(0).permutation(examples.lengths)[:992].reshape(-1, 16)
+    assert abs(means.mean() - examples.lengths.mean()) < 0.2
+    assert means.std() < random.mean(1).std() / 2
+    padded = sum(stratum.rows * stratum.length for stratum in strata) * len(batches)
+    assert padded < 1.25 * examples.lengths.sum()
+    assert padded < 0.7 * (random.max(1) * 16).sum()
 
 
-def test_seeds_have_batches_of_one_shape_at_every_step_and_epochs_have_not(examples):
-    def widths(seed, epoch):
-        return [b.input_ids.shape[1] for b in batching.train_batches(examples, 16, (16, 32, 64), seed, epoch)]
-
-    assert widths(0, 1) == widths(1, 1) == widths(2, 1)
-    assert widths(0, 1) != widths(0, 2)
+def test_rows_of_a_stratum_meet_in_all_combinations(examples):
+    """Not the same short rows together, epoch after epoch."""
+    strata = batching.strata(examples.lengths, 16)
+    firsts = [[set(rows(batch[0])) for batch in batching.train_batches(examples, strata, 0, e)] for e in (0, 1)]
+    shared = [len(a & b) for a in firsts[0] for b in firsts[1]]
+    assert max(shared) <= 3
 
 
 def test_the_last_batch_is_filled_with_copies_of_weight_zero():
-    batches = list(batching.train_batches(ragged([3, 4, 5, 6, 7]), 4, (8,), 0, 0))
-    (partial,) = [b for b in batches if b.weights.sum() < 4]
-    np.testing.assert_array_equal(partial.weights, [1, 0, 0, 0])
-    for array in partial[:4]:
-        np.testing.assert_array_equal(array, np.repeat(array[:1], 4, axis=0))
-    assert partial.attention_mask[3].any()
+    strata = (Stratum(1, 4), Stratum(3, 8))
+    whole, partial = batching.train_batches(ragged([3, 4, 5, 6, 7]), strata, 0, 0)
+    assert [part.weights.tolist() for part in whole] == [[1], [1, 1, 1]]
+    assert [part.weights.tolist() for part in partial] == [[0], [1, 0, 0]]
+    for part in partial:
+        assert part.attention_mask.any(axis=1).all()
+    for batch, devices in itertools.product((whole, partial), (1, 2, 8)):
+        filled = list(batching.train_batches(ragged([3, 4, 5, 6, 7]), strata, 0, 0, multiple=devices))
+        for part, more in zip(batch, filled[batch is partial], strict=True):
+            n = len(part.labels)
+            assert len(more.labels) == -(-n // devices) * devices
+            assert not more.weights[n:].any()
+            chex.assert_trees_all_equal(part, jax.tree.map(lambda x, n=n: x[:n], more))
 
 
 def test_eval_batches_give_the_rows_back(examples):
@@ -173,6 +215,8 @@ def test_eval_batches_give_the_rows_back(examples):
 def test_a_row_longer_than_every_bucket_is_an_error():
     with pytest.raises(ValueError, match="9 tokens fits no bucket"):
         list(batching.eval_batches(ragged([3, 9]), 2, (4, 8)))
+    with pytest.raises(ValueError, match="9 tokens fits no bucket"):
+        list(batching.train_batches(ragged([3, 9]), [Stratum(2, 8)], 0, 0))
 
 
 def test_sample_is_seeded_and_nested(examples):

@@ -12,10 +12,10 @@ from jpeft.training.compiled import Steps, prepare
 
 def test_prepared_programs_are_all_that_a_run_needs():
     start = started()
-    train = chex.assert_max_traces(stepping.train_step(MODEL, METHOD, OPTIMIZER), n=2)
+    train = chex.assert_max_traces(stepping.train_step(MODEL, METHOD, OPTIMIZER), n=1)
     steps = Steps.compiled(train, chex.assert_max_traces(stepping.eval_step(MODEL, METHOD), n=2))
     chex.clear_trace_counter()
-    prepare(steps, *start, DATA, SCHEDULE.batch_size, SCHEDULE.key)
+    prepare(steps, *start, DATA, SCHEDULE.key)
     spent = steps.train.seconds, steps.eval.seconds
     assert min(spent) > 0
     state = jax.tree.map(jax.numpy.array, start[0])  # its buffers are given up

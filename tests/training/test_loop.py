@@ -6,7 +6,7 @@ import pytest
 
 import jpeft
 from jpeft.core.errors import UserError
-from jpeft.data.batching import Examples
+from jpeft.data.batching import Examples, Stratum
 from jpeft.data.task import Data
 from jpeft.data.tasks import TASKS
 from jpeft.models import Bert, BertConfig
@@ -20,7 +20,7 @@ SHAPE = {
     "max_position_embeddings": 16, "num_labels": 2,
 }  # fmt: skip
 METHOD = jpeft.chain(jpeft.lora(rank=2))
-SCHEDULE = Schedule(num_epochs=3, batch_size=8, seed=5, key=jax.random.key(2))
+SCHEDULE = Schedule(num_epochs=3, seed=5, key=jax.random.key(2))
 MODEL = Bert(BertConfig(**SHAPE))
 OPTIMIZER = optim.adamw(optax.constant_schedule(1e-2), 0.1)
 
@@ -31,7 +31,7 @@ def examples(size=28, seed=0):
     return Examples(rows, tuple(map(np.zeros_like, rows)), rng.integers(0, 2, size, dtype=np.int32))
 
 
-DATA = Data(TASKS["mrpc"], examples(), examples(10, seed=1), (8, 16), (8, 16))
+DATA = Data(TASKS["mrpc"], examples(), examples(10, seed=1), (Stratum(3, 12), Stratum(5, 16)), (8, 16))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_an_answer_that_is_not_finite_is_one_line(steps, start):
         list(loop.fit(steps._replace(eval=bad), *start, DATA, SCHEDULE))
 
 
-SEVERAL = [Schedule(num_epochs=2, batch_size=8, seed=seed, key=jax.random.key(seed)) for seed in (5, 6, 7)]
+SEVERAL = [Schedule(num_epochs=2, seed=seed, key=jax.random.key(seed)) for seed in (5, 6, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_several_runs_together_are_each_as_it_is_alone(several):
     alone, states, frozens, together, stacked, frozen = several
     assert not np.array_equal(*(jax.tree.leaves(each["peft"])[0] for each in frozens[:2]))  # projections of their own
     chex.clear_trace_counter()
-    compiled.prepare(together, stacked, frozen, DATA, 8, jax.numpy.stack([each.key for each in SEVERAL]))
+    compiled.prepare(together, stacked, frozen, DATA, jax.numpy.stack([each.key for each in SEVERAL]))
     spent = together.train.seconds
     histories, sums = [()] * 3, [0.0] * 3
     both = list(loop.fit_together(together, stacked, frozen, DATA, SEVERAL, histories, sums, every=0))

@@ -116,6 +116,33 @@ def test_rows_of_weight_0_do_not_matter(key, optimizer):
     assert abs(float(full[1].loss - results[0][1].loss)) > 1e-4
 
 
+def test_a_batch_in_parts_is_the_same_step(key, optimizer):
+    """Of different sizes, padded to different lengths, and with rows that do not count."""
+    model, trainable, frozen = setup(dropout=0.0)
+    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    b = batch(seed=3)._replace(weights=np.array([1, 1, 0, 1, 1, 1], np.float32))
+    order = np.argsort(b.attention_mask.sum(1))
+    b = jax.tree.map(lambda x: x[order], b)
+    short = b.attention_mask[:4].sum(1).max()
+    parts = (
+        Batch(*(x[:4, :short] if x.ndim == 2 else x[:4] for x in b)),
+        jax.tree.map(lambda x: x[4:], b),
+    )
+    assert short < 8
+    whole, divided = (step(stepping.init_state(trainable, optimizer), frozen, each, key) for each in (b, parts))
+    chex.assert_trees_all_close(whole, divided, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(whole[1], divided[1], rtol=1e-5)
+
+
+def test_parts_of_a_batch_have_dropout_of_their_own(key, optimizer):
+    model, trainable, frozen = setup(dropout=0.3)
+    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    state = stepping.init_state(trainable, optimizer)
+    half = batch()
+    once, twice = (step(state, frozen, each, key)[1].loss for each in (half, (half, half)))
+    assert abs(float(once - twice)) > 1e-4
+
+
 def test_the_dropout_key_is_folded_with_the_step(key, optimizer):
     model, trainable, frozen = setup(dropout=0.3)
     step = jax.jit(stepping.train_step(model, METHOD, optimizer))
@@ -127,7 +154,9 @@ def test_the_dropout_key_is_folded_with_the_step(key, optimizer):
     assert loss(0, key) == loss(0, key)
     assert loss(0, key) != loss(1, key)
     assert loss(0, key) != loss(0, jax.random.key(1))
-    by_hand = stepping.forward(model, METHOD, trainable, frozen, batch(), jax.random.fold_in(key, 5))
+    by_hand = stepping.forward(
+        model, METHOD, trainable, frozen, batch(), jax.random.fold_in(jax.random.fold_in(key, 5), 0)
+    )
     by_hand = jnp.mean(example_losses(by_hand, batch().labels))
     np.testing.assert_allclose(loss(5, key), by_hand, rtol=1e-5)
 
@@ -216,7 +245,10 @@ def test_a_penalty_is_added_to_the_loss_of_each_example(key, optimizer):
 
     bare = jpeft.chain(*(member._replace(penalty=None) for member in METHOD.members))
     method = jpeft.chain(METHOD.members[0]._replace(penalty=penalty), METHOD.members[1])
-    data, at = batch()._replace(weights=np.array([1, 1, 1, 0, 1, 1], np.float32)), jax.random.fold_in(key, 0)
+    data, at = (
+        batch()._replace(weights=np.array([1, 1, 1, 0, 1, 1], np.float32)),
+        jax.random.fold_in(jax.random.fold_in(key, 0), 0),
+    )
 
     def loss(trainable):
         one, two = (stepping.forward(model, bare, trainable, frozen, data, k) for k in (at, jax.random.fold_in(at, 1)))

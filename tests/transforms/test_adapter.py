@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -39,7 +40,11 @@ def run(method, leaves, model=MODEL, jit=True):
     return (jax.jit(forward) if jit else forward)(leaves)
 
 
-BASE = jax.jit(lambda: MODEL.apply({"params": PARAMS}, IDS)[0])()
+@functools.cache
+def base():
+    return jax.jit(lambda: MODEL.apply({"params": PARAMS}, IDS)[0])()
+
+
 ERF = np.vectorize(math.erf)
 ACTIVATION = {
     "relu": lambda x: np.maximum(x, 0),
@@ -118,14 +123,14 @@ def test_default_activations(make, activation):
 def test_zero_leaves_change_nothing_and_random_ones_do(kind):
     method = KINDS[kind](4)
     leaves = jpeft.init(method, jax.random.key(1), SITES)
-    np.testing.assert_allclose(run(method, jax.tree.map(jnp.zeros_like, leaves)), BASE, atol=1e-6)
-    assert np.abs(run(method, randomise(leaves, 2)) - BASE).max() > 0.01
+    np.testing.assert_allclose(run(method, jax.tree.map(jnp.zeros_like, leaves)), base(), atol=1e-6)
+    assert np.abs(run(method, randomise(leaves, 2)) - base()).max() > 0.01
 
 
 def test_a_fresh_parallel_one_leaves_the_logits():
     method = jpeft.parallel()
     leaves = jpeft.init(method, jax.random.key(1), SITES)
-    np.testing.assert_allclose(run(method, leaves), BASE, atol=1e-6)
+    np.testing.assert_allclose(run(method, leaves), base(), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +286,7 @@ def test_a_learned_scale_starts_where_the_constant_one_is():
 
 def test_a_fresh_gated_parallel_one_leaves_the_logits():
     method = jpeft.parallel(gate=True, ln_before=True, learned_scale=True)
-    np.testing.assert_allclose(run(method, jpeft.init(method, jax.random.key(1), SITES)), BASE, atol=1e-6)
+    np.testing.assert_allclose(run(method, jpeft.init(method, jax.random.key(1), SITES)), base(), atol=1e-6)
 
 
 def test_a_gate_needs_a_sequence():

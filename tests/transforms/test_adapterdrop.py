@@ -23,7 +23,7 @@ MODEL = Bert(
 )  # fmt: skip
 IDS = jax.random.randint(jax.random.key(5), (3, 6), 1, 20)
 SITES = jpeft.sites(MODEL, IDS)
-PARAMS = randomised(MODEL.init(jax.random.key(0), IDS)["params"], 1)
+PARAMS = randomised(jax.eval_shape(lambda: MODEL.init(jax.random.key(0), IDS)["params"]), 1)
 
 
 def logits(method, leaves, key=None):

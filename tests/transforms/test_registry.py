@@ -41,10 +41,11 @@ MODEL = Bert(CONFIG)
 IDS, MASK, LABELS = rows(1)
 
 
+@functools.cache
 def pretrained() -> dict[str, Any]:
     """A model that has begun to attend to what matters, so that modules have something to work with."""
     ids, mask, labels = rows(10, 64)
-    params = randomised(MODEL.init(jax.random.key(0), ids)["params"], seed=5, scale=0.15)
+    params = randomised(jax.eval_shape(lambda: MODEL.init(jax.random.key(0), ids)["params"]), seed=5, scale=0.15)
     optimizer = optax.adam(3e-3)
 
     @jax.jit
@@ -60,11 +61,9 @@ def pretrained() -> dict[str, Any]:
     state, value = optimizer.init(params), 9.0
     while value > 0.9:
         params, state, value = step(params, state)
-    return params
+    return tree.replace(params, "classifier/kernel", lambda x: 4 * x)  # a head that hears what modules say
 
 
-PARAMS = tree.replace(pretrained(), "classifier/kernel", lambda x: 4 * x)  # a head that hears what modules say
-TOY = Toy(MODEL, PARAMS, IDS, MASK, LABELS, jpeft.sites(MODEL, IDS, MASK))
 # Sizes for a model of two narrow layers; all else is each method's default.
 SOME = "query|value|intermediate|ffn/output"  # few arrays compile sooner than all
 SMALL = {
@@ -113,11 +112,12 @@ def moved(leaves, by=None, scale=1.0):
 @functools.cache
 def prepared(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     method = METHODS[name].make(**SMALL.get(name, {}))
-    return split(jpeft.prepare(method, setting(TOY, method, jax.random.key(4))))
+    toy = Toy(MODEL, pretrained(), IDS, MASK, LABELS, jpeft.sites(MODEL, IDS, MASK))
+    return split(jpeft.prepare(method, setting(toy, method, jax.random.key(4))))
 
 
-def logits(method, trained, fixed, ids=IDS, mask=MASK, model=MODEL, params=PARAMS, **kwargs):
-    variables = {"params": params, "peft": tree.union(fixed, trained)}
+def logits(method, trained, fixed, ids=IDS, mask=MASK, model=MODEL, params=None, **kwargs):
+    variables = {"params": pretrained() if params is None else params, "peft": tree.union(fixed, trained)}
     return jpeft.apply(model, method, variables, ids, mask, mask=mask, **kwargs)[0]
 
 
@@ -191,7 +191,7 @@ def test_it_computes_in_bfloat16_with_float32_leaves(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_merged_folded_and_saved_it_gives_the_same_logits(name, tmp_path):
     method, trained, fixed, now = make(name)
-    leaves, before = tree.union(fixed, trained), jax.tree.map(np.array, PARAMS)
+    leaves, before = tree.union(fixed, trained), jax.tree.map(np.array, pretrained())
 
     folded = jpeft.fold(method, leaves)
     saved.write_leaves(tmp_path / "x.safetensors", folded)
@@ -204,10 +204,10 @@ def test_merged_folded_and_saved_it_gives_the_same_logits(name, tmp_path):
         merged = jpeft.merge(method, leaves, params)
         return logits(merged.transform, merged.leaves, {}, params=merged.params), logits(rebuilt, again, {})
 
-    of_merged, of_saved = run(leaves, again, PARAMS)
+    of_merged, of_saved = run(leaves, again, pretrained())
     np.testing.assert_allclose(of_merged, now, atol=1e-5 * (1 + np.abs(now).max()))
     np.testing.assert_allclose(of_saved, now, atol=1e-5)
-    chex.assert_trees_all_equal(PARAMS, before)
+    chex.assert_trees_all_equal(pretrained(), before)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -215,7 +215,7 @@ def test_the_loop_of_the_readme_cuts_the_loss_by_half_with_the_head_frozen(name)
     """With an optimiser of the user's own; what is fixed, and is not even a float in places, has no part in it."""
     method = METHODS[name].make(**SMALL.get(name, {}))
     trained, fixed = prepared(name)
-    parts = jpeft.partition(method, PARAMS, tree.union(fixed, trained))
+    parts = jpeft.partition(method, pretrained(), tree.union(fixed, trained))
     rate = 3e-2 if name == "ia3" else 5e-3  # few steps on a small model
     optimizer = optax.chain(optax.adamw(rate, weight_decay=0.01, mask=parts.decays), parts.scale)
 
@@ -260,7 +260,7 @@ def test_it_is_documented_and_its_options_are_json(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_summary_counts_all_that_trains(name):
     method, trained, fixed, _ = make(name)
-    rows = jpeft.summary(method, tree.union(fixed, trained), PARAMS).rows
+    rows = jpeft.summary(method, tree.union(fixed, trained), pretrained()).rows
     assert sum(row.trainable for row in rows) == tree.count(trained)
     can_merge = all(member.merge is not None for member in members(method))
     assert (sum(row.added for row in rows) == 0) == can_merge
