@@ -1,10 +1,4 @@
-"""From text to batches: tokenise once, pad to a few lengths, and make the order a pure function of seed and epoch.
-
-Padding a batch to its longest row wastes a factor of two on the GLUE tasks. Batches of rows of similar length waste
-little, but are worse to train on: what short rows have in common and long ones have not becomes noise of the gradient.
-So a batch for training is a stratified sample. It consists of a few parts, each padded to a length of its own, and
-every batch has as many short and as many long rows as the training set.
-"""
+"""From text to batches: tokenise once, pad to a few lengths, and make the order a pure function of seed and epoch."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jpeft.data.padding import Layout, tops
+
 __all__ = [
-    "Batch", "Examples", "Stratum", "by_length", "drawn", "eval_batches", "filled", "length_buckets", "num_batches",
-    "sample", "strata", "take", "together", "tokenize", "train_batches",
+    "Batch", "Examples", "by_length", "drawn", "eval_batches", "filled", "num_batches", "sample", "take", "together",
+    "tokenize", "train_batches",
 ]  # fmt: skip
 
 
@@ -34,18 +30,6 @@ class Batch(NamedTuple):
     token_type_ids: Any
     labels: Any
     weights: Any
-
-
-class Stratum(NamedTuple):
-    """The part of each training batch that holds rows of similar length.
-
-    Attributes:
-      rows: of each batch.
-      length: that they are padded to.
-    """
-
-    rows: int
-    length: int
 
 
 class Examples(NamedTuple):
@@ -100,122 +84,49 @@ def tokenize(
     return Examples(ids, types, labels, tokenizer.pad_token_id or 0)
 
 
-def length_buckets(
-    lengths: np.ndarray | Sequence[int], max_buckets: int = 4, multiple: int = 8, worth: float = 0.0
-) -> tuple[int, ...]:
-    """Chooses the padded lengths that waste the least on rows of these lengths.
-
-    Args:
-      lengths: tokens of every row.
-      max_buckets: at most this many lengths, and so compilations of a step.
-      multiple: every padded length is a multiple of it.
-      worth: the tokens that one more length must save, since it costs a compilation.
-
-    Returns:
-      The lengths, ascending. The choice is exact: no other one of as many lengths has fewer padded tokens.
-
-    Raises:
-      ValueError: if there are no rows.
-
-    >>> length_buckets([3, 4, 20, 30, 31], max_buckets=2)
-    (8, 32)
-    """
-    if len(lengths) == 0 or max_buckets < 1:
-        raise ValueError("length_buckets needs at least one row and one bucket")
-    # The best cover of all rows up to candidate i ends with a bucket of that length over the rows beyond some j < i.
-    sizes, counts = np.unique(-(-np.asarray(lengths) // multiple) * multiple, return_counts=True)
-    below = np.concatenate([[0], np.cumsum(counts)])
-    cost = np.where(below == 0, 0.0, np.inf)
-    plans: list[tuple[int, ...]] = [()] * len(below)
-    for _ in range(max_buckets):
-        before = cost[-1], plans[-1]
-        # Going down, `cost[j]` for j < i still is the one with a bucket less.
-        for i in range(len(sizes), 0, -1):
-            through = cost[:i] + sizes[i - 1] * (below[i] - below[:i])
-            j = int(np.argmin(through))
-            if through[j] < cost[i]:
-                cost[i], plans[i] = through[j], (*plans[j], int(sizes[i - 1]))
-        if before[0] - cost[-1] <= worth:
-            return before[1]
-    return plans[-1]
-
-
-def strata(
-    lengths: np.ndarray | Sequence[int],
-    batch_size: int,
-    max_strata: int = 4,
-    multiple: int = 8,
-    worth: float = 0.0,
-    longest: int | None = None,
-) -> tuple[Stratum, ...]:
-    """Chooses the strata that waste the least padding when every batch has the same share of each.
-
-    Args:
-      lengths: tokens of every row to train on.
-      batch_size: rows of a batch.
-      max_strata: at most this many.
-      multiple: every padded length is a multiple of it.
-      worth: the tokens of an epoch that one more stratum must save, since it takes time to compile.
-      longest: no padded length is longer, though it were no multiple.
-
-    Returns:
-      The strata, ascending in length. Their rows sum to the batch size.
-
-    Raises:
-      ValueError: if there are no rows.
-
-    >>> strata([3, 4, 5, 30], batch_size=8, max_strata=2)
-    (Stratum(rows=7, length=8), Stratum(rows=1, length=32))
-    """
-    # Each row of a batch stands for a quantile of the lengths; what it is padded to must hold all of that quantile.
-    ends = _ends(len(lengths), range(1, batch_size + 1), batch_size)
-    tops = np.sort(lengths)[np.maximum(ends, 1) - 1] if len(lengths) else np.zeros(0, int)
-    found = np.array(length_buckets(tops, max_strata, multiple, worth / max(1, num_batches(len(lengths), batch_size))))
-    rows = np.bincount(np.searchsorted(found, tops), minlength=len(found))
-    return tuple(Stratum(int(n), int(min(length, longest or length))) for n, length in zip(rows, found, strict=True))
-
-
-def _ends(size: int, rows: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
-    """How many of `size` rows go to the first 1, 2, ... strata, if so many `rows` of a batch do."""
-    return size * np.asarray(rows) // batch_size
-
-
 def num_batches(size: int, batch_size: int) -> int:
     """Returns the number of batches of an epoch; the last one may be partial."""
     return math.ceil(size / batch_size)
 
 
 def train_batches(
-    examples: Examples, strata: Sequence[Stratum], seed: int, epoch: int, start: int = 0, multiple: int = 1
+    examples: Examples, layouts: Sequence[Layout], seed: int, epoch: int, start: int = 0, multiple: int = 1
 ) -> Iterator[tuple[Batch, ...]]:
-    """Yields batches that hold every row once, in an order that depends on seed and epoch alone.
+    """Yields random batches that hold every row once, in an order that depends on seed and epoch alone.
 
-    Rows are sorted by length and cut into strata, and each stratum is shuffled. All batches have the same shapes.
+    Which lengths a batch consists of depends on the epoch alone; which rows of these lengths they are, on the seed,
+    too. So the seeds of a run have batches of one layout at every step, and can train together.
 
     Args:
       examples: the rows.
-      strata: from `strata`, for these rows.
+      layouts: from `layouts`, for these rows.
       seed: of the run.
       epoch: any number that tells the epochs of a run apart; `fit` counts from 1.
       start: skips this many batches, at no cost, to resume in the middle of an epoch.
       multiple: the rows of each part are filled up to a multiple of it, for as many devices.
 
     Yields:
-      The parts of a batch, one for each stratum. What the last batch lacks is filled with copies of weight 0.
+      The parts of a batch, in the first layout that holds it. What the last batch lacks is filled with copies of its
+      shortest row, of weight 0.
 
     Raises:
-      ValueError: if a row is longer than its stratum.
+      ValueError: if no layout holds a batch.
     """
-    rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(examples.size)
-    order = order[np.argsort(examples.lengths[order], kind="stable")]
-    counts = [stratum.rows for stratum in strata]
-    cuts = np.split(order, _ends(examples.size, np.cumsum(counts), sum(counts))[:-1])
-    shuffled = [rng.permutation(rows) for rows in cuts]
-    for i in range(start, num_batches(examples.size, sum(counts))):
+    lengths, batch_size = examples.lengths, sum(part.rows for part in layouts[0])
+    order = np.random.default_rng((seed, epoch)).permutation(examples.size)
+    by_length = order[np.argsort(lengths[order], kind="stable")]  # rows of one length are in random order
+    batches = _cut(by_length[np.random.default_rng(epoch).permutation(examples.size)], batch_size)
+    for rows in batches[start:]:
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        lacks = batch_size - len(rows)
+        needed = np.concatenate([np.full(lacks, lengths[rows[0]]), lengths[rows]])
+        layout = next((layout for layout in layouts if (needed <= tops(layout)).all()), None)
+        if layout is None:
+            raise ValueError(f"a batch with a row of {needed[-1]} tokens fits no layout of {tuple(layouts)}")
+        ends = np.cumsum([0, *(part.rows for part in layout)]) - lacks
         yield tuple(
-            _collate(examples, rows[i * n : (i + 1) * n], filled(n, multiple), (length,), rows[0])
-            for rows, (n, length) in zip(shuffled, strata, strict=True)
+            _collate(examples, rows[max(0, i) : max(0, j)], filled(n, multiple), (length,), rows[0])
+            for i, j, (n, length) in zip(ends[:-1], ends[1:], layout, strict=True)
         )
 
 

@@ -23,7 +23,8 @@ from jax import Array
 
 from jpeft.core.errors import UserError
 from jpeft.data import metrics
-from jpeft.data.batching import Examples, Stratum, tokenize
+from jpeft.data.batching import Examples, tokenize
+from jpeft.data.padding import Layout
 
 __all__ = ["Data", "Splits", "Task", "example_losses"]
 
@@ -131,25 +132,25 @@ class Data(NamedTuple):
       task: which.
       train: examples to train on.
       dev: examples to evaluate on.
-      strata: what each batch to train on consists of, ascending in length.
+      layouts: of the batches to train on; the last holds every batch.
       eval_buckets: the lengths that rows to evaluate on are padded to, ascending.
     """
 
     task: Task
     train: Examples
     dev: Examples
-    strata: Sequence[Stratum]
+    layouts: Sequence[Layout]
     eval_buckets: Sequence[int]
 
     @property
     def batch_size(self) -> int:
         """Rows of a batch to train on."""
-        return sum(stratum.rows for stratum in self.strata)
+        return sum(part.rows for part in self.layouts[0])
 
     @property
     def longest(self) -> int:
         """The length that the longest rows to train on are padded to."""
-        return self.strata[-1].length
+        return self.layouts[-1][-1].length
 
 
 def example_losses(logits: Array, labels: Array) -> Array:

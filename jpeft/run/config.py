@@ -52,8 +52,8 @@ def default(task: str, method: str) -> Config:
     `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
 
     `train.export` says which epoch's modules are saved in the end: the last, or the best on the evaluation split.
-    `train.padded_lengths` is how many lengths the rows of a batch are padded to at most. More pad less; every batch
-    has as many short and long rows as the data. With 1 all rows have the length of the longest.
+    `train.padded_lengths` is how many lengths the rows of one batch are padded to at most. More pad less and take
+    longer to compile; which rows meet in a batch is random in any case.
     `train.together` is how many seeds train at once at most, in one program with one base model; None is as many as
     fit on an accelerator, and one on a CPU.
     All devices of a machine divide the rows of a batch; with `train.shard_base` they hold the base model in parts.

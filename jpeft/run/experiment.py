@@ -11,9 +11,10 @@ from jpeft.core import files, tree
 from jpeft.core.errors import UserError
 from jpeft.core.partition import partition
 from jpeft.core.summary import summary
-from jpeft.data import batching, checking
+from jpeft.data import batching, checking, padding
 from jpeft.data import tokenizer as tokenizers
-from jpeft.data.batching import Examples, Stratum
+from jpeft.data.batching import Examples
+from jpeft.data.padding import Layout
 from jpeft.data.task import Data, Task
 from jpeft.models import BertConfig, pretrained
 from jpeft.models.pretrained import Pretrained
@@ -120,7 +121,7 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
     task = configs.task_of(config)
     base = load_model(config, task.num_labels, config.seeds[0])  # each seed draws its own head
     data, source = _load_data(config, task, base, console)
-    lengths = ", ".join(str(stratum.length) for stratum in data.strata)
+    lengths = ", ".join(map(str, sorted({part.length for layout in data.layouts for part in layout})))
     console.say(
         f"  {data.train.size:,} examples to train on, {data.dev.size:,} of {task.eval_split} to evaluate on, "
         f"padded to {lengths} tokens"
@@ -176,8 +177,8 @@ def _check_known(examples: Examples, tokenizer: Any, folder: Path, console: Cons
 
 def _padded(
     config: Config, model: BertConfig, train: np.ndarray, dev: np.ndarray
-) -> tuple[tuple[Stratum, ...], tuple[int, ...]]:
-    """What training batches consist of, and the padded lengths of evaluation.
+) -> tuple[tuple[Layout, ...], tuple[int, ...]]:
+    """The layouts of training batches, and the padded lengths of evaluation.
 
     An accelerator compiles long and computes fast: there are few lengths. On CPU there are as many as pay.
     """
@@ -186,9 +187,9 @@ def _padded(
         # Time to compile grows with the layers, and that of a token with layers and the square of the width.
         worth = COMPILE_TOKENS * (384 / model.hidden_size) ** 2 / config.train.num_epochs
         multiple, evaluated = 2, 32
-    strata = batching.strata(train, config.train.batch_size, most, multiple, worth, model.max_length)
-    buckets = batching.length_buckets(dev, evaluated, multiple, worth)
-    return strata, tuple(min(length, model.max_length) for length in buckets)
+    layouts = padding.layouts(train, config.train.batch_size, most, 3, multiple, worth, model.max_length)
+    buckets = padding.length_buckets(dev, evaluated, multiple, worth)
+    return layouts, tuple(min(length, model.max_length) for length in buckets)
 
 
 def _few(split: Any, most: int | None) -> Any:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jpeft.core import transform
-from jpeft.data import batching
+from jpeft.data import batching, padding
 from jpeft.data.batching import Examples
 from jpeft.plans import plan as plans
 from jpeft.plans.fishpal import Scores
@@ -72,7 +72,7 @@ def prepare(seed: Seed, n: int, labels: np.ndarray | None = None) -> Prepared:
 
 def lengths(seed: Seed, most: int = 2) -> tuple[int, ...]:
     """The padded lengths to measure at: fewer than to train at, since compiling takes longer than a few examples do."""
-    found = batching.length_buckets(seed.data.train.lengths, max_buckets=most)
+    found = padding.length_buckets(seed.data.train.lengths, max_buckets=most)
     return tuple(min(length, seed.data.longest) for length in found)  # which the model takes
 
 

@@ -17,7 +17,8 @@ from jax.nn import softmax
 from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
 from jpeft.data import tokenizer as tokenizers
-from jpeft.data.batching import length_buckets, tokenize
+from jpeft.data.batching import tokenize
+from jpeft.data.padding import length_buckets
 from jpeft.data.rows import ENDINGS, attempts, text_of
 from jpeft.data.tasks import TASKS
 from jpeft.run import workdir

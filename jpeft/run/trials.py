@@ -10,8 +10,9 @@ import numpy as np
 import optax
 
 from jpeft.core.partition import partition
-from jpeft.data import batching
-from jpeft.data.batching import Examples, Stratum
+from jpeft.data import batching, padding
+from jpeft.data.batching import Examples
+from jpeft.data.padding import Layout
 from jpeft.plans import gains
 from jpeft.plans.fishpal import Candidates, Scores
 from jpeft.plans.plan import Entry
@@ -122,13 +123,14 @@ def _trial(
     run = jax.jit(step.train_step(seed.model, method, optimizer, seed.data.task.loss), donate_argnums=0)
     total = held_out_loss(step.eval_step(seed.model, method), seed.data.task.loss)
     total = jax.jit(held_out_gradient(total) if attribute else total)
-    strata = batching.strata(train.lengths, seed.config.train.batch_size, max_strata=2, longest=seed.data.longest)
-    batches = _endless(train, strata, seed)
+    # Few, since compiling takes longer than a few steps do.
+    layouts = padding.layouts(train.lengths, seed.config.train.batch_size, 2, 2, longest=seed.data.longest)
+    batches = _endless(train, layouts, seed)
     eyes = [batch for batch, _ in batching.eval_batches(held, 32, lengths(seed))]
     state = step.init_state(parts.trainable, optimizer)
     return trial(run, total, state, parts.frozen, batches, eyes, seed.dropout_key, every, attribute)
 
 
-def _endless(train: Examples, strata: Sequence[Stratum], seed: Seed) -> Iterator[Any]:
+def _endless(train: Examples, layouts: Sequence[Layout], seed: Seed) -> Iterator[Any]:
     for epoch in itertools.count(1):
-        yield from batching.train_batches(train, strata, seed.seed, epoch)
+        yield from batching.train_batches(train, layouts, seed.seed, epoch)

@@ -7,7 +7,8 @@ import numpy as np
 
 from jpeft.core.errors import UserError
 from jpeft.data import tokenizer as tokenizers
-from jpeft.data.batching import Batch, eval_batches, length_buckets, tokenize
+from jpeft.data.batching import Batch, eval_batches, tokenize
+from jpeft.data.padding import length_buckets
 from jpeft.data.rows import is_unicode
 from jpeft.store.modules import Saved
 from jpeft.training.step import forward

@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jpeft.data.batching import Batch, Examples, filled
+from jpeft.data.padding import Layout
 from jpeft.data.task import Data
 from jpeft.training import placement
 from jpeft.training.step import State, StepMetrics, Tree
@@ -120,7 +121,7 @@ def prepare(steps: Steps, state: State, frozen: Tree, data: Data, key: Array) ->
     """
     dev = [_shape(steps.eval_rows, length, data.train.labels.dtype) for length in _used(data.dev, data.eval_buckets)]
     if isinstance(steps.train, Compiled):
-        steps.train.prepare([(state, frozen, _parts(steps, data, key.shape), key)])
+        steps.train.prepare([(state, frozen, _parts(steps, data, key.shape, each), key) for each in data.layouts])
     if isinstance(steps.eval, Compiled):
         steps.eval.prepare([(state.trainable, frozen, batch) for batch in dev])
 
@@ -132,13 +133,14 @@ def planned_memory(steps: Steps, state: State, frozen: Tree, data: Data, key: Ar
     """
     if not isinstance(steps.train, Compiled):
         return 0
-    steps.train.prepare([(state, frozen, _parts(steps, data, key.shape), key)])
+    widest = max(data.layouts, key=lambda layout: sum(rows * length for rows, length in layout))
+    steps.train.prepare([(state, frozen, _parts(steps, data, key.shape, widest), key)])
     return steps.train.memory()
 
 
-def _parts(steps: Steps, data: Data, runs: tuple[int, ...]) -> tuple[Batch, ...]:
+def _parts(steps: Steps, data: Data, runs: tuple[int, ...], layout: Layout) -> tuple[Batch, ...]:
     labels = data.train.labels.dtype
-    return tuple(_shape(filled(rows, steps.devices), length, labels, runs) for rows, length in data.strata)
+    return tuple(_shape(filled(rows, steps.devices), length, labels, runs) for rows, length in layout)
 
 
 def _used(examples: Examples, buckets: Sequence[int]) -> list[int]:

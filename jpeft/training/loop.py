@@ -149,7 +149,7 @@ def fit_together(
         pending: list[StepMetrics] = []
         due = time.monotonic() + every
         orders = [
-            train_batches(data.train, data.strata, schedule.seed, epoch, step % per_epoch, steps.devices)
+            train_batches(data.train, data.layouts, schedule.seed, epoch, step % per_epoch, steps.devices)
             for schedule in schedules
         ]
         for batches in zip(*orders, strict=True):

@@ -485,9 +485,10 @@ def test_a_class_without_rows_is_warned_of(tiny_config, tmp_path):
 def test_rows_are_padded_to_as_many_lengths_as_the_config_says(tiny_config, monkeypatch):
     monkeypatch.setattr(experiment, "COMPILE_TOKENS", 0)
     several, one = (experiment.load(tiny_config("lora", padded_lengths=n), Heard())[0] for n in (3, 1))
-    assert 1 < len(several.strata) <= 3
+    assert 1 < max(map(len, several.layouts)) <= 3
+    assert max(map(len, one.layouts)) == 1
     assert several.batch_size == one.batch_size == 16
-    assert one.strata == ((16, several.longest),)
+    assert several.longest == one.longest
 
 
 def test_padded_lengths_do_not_depend_on_the_other_seeds(tiny_config, monkeypatch):
@@ -500,7 +501,7 @@ def test_padded_lengths_do_not_depend_on_the_other_seeds(tiny_config, monkeypatc
             config = tiny_config("lora")
             config.seeds = seeds
             data, *_ = experiment.load(config, Heard())
-            found.append((data.strata, data.eval_buckets))
+            found.append((data.layouts, data.eval_buckets))
         assert found[0] == found[1]
         counts.add(len(found[0][0]))
     assert len(counts) > 1

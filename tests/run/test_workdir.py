@@ -13,7 +13,8 @@ import pytest
 
 from jpeft.core import files
 from jpeft.core.errors import UserError
-from jpeft.data.batching import Examples, Stratum
+from jpeft.data.batching import Examples
+from jpeft.data.padding import Part
 from jpeft.data.task import Data
 from jpeft.data.tasks import TASKS
 from jpeft.models import pretrained
@@ -27,7 +28,7 @@ def examples(words=(2, 5, 3), label=1):
 
 def data(**changes):
     parts = {"train": examples(), "dev": examples(), **changes}
-    return Data(TASKS["mrpc"], parts["train"], parts["dev"], (Stratum(16, 8),), (8,))
+    return Data(TASKS["mrpc"], parts["train"], parts["dev"], ((Part(16, 8),),), (8,))
 
 
 @pytest.fixture(scope="module")

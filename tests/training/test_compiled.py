@@ -12,7 +12,7 @@ from jpeft.training.compiled import Steps, prepare
 
 def test_prepared_programs_are_all_that_a_run_needs():
     start = started()
-    train = chex.assert_max_traces(stepping.train_step(MODEL, METHOD, OPTIMIZER), n=1)
+    train = chex.assert_max_traces(stepping.train_step(MODEL, METHOD, OPTIMIZER), n=2)
     steps = Steps.compiled(train, chex.assert_max_traces(stepping.eval_step(MODEL, METHOD), n=2))
     chex.clear_trace_counter()
     prepare(steps, *start, DATA, SCHEDULE.key)

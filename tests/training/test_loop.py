@@ -6,7 +6,8 @@ import pytest
 
 import jpeft
 from jpeft.core.errors import UserError
-from jpeft.data.batching import Examples, Stratum
+from jpeft.data.batching import Examples
+from jpeft.data.padding import Part
 from jpeft.data.task import Data
 from jpeft.data.tasks import TASKS
 from jpeft.models import Bert, BertConfig
@@ -31,7 +32,7 @@ def examples(size=28, seed=0):
     return Examples(rows, tuple(map(np.zeros_like, rows)), rng.integers(0, 2, size, dtype=np.int32))
 
 
-DATA = Data(TASKS["mrpc"], examples(), examples(10, seed=1), (Stratum(3, 12), Stratum(5, 16)), (8, 16))
+DATA = Data(TASKS["mrpc"], examples(), examples(10, seed=1), ((Part(3, 12), Part(5, 16)), (Part(8, 16),)), (8, 16))
 
 
 @pytest.fixture(scope="module")

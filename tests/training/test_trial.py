@@ -29,7 +29,7 @@ def start(parts, attribute, every, rate=1e-2):
     optimizer = optax.adam(rate)
     total = held_out_loss(step.eval_step(MODEL, METHOD), example_losses)
     held = [batch for batch, _ in batching.eval_batches(DATA.dev, 4, DATA.eval_buckets)]
-    batches = (b for epoch in itertools.count(1) for b in batching.train_batches(DATA.train, DATA.strata, 5, epoch))
+    batches = (b for epoch in itertools.count(1) for b in batching.train_batches(DATA.train, DATA.layouts, 5, epoch))
     return trial(
         jax.jit(step.train_step(MODEL, METHOD, optimizer)), jax.jit(held_out_gradient(total) if attribute else total),
         step.init_state(parts.trainable, optimizer), parts.frozen, batches, held, KEY, every, attribute,

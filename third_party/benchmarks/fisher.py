@@ -25,7 +25,7 @@ import optax
 
 import jpeft
 from jpeft.core import tree
-from jpeft.data import batching, tasks
+from jpeft.data import batching, padding, tasks
 from jpeft.data.task import example_losses
 from jpeft.importance import per_example
 from jpeft.models import Bert, pretrained
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     model, base, rows, folder = load(args.glue)
     params, empty = base.params, jpeft.chain()
-    natural = batching.length_buckets(rows.lengths)
+    natural = padding.length_buckets(rows.lengths)
     everything = {"params": params, "peft": {}}
     loss, logits = stepping.single_loss(model, empty), stepping.single_logits(model, empty)
     lines: list[tuple[str, str, str]] = []
@@ -178,7 +178,7 @@ def exactness(base: Any, rows: batching.Examples, say: Callable) -> None:
     The biases of the keys are left out: no logit depends on them, so that their information is rounding error.
     """
     few, key = batching.take(rows, np.arange(8)), jax.random.key(1)
-    groups, _ = batching.by_length(few, batching.length_buckets(few.lengths, max_buckets=2))
+    groups, _ = batching.by_length(few, padding.length_buckets(few.lengths, max_buckets=2))
     for dtype, limit in (("float32", 1e-5), ("float64", 1e-9)):
         with jax.enable_x64(dtype == "float64"):
             params = jax.tree.map(lambda x, d=dtype: jnp.asarray(x, d), base.params)
