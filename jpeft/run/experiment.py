@@ -180,14 +180,15 @@ def _padded(
 ) -> tuple[tuple[Layout, ...], tuple[int, ...]]:
     """The layouts of training batches, and the padded lengths of evaluation.
 
-    An accelerator compiles long and computes fast: there are few lengths. On CPU there are as many as pay.
+    An accelerator compiles long and computes fast: there are few programs, of whole batches. On CPU as many as pay.
     """
-    most, multiple, worth, evaluated = config.train.padded_lengths, 8, 0.0, 4
+    parts, most, multiple, worth, evaluated = 1, 4, 8, 0.0, 4
     if jax.default_backend() == "cpu":
         # Time to compile grows with the layers, and that of a token with layers and the square of the width.
         worth = COMPILE_TOKENS * (384 / model.hidden_size) ** 2 / config.train.num_epochs
-        multiple, evaluated = 2, 32
-    layouts = padding.layouts(train, config.train.batch_size, most, 3, multiple, worth, model.max_length)
+        parts, most, multiple, evaluated = 4, 3, 2, 32
+    parts = config.train.padded_lengths or parts
+    layouts = padding.layouts(train, config.train.batch_size, parts, most, multiple, worth, model.max_length)
     buckets = padding.length_buckets(dev, evaluated, multiple, worth)
     return layouts, tuple(min(length, model.max_length) for length in buckets)
 

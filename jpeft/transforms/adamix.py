@@ -28,7 +28,7 @@ def adamix(
 
     Wang et al. 2022; reference: microsoft/AdaMix. `up` is shared by the experts, as in the reference's recipes. All
     experts start equal and diverge through sampling. Outside training, and after `fold`, which drops the expert axis,
-    the mean of their weights is used.
+    the mean of their weights is used. A batch that comes in parts (`jpeft.training.step`) samples for each of them.
 
     The training loss of each example includes the `consistency` of two independently sampled passes, so a training step
     costs twice as much. Inference costs as much as a single adapter, 4 d b floating-point operations per token.

@@ -31,8 +31,9 @@ def adapterdrop(
     """Pfeiffer adapters that also work without those of the first layers.
 
     Robust training samples n from 0 ... L - 1 in every step, where L is the number of layers of the model, and the
-    layers below n act as if they had no adapter. So one module works with any `drop`. At inference the first `drop`
-    layers have no adapters: they are left out of the graph, and `fold` removes their leaves.
+    layers below n act as if they had no adapter. So one module works with any `drop`. A batch that comes in parts
+    (`jpeft.training.step`) has an n for each of them. At inference the first `drop` layers have no adapters: they are
+    left out of the graph, and `fold` removes their leaves.
 
     n is sampled inside the compiled step and layers are masked, so nothing is compiled twice. This saves no training
     time: the masked adapters are still computed, and the backward pass reaches the lowest layer. A step compiled for

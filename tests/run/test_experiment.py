@@ -491,6 +491,18 @@ def test_rows_are_padded_to_as_many_lengths_as_the_config_says(tiny_config, monk
     assert several.longest == one.longest
 
 
+def test_on_an_accelerator_batches_stay_whole(tiny_config, monkeypatch):
+    monkeypatch.setattr(experiment.jax, "default_backend", lambda: "gpu")
+    config = tiny_config("lora")
+    monkeypatch.setattr(experiment, "COMPILE_TOKENS", 1e12)  # which is a matter of CPUs
+    data, *_ = experiment.load(config, Heard())
+    assert 1 < len(data.layouts) <= 4
+    assert {len(layout) for layout in data.layouts} == {1}
+    config.train.padded_lengths = 2
+    data, *_ = experiment.load(config, Heard())
+    assert max(map(len, data.layouts)) == 2
+
+
 def test_padded_lengths_do_not_depend_on_the_other_seeds(tiny_config, monkeypatch):
     """Or a seed that is added would change the numbers of those that are there."""
     counts = set()
