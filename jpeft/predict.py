@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jpeft.run import command
+from jpeft.run.stopping import Stopped
 
 if __name__ == "jpeft.predict":  # imported, this file would stand in the place of the function
     raise ImportError("jpeft.predict is a function, and a program: python -m jpeft.predict")
@@ -29,14 +30,20 @@ def run(argv: list[str]) -> None:
     from jpeft.run.console import Console
 
     text = tuple(given.text.split(",")) if given.text else None
-    predict.predict(given.model, given.input, given.output, Console(), text)
+    try:
+        predict.predict(given.model, given.input, given.output, Console(), text)
+    except Stopped:  # the output is not whole: not a success, as it is for a training that saved
+        raise SystemExit(f"\nstopped: {given.output} is not whole") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program.
 
     Returns:
-      The exit code: 0, 2 after one line about what the user can mend, or 130 if it was stopped.
+      The exit code: 0, 2 after one line about what the user can mend, 130 after an interrupt from the keyboard.
+
+    Raises:
+      SystemExit: with code 1, if it was asked to stop.
     """
     return command.call(run, None if argv is None else list(argv))
 

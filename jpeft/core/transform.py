@@ -253,7 +253,7 @@ def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merge
     Raises:
       UserError: if the leaves are not those of the transform.
     """
-    staying, named = stays(transform, leaves), checked(transform, leaves)
+    staying, named = stays(transform, leaves), instances(transform)
     with jax.default_matmul_precision("highest"):
         for name, member in sorted(named.items(), key=lambda item: item[1].wrap is not None):
             if name not in staying and member.merge is not None:

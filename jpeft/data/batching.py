@@ -94,8 +94,8 @@ def train_batches(
 ) -> Iterator[tuple[Batch, ...]]:
     """Yields random batches that hold every row once, in an order that depends on seed and epoch alone.
 
-    Which lengths a batch consists of depends on the epoch alone; which rows of these lengths they are, on the seed,
-    too. So the seeds of a run have batches of one layout at every step, and can train together.
+    How many rows of which padded length a batch has depends on the epoch alone; which rows these are, on the seed, too.
+    So the seeds of a run have batches of one layout at every step, and can train together.
 
     Args:
       examples: the rows.
@@ -114,8 +114,9 @@ def train_batches(
     """
     lengths, batch_size = examples.lengths, sum(part.rows for part in layouts[0])
     order = np.random.default_rng((seed, epoch)).permutation(examples.size)
-    by_length = order[np.argsort(lengths[order], kind="stable")]  # rows of one length are in random order
-    batches = _cut(by_length[np.random.default_rng(epoch).permutation(examples.size)], batch_size)
+    kinds = np.searchsorted(sorted({part.length for layout in layouts for part in layout}), lengths)
+    grouped = order[np.argsort(kinds[order], kind="stable")]  # by kind, and within a kind at random
+    batches = _cut(grouped[np.random.default_rng(epoch).permutation(examples.size)], batch_size)
     for rows in batches[start:]:
         rows = rows[np.argsort(lengths[rows], kind="stable")]
         lacks = batch_size - len(rows)
@@ -222,15 +223,15 @@ def _collate(
     examples: Examples, rows: np.ndarray, batch_size: int, buckets: Sequence[int], filler: int | None = None
 ) -> Batch:
     # A copy of a real row fills up, not an empty one: attention over nothing and the like must not arise.
-    filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0] if filler is None else filler)])
-    longest = max(len(examples.input_ids[i]) for i in filled)
+    all_rows = np.concatenate([rows, np.full(batch_size - len(rows), rows[0] if filler is None else filler)])
+    longest = max(len(examples.input_ids[i]) for i in all_rows)
     length = min((b for b in buckets if b >= longest), default=0)
     if not length:
         raise ValueError(f"a row of {longest} tokens fits no bucket of {tuple(buckets)}")
     ids = np.full((batch_size, length), examples.pad_id, np.int32)
     mask, types = np.zeros_like(ids), np.zeros_like(ids)
-    for r, i in enumerate(filled):  # at batches of 16 as fast as one indexed assignment
+    for r, i in enumerate(all_rows):  # at batches of 16 as fast as one indexed assignment
         n = len(examples.input_ids[i])
         ids[r, :n], mask[r, :n], types[r, :n] = examples.input_ids[i], 1, examples.token_type_ids[i]
     weights = (np.arange(batch_size) < len(rows)).astype(np.float32)
-    return Batch(ids, mask, types, examples.labels[filled], weights)
+    return Batch(ids, mask, types, examples.labels[all_rows], weights)

@@ -1,8 +1,8 @@
 """The lengths that rows are padded to: few, since every shape of a batch is a program to compile.
 
-Padding a random batch to its longest row wastes a factor of two on the GLUE tasks. Batches of rows of similar length
-waste little, but are worse to train on. So batches for training are random, and each is cut, by length, into a few
-parts that are padded to lengths of their own: a `Layout`. A batch gets the smallest that holds it.
+Padding a random batch to its longest row adds 24 % to 190 % on the GLUE tasks. Batches of rows of similar length waste
+little, but trained worse on the built-in data (docs/design.md). So batches for training are random, and each is cut, by
+length, into a few parts that are padded to lengths of their own: a `Layout`. A batch gets the smallest that holds it.
 """
 
 import math
@@ -14,7 +14,8 @@ import numpy as np
 __all__ = ["Layout", "Part", "layouts", "length_buckets", "tops"]
 
 SAMPLE = 512  # random batches, to choose layouts for
-SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)  # of them, that a candidate is made to hold, row by row
+# A candidate for each: its i-th shortest row holds the i-th shortest row of this share of the batches.
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
 
 
 class Part(NamedTuple):
@@ -78,8 +79,8 @@ def layouts(
 ) -> tuple[Layout, ...]:
     """Chooses the layouts that waste little padding on random batches of rows of these lengths.
 
-    The one that holds every batch comes first into the choice, then, one by one, what saves the most on a sample of
-    batches. Candidates hold given shares of the batches row by row, cut into parts by `length_buckets`.
+    One layout holds every batch. The others are added one at a time: each is the candidate that saves the most padded
+    tokens on a sample of batches.
 
     Args:
       lengths: tokens of every row to train on.

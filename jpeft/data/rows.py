@@ -38,7 +38,8 @@ def attempts(file: Path, stream: BinaryIO | None = None) -> Iterator[Mapping[str
       stream: JSON lines to read in place of the file, which then is only a name.
 
     Raises:
-      UserError: if the file itself cannot be read, or after a row of CSV that leaves open where the next one begins.
+      UserError: if the file itself cannot be read, or at a row of CSV that is not UTF-8 or whose quotes do not close:
+        it leaves open where the next one begins.
     """
     ending = "jsonl" if stream else file.name.removesuffix(".gz").rpartition(".")[2]
     if ending == "parquet":
@@ -46,10 +47,11 @@ def attempts(file: Path, stream: BinaryIO | None = None) -> Iterator[Mapping[str
         from pyarrow import parquet
 
         try:
-            found = parquet.read_table(file).to_pylist()
+            with parquet.ParquetFile(file) as table:
+                for some in table.iter_batches():
+                    yield from some.to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise UserError(f"{file} is not a readable parquet file ({type(error).__name__})") from error
-        yield from found
     elif ending == "jsonl":
         for number, line in enumerate(_lines(file, stream), start=1):
             yield line if isinstance(line, UserError) else _object(line, f"{file}, row {number}")

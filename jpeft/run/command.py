@@ -136,7 +136,8 @@ def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
             return 2
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"error: out of memory ({_line(error):.150}): try a smaller config.train.batch_size", file=sys.stderr)
+        told = "in a training, try a smaller config.train.batch_size"
+        print(f"error: out of memory ({_line(error):.150}): {told}", file=sys.stderr)
         return 2
     return 0
 

@@ -70,7 +70,7 @@ def run(config: Config, workdir: Path, console: Console | None = None, command: 
 def _run(config: Config, workdir: Path, console: Console, command: str | None) -> dict[str, Any]:
     workdirs.check_config(workdir, config)
     mesh = placement.all_devices()
-    _use_compilation_cache()
+    use_compilation_cache()
     console.title(f"{config.method} on {config.task} with {config.model}, in {workdir}")
     if mesh is not None:
         base = "the base model in parts on them" if config.train.shard_base else "the base model on each of them"
@@ -123,8 +123,8 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
     data, source = _load_data(config, task, base, console)
     lengths = ", ".join(map(str, sorted({part.length for layout in data.layouts for part in layout})))
     console.say(
-        f"  {data.train.size:,} examples to train on, {data.dev.size:,} of {task.eval_split} to evaluate on, "
-        f"padded to {lengths} tokens"
+        f"  {data.train.size:,} examples to train on, padded to {lengths} tokens, "
+        f"{data.dev.size:,} of {task.eval_split} to evaluate on"
     )
     if config.task == configs.CUSTOM and task.labels:
         names = ", ".join(task.labels[:SHOWN]) + (", ..." if len(task.labels) > SHOWN else "")
@@ -134,7 +134,7 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
     return data, base, workdirs.inputs(data, base, source, config.task, config.init_from)
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
     """Keeps compiled programs in a folder of the user's, unless JAX_COMPILATION_CACHE_DIR says where."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

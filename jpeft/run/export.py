@@ -97,6 +97,7 @@ def find_modules(model: Path, console: Console) -> Path:
     Raises:
       UserError: if it is neither.
     """
+    model = model.resolve()  # what is around a folder is asked for, too
     if (model / modules_on_disk.DESCRIPTION).is_file():
         return model
     if not (model / "report.json").is_file():

@@ -1,6 +1,8 @@
 """Predictions for the rows of a file: streamed, in the order of the input, and resumed where they stopped."""
 
+import contextlib
 import csv
+import fcntl
 import io
 import itertools
 import json
@@ -8,20 +10,18 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
-from jax.nn import softmax
 
 from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
 from jpeft.data import tokenizer as tokenizers
 from jpeft.data.batching import tokenize
-from jpeft.data.padding import length_buckets
 from jpeft.data.rows import ENDINGS, attempts, text_of
 from jpeft.data.tasks import TASKS
-from jpeft.run import workdir
+from jpeft.run import experiment, workdir
 from jpeft.run.config import CUSTOM
 from jpeft.run.console import Console
 from jpeft.run.export import find_modules
@@ -34,9 +34,12 @@ from jpeft.training.loop import evaluate
 __all__ = ["Counts", "predict"]
 
 CHUNK = 2048  # rows that are answered, written and noted together
+LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)  # that rows are padded to, up to the longest
 STDIN = "-"
 PROGRESS = "progress of predictions"  # the kind of the record
 WRITES = (".jsonl", ".csv", ".tsv")
+
+Row = tuple[int, tuple[str, ...] | UserError]
 
 
 class Counts(NamedTuple):
@@ -63,6 +66,7 @@ def predict(model: Path, source: str, output: Path, console: Console, text: Sequ
     Raises:
       UserError: if the model, the input or the output is none of these, or the output is of another model or input.
     """
+    experiment.use_compilation_cache()
     folder = find_modules(model, console)
     saved = modules.load(folder)
     columns = _columns(folder, saved, text)
@@ -79,24 +83,35 @@ def predict(model: Path, source: str, output: Path, console: Console, text: Sequ
         "model": files.file_hash(folder / modules.WEIGHTS),
         "input": "" if given else files.file_hash(file),
         "text": list(columns),
+        "backend": jax.default_backend(),
     }
-    total = None if given else _count(file, columns)
-    place = _Place(output, identity)
+    total = None if given else sum(1 for _ in _rows(file, None, columns))
+    if total == 0:
+        raise UserError(f"{file} has no rows")
+    with _held(output):
+        return _predict(saved, file, given, columns, _Place(output, identity), total, console)
+
+
+def _predict(
+    saved: Saved,
+    file: Path,
+    given: BinaryIO | None,
+    columns: Sequence[str],
+    place: "_Place",
+    total: int | None,
+    console: Console,
+) -> Counts:
     done = place.begin()
     if done:
         console.say(f"  resuming at row {done + 1:,}")
     answer = _answering(saved, columns)
-    numbered = enumerate(attempts(file, given), start=1)
-    rows = (
-        (number, _texts(row, columns, f"{file}, row {number}"))
-        for number, row in itertools.islice(numbered, done, None)
-    )
-    with console.counting(f"predicting with {folder}", total, done) as show:
+    rows = itertools.islice(_rows(file, given, columns), done, None)
+    with console.counting("predicting", total, done) as show:
         while chunk := list(itertools.islice(rows, CHUNK)):
             good = [(number, texts) for number, texts in chunk if not isinstance(texts, UserError)]
             bad = [(number, str(error)) for number, error in chunk if isinstance(error, UserError)]
             logits = answer([texts for _, texts in good])
-            written = _lines([number for number, _ in good], logits, saved.labels, ending, head=not done)
+            written = _lines([number for number, _ in good], logits, saved.labels, place.output.suffix, head=not done)
             done += len(chunk)
             place.add(written, "".join(json.dumps({"row": n, "error": e}) + "\n" for n, e in bad), done, len(bad))
             show(done)
@@ -104,7 +119,7 @@ def predict(model: Path, source: str, output: Path, console: Console, text: Sequ
     if not done:
         raise UserError(f"{file} has no rows")
     counts = Counts(done - place.unread, place.unread)
-    console.say(f"{counts.answered:,} rows answered: {output}")
+    console.say(f"{counts.answered:,} rows answered: {place.output}")
     if counts.unread:
         console.warn(f"{counts.unread:,} rows could not be read: {place.errors}")
     return counts
@@ -128,17 +143,21 @@ def _columns(folder: Path, saved: Saved, text: Sequence[str] | None) -> tuple[st
     return found
 
 
-def _count(file: Path, columns: Sequence[str]) -> int:
-    """The number of rows. A column that the first of them lacks is a mistake, and not that of the row."""
-    total, checked = 0, False
-    for total, row in enumerate(attempts(file), start=1):
-        if not checked and not isinstance(row, UserError):
-            for name in columns:
-                text_of(row, name, f"{file}, row {total}")
+def _rows(file: Path, given: BinaryIO | None, columns: Sequence[str]) -> Iterator[Row]:
+    """The numbers of the rows, with their texts or why they have none.
+
+    Raises:
+      UserError: if the first row that can be read lacks a column: that is not a matter of this row.
+    """
+    checked = False
+    for number, row in enumerate(attempts(file, given), start=1):
+        where = f"{file}, row {number}"
+        if not isinstance(row, UserError):
+            missing = None if checked else next((name for name in columns if name not in row), None)
+            if missing is not None:
+                raise UserError(f"{where}: no column {missing!r}; {nearest(missing, row)}")
             checked = True
-    if not total:
-        raise UserError(f"{file} has no rows")
-    return total
+        yield number, _texts(row, columns, where)
 
 
 def _texts(row: Any, columns: Sequence[str], where: str) -> tuple[str, ...] | UserError:
@@ -151,12 +170,15 @@ def _texts(row: Any, columns: Sequence[str], where: str) -> tuple[str, ...] | Us
 
 
 def _answering(saved: Saved, columns: Sequence[str]) -> Any:
-    """The function from texts to logits; its padded lengths are chosen for the first texts, so it compiles once."""
+    """The function from texts to logits.
+
+    Its padded lengths do not depend on the texts, or a run that resumes would answer in other digits.
+    """
     config = saved.model.config
     tokenizer = tokenizers.load(saved.tokenizer, config.vocab_size)
     run = Compiled(step.eval_step(saved.model, saved.transform), 2)
     longest = min(saved.max_length, config.max_length)
-    buckets: list[int] = []
+    buckets = [length for length in LENGTHS if length < longest] + [longest]
 
     def answer(texts: Sequence[tuple[str, ...]]) -> np.ndarray:
         if not texts:
@@ -164,17 +186,17 @@ def _answering(saved: Saved, columns: Sequence[str]) -> Any:
         split: dict[str, Any] = {name: [row[i] for row in texts] for i, name in enumerate(columns)}
         split |= {"label": [0] * len(texts)}
         examples = tokenize(split, columns, tokenizer, longest, np.int32)
-        if not buckets:
-            most = 8 if jax.default_backend() == "cpu" else 3
-            buckets.extend(sorted({longest, *(min(n, longest) for n in length_buckets(examples.lengths, most))}))
         return evaluate(run, saved.variables, {"params": {}, "peft": {}}, examples, buckets)
 
     return answer
 
 
 def _lines(rows: Sequence[int], logits: np.ndarray, labels: Sequence[str], ending: str, head: bool) -> str:
-    """The answers as text. Numbers have as many digits as float32 needs."""
-    shares = np.asarray(softmax(logits.astype(np.float64), axis=-1)) if labels else logits
+    """The answers as text, in numbers of seven digits."""
+    shares = logits.astype(np.float64)
+    if labels:
+        shares = np.exp(shares - shares.max(1, keepdims=True))
+        shares /= shares.sum(1, keepdims=True)
     names = [*labels] if labels else ["value"]
     digits = [[float(f"{x:.7g}") for x in row] for row in shares.tolist()]
     best = logits.argmax(1).tolist() if labels else []
@@ -206,25 +228,28 @@ class _Place:
 
     def begin(self) -> int:
         """The number of rows that are done already."""
-        self.output.parent.mkdir(parents=True, exist_ok=True)
         if not self._note.is_file():
             for path in (self.output, self.errors):
                 if path.exists():
                     raise UserError(f"--output: {path} is there already: choose another name, or delete it")
             self._write(0)
+            self.output.touch()
             return 0
         noted = files.read_record(self._note, PROGRESS)
         started_again = f"choose another name, or delete it and {self._note}"
-        if not self._identity["input"] or noted["of"] != self._identity:
-            raise UserError(f"--output: {self.output} was begun with another model, input or columns: {started_again}")
+        if noted["of"] != self._identity and noted["rows"]:
+            raise UserError(
+                f"--output: {self.output} was begun with another model, input, columns or device: {started_again}"
+            )
         self.unread = noted["unread"]
         for path, size in ((self.output, noted["output"]), (self.errors, noted["errors"])):
             if _size(path) < size:
                 raise UserError(f"--output: {path} was cut or deleted since it was begun: {started_again}")
-            if not size:
-                path.unlink(missing_ok=True)
-            elif _size(path) > size:
+            if _size(path) > size:
                 os.truncate(path, size)
+        self.output.touch()
+        if not _size(self.errors):
+            self.errors.unlink(missing_ok=True)
         return noted["rows"]
 
     def add(self, lines: str, errors: str, rows: int, unread: int) -> None:
@@ -240,11 +265,32 @@ class _Place:
 
     def end(self) -> None:
         """Forgets the note: the output is whole."""
-        self._note.unlink()
+        self._note.unlink(missing_ok=True)
 
     def _write(self, rows: int) -> None:
+        if not self._identity["input"]:
+            return  # the standard input does not come twice
         sizes = {"output": _size(self.output), "errors": _size(self.errors)}
         files.write_record(self._note, PROGRESS, {"of": self._identity, "rows": rows, "unread": self.unread, **sizes})
+
+
+@contextlib.contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """Holds an output against other processes. The lock ends with the process, however it ends."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_name(f".{output.name}.lock")
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # not one that was deleted meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise UserError(f"--output: another process writes {output}: wait until it is done")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:

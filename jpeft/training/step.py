@@ -99,7 +99,7 @@ def train_step(
     transform: Transform | Chain,
     optimizer: optax.GradientTransformation,
     example_loss: Loss = example_losses,
-) -> Callable[[State, Tree, Batch, Array], tuple[State, StepMetrics]]:
+) -> Callable[[State, Tree, Batch | tuple[Batch, ...], Array], tuple[State, StepMetrics]]:
     """The function (state, frozen, batch, key) -> (state, metrics); jit it, and donate the state.
 
     A batch may come in parts of different padded lengths, as from `train_batches`: the loss is the mean over all rows.
@@ -147,7 +147,7 @@ def together(fn: Callable[..., Any], batch_axis: int | None) -> Callable[..., An
       "peft", are stacked and the base, "params", is not, of batches, and of stacked keys, if `fn` takes one.
     """
 
-    def run(first: Any, frozen: Tree, batch: Batch, *keys: Array) -> Any:
+    def run(first: Any, frozen: Tree, batch: Any, *keys: Array) -> Any:
         axes = (0, {"params": None, "peft": 0}, batch_axis, *(0 for _ in keys))
         return jax.vmap(fn, axes)(first, frozen, batch, *keys)
 

@@ -53,7 +53,7 @@ def trial(
     total: Callable[..., Any],
     state: State,
     frozen: Tree,
-    batches: Iterator[Batch],
+    batches: Iterator[Batch | tuple[Batch, ...]],
     held: Sequence[Batch],
     key: Array,
     every: int,

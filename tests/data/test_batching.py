@@ -140,6 +140,14 @@ def test_seeds_have_batches_of_one_layout_at_every_step_and_epochs_have_not(exam
     assert shapes(0, 1) != shapes(0, 2)
 
 
+def test_seeds_have_other_batches_though_no_two_rows_are_of_one_length():
+    examples = ragged(range(2, 200))
+    layouts = padding.layouts(examples.lengths, 16)
+    batches = [[set(counted(b)) for b in batching.train_batches(examples, layouts, seed, 0)] for seed in (0, 1)]
+    shared = [len(a & b) for a, b in zip(*batches, strict=True)]
+    assert np.mean(shared) < 6
+
+
 def test_a_batch_gets_the_first_layout_that_holds_it():
     tight, wide = (Part(2, 4), Part(1, 8)), (Part(3, 16),)
     for lengths, layout in (((4, 8, 4), tight), ((4, 5, 5), wide), ((1, 4, 9), wide)):

@@ -1,5 +1,6 @@
 """Predictions for files: the run's own logits, in the order of the rows, whatever happens on the way."""
 
+import fcntl
 import importlib
 import io
 import json
@@ -17,6 +18,7 @@ import jpeft
 from jpeft.core import files
 from jpeft.run import experiment, predict
 from jpeft.run.console import Console
+from jpeft.run.stopping import Stopped
 
 QUIET = Console(quiet=True)
 PROGRAM = runpy.run_path(str(Path(jpeft.__file__).with_name("predict.py")))
@@ -30,7 +32,7 @@ def once(tmp_path_factory):
 @pytest.fixture
 def workdir(tiny_config, once):
     if not (once / "report.json").is_file():
-        experiment.run(tiny_config("lora", num_epochs=1, max_length=8), once, QUIET)
+        experiment.run(tiny_config("lora", num_epochs=1, max_length=12), once, QUIET)
     return once
 
 
@@ -109,7 +111,13 @@ def test_tables_hold_what_json_lines_hold(workdir, source, tmp_path, ending, sep
 def test_rows_that_cannot_be_read_are_listed_and_the_rest_goes_on(workdir, source, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "CHUNK", 3)
     lines = source.read_bytes().splitlines()[:8]
-    bad = {1: b"{", 3: b"[1]", 5: b'{"sentence1": "the dog"}', 6: b'{"sentence1": 1, "sentence2": "a"}', 7: b'"\xff"'}
+    bad = {
+        1: b'{"sentence1": null, "sentence2": "a"}',
+        3: b"[1]",
+        5: b'{"sentence1": "the dog"}',
+        6: b'{"sentence1": 1, "sentence2": "a"}',
+        7: b'"\xff"',
+    }
     file, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     file.write_bytes(b"\n".join(bad.get(number, line) for number, line in enumerate(lines, start=1)))
     console = Console(quiet=True)
@@ -118,7 +126,9 @@ def test_rows_that_cannot_be_read_are_listed_and_the_rest_goes_on(workdir, sourc
     listed = read(tmp_path / "out.jsonl.errors.jsonl")
     assert [row["row"] for row in listed] == list(bad)
     for row, says in zip(
-        listed, ("not JSON", "not a JSON object", "no column 'sentence2'", "not text", "not UTF-8"), strict=True
+        listed,
+        ("is None, which is not text", "not a JSON object", "no column 'sentence2'", "not text", "not UTF-8"),
+        strict=True,
     ):
         assert says in row["error"]
     predict.predict(workdir, str(source), tmp_path / "whole.jsonl", QUIET)
@@ -130,11 +140,13 @@ def test_rows_that_cannot_be_read_are_listed_and_the_rest_goes_on(workdir, sourc
 
 def test_stopped_anywhere_it_ends_the_same(workdir, source, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "CHUNK", 4)
-    lines = [*source.read_text().splitlines(), "{", *source.read_text().splitlines()]
+    lines = sorted(source.read_text().splitlines(), key=len)  # what is padded to which length changes on the way
+    lines = [*lines, "{", *lines]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(lines))
     predict.predict(workdir, str(file), tmp_path / "whole.csv", QUIET)
-    output, write = tmp_path / "out.csv", predict.files.write_record
+    output, write, evaluate, seen = tmp_path / "out.csv", predict.files.write_record, predict.evaluate, []
+    monkeypatch.setattr(predict, "evaluate", lambda *args: seen.append(tuple(args[-1])) or evaluate(*args))
     for survives in (0, 1, 4, 2):  # notes that are made before the process dies, with rows on disk that no note knows
 
         def dying(*args, left=[survives]):  # noqa: B006
@@ -151,19 +163,20 @@ def test_stopped_anywhere_it_ends_the_same(workdir, source, tmp_path, monkeypatc
     assert output.read_text() == (tmp_path / "whole.csv").read_text()
     errors = [tmp_path / f"{name}.csv.errors.jsonl" for name in ("out", "whole")]
     assert errors[0].read_text() == errors[1].read_text()
-    assert not [path for path in tmp_path.iterdir() if "progress" in path.name]
+    assert set(seen) == {(8, 12)}  # or a run that resumes would answer in other digits
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_what_was_begun_goes_on_with_the_same_only(workdir, source, tmp_path, monkeypatch, fails):
     monkeypatch.setattr(predict, "CHUNK", 4)
     output, other = tmp_path / "out.jsonl", tmp_path / "other.jsonl"
     evaluate = predict.evaluate
-    monkeypatch.setattr(predict, "evaluate", lambda *args: evaluate(*args) if not output.exists() else 1 / 0)
+    monkeypatch.setattr(predict, "evaluate", lambda *args: 1 / 0 if output.read_text() else evaluate(*args))
     with pytest.raises(ZeroDivisionError):
         predict.predict(workdir, str(source), output, QUIET)
     monkeypatch.setattr(predict, "evaluate", evaluate)
     other.write_text(source.read_text().replace("dog", "cat"))
-    assert "was begun with another model, input or columns" in fails(input=other)
+    assert "was begun with another model, input, columns or device" in fails(input=other)
     kept = output.read_text()
     output.write_text(kept[:-1])
     assert "was cut or deleted since it was begun" in fails(input=source)
@@ -188,13 +201,50 @@ def test_what_cannot_be_done_is_one_line(workdir, source, tmp_path, fails):
     assert (tmp_path / "out.jsonl").read_text() == "mine"
 
 
-def test_a_task_of_ones_own_knows_its_columns(tiny_config, tmp_path, source):
+def test_one_process_writes_an_output(workdir, source, tmp_path, fails):
+    with (tmp_path / ".out.jsonl.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another process writes" in fails(input=source)
+    predict.predict(workdir, str(source), tmp_path / "out.jsonl", QUIET)
+
+
+def test_what_fails_before_its_first_answer_is_in_nobodys_way(workdir, source, tmp_path, monkeypatch, fails):
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patched:
+        patched.setattr(predict, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            predict.predict(workdir, str(source), output, QUIET)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(source.read_text().splitlines(keepends=True)[:5]))
+    assert predict.predict(workdir, str(other), output, QUIET) == (5, 0)
+    assert len(read(output)) == 5
+
+
+def test_columns_of_the_standard_input_are_checked(source, monkeypatch, fails):
+    for text, says in (("sentence,sentence2", "no column 'sentence'"), ("sentence1,sentence2", "is there already")):
+        monkeypatch.setattr(predict.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(source.read_bytes())))
+        assert says in fails(input="-", text=text)
+
+
+def test_asked_to_stop_it_is_not_a_success(workdir, source, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise Stopped("")
+
+    monkeypatch.setattr(predict, "evaluate", stopped)
+    arguments = ["predict", f"--model={workdir}", f"--input={source}", f"--output={tmp_path / 'out.jsonl'}"]
+    with pytest.raises(SystemExit, match=r"stopped: .*out\.jsonl is not whole"):
+        PROGRAM["main"](arguments)
+
+
+def test_a_task_of_ones_own_knows_its_columns(tiny_config, tmp_path, source, monkeypatch):
     config = tiny_config("lora", "custom", num_epochs=1, max_length=8)
     config.data.update(path=None, train=str(source), text=("sentence2",), validation_fraction=0.3)
     experiment.run(config, tmp_path / "run", QUIET)
     predict.predict(tmp_path / "run", str(source), tmp_path / "out.jsonl", QUIET)
     assert {row["label"] for row in read(tmp_path / "out.jsonl")} <= {"0", "1"}
-    (tmp_path / "run" / "seed_11" / "model").rename(tmp_path / "model")  # without its run
+    monkeypatch.chdir(tmp_path / "run" / "seed_11")
+    predict.predict(Path("model"), str(source), tmp_path / "relative.jsonl", QUIET)
+    Path("model").rename(tmp_path / "model")  # without its run
     with pytest.raises(jpeft.UserError, match=r"name the columns with text, as in --text sentence1$"):
         predict.predict(tmp_path / "model", str(source), tmp_path / "other.jsonl", QUIET)
 
