@@ -1,14 +1,11 @@
 """Predictions for the rows of a file: streamed, in the order of the input, and resumed where they stopped."""
 
-import contextlib
 import csv
-import fcntl
 import io
 import itertools
 import json
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,6 +22,7 @@ from jpeft.run import experiment, workdir
 from jpeft.run.config import CUSTOM
 from jpeft.run.console import Console
 from jpeft.run.export import find_modules
+from jpeft.run.place import Place, held
 from jpeft.store import modules
 from jpeft.store.modules import Saved
 from jpeft.training import step
@@ -36,7 +34,6 @@ __all__ = ["Counts", "predict"]
 CHUNK = 2048  # rows that are answered, written and noted together
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)  # that rows are padded to, up to the longest
 STDIN = "-"
-PROGRESS = "progress of predictions"  # the kind of the record
 WRITES = (".jsonl", ".csv", ".tsv")
 
 Row = tuple[int, tuple[str, ...] | UserError]
@@ -88,8 +85,8 @@ def predict(model: Path, source: str, output: Path, console: Console, text: Sequ
     total = None if given else sum(1 for _ in _rows(file, None, columns))
     if total == 0:
         raise UserError(f"{file} has no rows")
-    with _held(output):
-        return _predict(saved, file, given, columns, _Place(output, identity), total, console)
+    with held(output):
+        return _predict(saved, file, given, columns, Place(output, identity), total, console)
 
 
 def _predict(
@@ -97,7 +94,7 @@ def _predict(
     file: Path,
     given: BinaryIO | None,
     columns: Sequence[str],
-    place: "_Place",
+    place: Place,
     total: int | None,
     console: Console,
 ) -> Counts:
@@ -186,7 +183,10 @@ def _answering(saved: Saved, columns: Sequence[str]) -> Any:
         split: dict[str, Any] = {name: [row[i] for row in texts] for i, name in enumerate(columns)}
         split |= {"label": [0] * len(texts)}
         examples = tokenize(split, columns, tokenizer, longest, np.int32)
-        return evaluate(run, saved.variables, {"params": {}, "peft": {}}, examples, buckets)
+        logits = evaluate(run, saved.variables, {"params": {}, "peft": {}}, examples, buckets)
+        if not np.isfinite(logits).all():
+            raise UserError("the model's answers are not finite")
+        return logits
 
     return answer
 
@@ -216,82 +216,3 @@ def _lines(rows: Sequence[int], logits: np.ndarray, labels: Sequence[str], endin
     for i, (n, own) in enumerate(zip(rows, digits, strict=True)):
         write([n, *([labels[best[i]]] if labels else []), *own])
     return text.getvalue()
-
-
-class _Place:
-    """Where answers go. What was written and noted stays; what was written after the last note is cut off again."""
-
-    def __init__(self, output: Path, identity: Mapping[str, Any]):
-        self.output, self.errors = output, output.with_name(f"{output.name}.errors.jsonl")
-        self._note, self._identity = output.with_name(f".{output.name}.progress.json"), identity
-        self.unread = 0
-
-    def begin(self) -> int:
-        """The number of rows that are done already."""
-        if not self._note.is_file():
-            for path in (self.output, self.errors):
-                if path.exists():
-                    raise UserError(f"--output: {path} is there already: choose another name, or delete it")
-            self._write(0)
-            self.output.touch()
-            return 0
-        noted = files.read_record(self._note, PROGRESS)
-        started_again = f"choose another name, or delete it and {self._note}"
-        if noted["of"] != self._identity and noted["rows"]:
-            raise UserError(
-                f"--output: {self.output} was begun with another model, input, columns or device: {started_again}"
-            )
-        self.unread = noted["unread"]
-        for path, size in ((self.output, noted["output"]), (self.errors, noted["errors"])):
-            if _size(path) < size:
-                raise UserError(f"--output: {path} was cut or deleted since it was begun: {started_again}")
-            if _size(path) > size:
-                os.truncate(path, size)
-        self.output.touch()
-        if not _size(self.errors):
-            self.errors.unlink(missing_ok=True)
-        return noted["rows"]
-
-    def add(self, lines: str, errors: str, rows: int, unread: int) -> None:
-        """Appends answers and errors, and notes that so many rows are done."""
-        self.unread += unread
-        for path, text in ((self.output, lines), (self.errors, errors)):
-            if text:
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-        self._write(rows)
-
-    def end(self) -> None:
-        """Forgets the note: the output is whole."""
-        self._note.unlink(missing_ok=True)
-
-    def _write(self, rows: int) -> None:
-        if not self._identity["input"]:
-            return  # the standard input does not come twice
-        sizes = {"output": _size(self.output), "errors": _size(self.errors)}
-        files.write_record(self._note, PROGRESS, {"of": self._identity, "rows": rows, "unread": self.unread, **sizes})
-
-
-@contextlib.contextmanager
-def _held(output: Path) -> Iterator[None]:
-    """Holds an output against other processes. The lock ends with the process, however it ends."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_name(f".{output.name}.lock")
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # not one that was deleted meanwhile
-        except (BlockingIOError, FileNotFoundError):
-            held = False
-        if not held:
-            raise UserError(f"--output: another process writes {output}: wait until it is done")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

@@ -220,6 +220,11 @@ def test_what_fails_before_its_first_answer_is_in_nobodys_way(workdir, source, t
     assert len(read(output)) == 5
 
 
+def test_answers_that_are_not_finite_are_one_line(workdir, source, monkeypatch, fails):
+    monkeypatch.setattr(predict, "evaluate", lambda *_: np.full((18, 2), np.nan, np.float32))
+    assert fails(input=source) == "the model's answers are not finite"
+
+
 def test_columns_of_the_standard_input_are_checked(source, monkeypatch, fails):
     for text, says in (("sentence,sentence2", "no column 'sentence'"), ("sentence1,sentence2", "is there already")):
         monkeypatch.setattr(predict.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(source.read_bytes())))

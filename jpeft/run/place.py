@@ -1,0 +1,112 @@
+"""A file of answers that grows by parts, and goes on where it was left."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jpeft.core import files
+from jpeft.core.errors import UserError
+
+__all__ = ["Place", "held"]
+
+PROGRESS = "progress of predictions"  # the kind of the record
+
+
+class Place:
+    """Where answers go. What was written and noted stays; what was written after the last note is cut off again.
+
+    Args:
+      output: the file; `<output>.errors.jsonl` beside it lists what could not be answered.
+      identity: JSON, of what the answers depend on. Its "input" is empty if that cannot be read twice.
+
+    Attributes:
+      output: see above.
+      errors: the file beside it.
+      unread: rows listed there.
+    """
+
+    def __init__(self, output: Path, identity: Mapping[str, Any]):
+        self.output, self.errors = output, output.with_name(f"{output.name}.errors.jsonl")
+        self._note, self._identity = output.with_name(f".{output.name}.progress.json"), identity
+        self.unread = 0
+
+    def begin(self) -> int:
+        """The number of rows that are done already.
+
+        Raises:
+          UserError: if the output is another one's, or is not as it was left.
+        """
+        if not self._note.is_file():
+            for path in (self.output, self.errors):
+                if path.exists():
+                    raise UserError(f"--output: {path} is there already: choose another name, or delete it")
+            self._write(0)
+            self.output.touch()
+            return 0
+        noted = files.read_record(self._note, PROGRESS)
+        started_again = f"choose another name, or delete it and {self._note}"
+        if noted["of"] != self._identity and noted["rows"]:
+            raise UserError(
+                f"--output: {self.output} was begun with another model, input, columns or device: {started_again}"
+            )
+        self.unread = noted["unread"]
+        for path, size in ((self.output, noted["output"]), (self.errors, noted["errors"])):
+            if _size(path) < size:
+                raise UserError(f"--output: {path} was cut or deleted since it was begun: {started_again}")
+            if _size(path) > size:
+                os.truncate(path, size)
+        self.output.touch()
+        if not _size(self.errors):
+            self.errors.unlink(missing_ok=True)
+        return noted["rows"]
+
+    def add(self, lines: str, errors: str, rows: int, unread: int) -> None:
+        """Appends answers and errors, and notes that so many rows are done."""
+        self.unread += unread
+        for path, text in ((self.output, lines), (self.errors, errors)):
+            if text:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+        self._write(rows)
+
+    def end(self) -> None:
+        """Forgets the note: the output is whole."""
+        self._note.unlink(missing_ok=True)
+
+    def _write(self, rows: int) -> None:
+        if not self._identity["input"]:
+            return  # the standard input does not come twice
+        sizes = {"output": _size(self.output), "errors": _size(self.errors)}
+        files.write_record(self._note, PROGRESS, {"of": self._identity, "rows": rows, "unread": self.unread, **sizes})
+
+
+@contextlib.contextmanager
+def held(output: Path) -> Iterator[None]:
+    """Holds an output against other processes. The lock ends with the process, however it ends.
+
+    Raises:
+      UserError: if another process holds it.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_name(f".{output.name}.lock")
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # not one that was deleted meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            alone = False
+        if not alone:
+            raise UserError(f"--output: another process writes {output}: wait until it is done")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
