@@ -204,8 +204,9 @@ def curves(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4))
     FigureCanvasAgg(figure)
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.15, top=0.88, wspace=0.22)  # layouts by search take longer
     losses, scores = figure.subplots(1, 2)
     for seed, rows in histories.items():
         epochs = [row["epoch"] for row in rows]

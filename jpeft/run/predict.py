@@ -116,9 +116,11 @@ def _predict(
     if not done:
         raise UserError(f"{file} has no rows")
     counts = Counts(done - place.unread, place.unread)
+    if not counts.answered:
+        raise UserError(f"none of the {done:,} rows could be read: {place.errors} says why")
     console.say(f"{counts.answered:,} rows answered: {place.output}")
     if counts.unread:
-        console.warn(f"{counts.unread:,} rows could not be read: {place.errors}")
+        console.warn(f"{counts.unread:,} row{'s' * (counts.unread > 1)} could not be read: {place.errors}")
     return counts
 
 

@@ -193,6 +193,9 @@ def test_what_cannot_be_done_is_one_line(workdir, source, tmp_path, fails):
     assert ".jsonl" in fails(input=source, output=tmp_path / "out.json")
     assert "no column 'sentence'; did you mean" in fails(input=source, text="sentence,sentence2")
     assert "--text must name 2 columns, as in training" in fails(input=source, text="sentence1")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{\n[]\n")
+    assert "none of the 2 rows could be read" in fails(input=broken, output=tmp_path / "none.jsonl")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     assert "empty.jsonl has no rows" in fails(input=empty)

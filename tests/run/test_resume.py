@@ -15,7 +15,7 @@ from jpeft.run import experiment
 from jpeft.run.console import Console
 
 REPOSITORY = Path(__file__).parents[1]
-EPOCHS = 20
+EPOCHS = 12
 
 
 @pytest.fixture
