@@ -34,8 +34,8 @@ from jpeft.importance.fisher import fisher
 from jpeft.importance.masks import packed, read_mask, top, write_mask
 from jpeft.plans import fishpal
 from jpeft.plans.plan import Entry, Plan, build
+from jpeft.serving.prediction import predict
 from jpeft.store.modules import Saved, load
-from jpeft.store.prediction import predict
 from jpeft.transforms.adamix import adamix
 from jpeft.transforms.adapterdrop import adapterdrop
 from jpeft.transforms.bitfit import bitfit

@@ -14,7 +14,7 @@ from jpeft.run import command
 
 def run(argv: list[str]) -> None:
     """Parses the command line and exports."""
-    # Said again here, so that the help needs no imports; a test holds it against `jpeft.run.export.FORMATS`.
+    # Said again here, so that the help needs no imports; a test holds it against `jpeft.serving.export.FORMATS`.
     formats = "hf: a plain model with the modules merged; peft: an adapter for Hugging Face peft"
     parser = command.Parser(
         "python -m jpeft.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -24,8 +24,8 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     parser.add_argument("--license", default="unknown", help="for the model card")
     given = parser.parse_args(argv[1:])
-    from jpeft.run import export
     from jpeft.run.console import Console
+    from jpeft.serving import export
 
     export.export(given.model, given.format, given.output, Console(), given.license)
 

@@ -26,12 +26,12 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help=".jsonl, .csv or .tsv")
     parser.add_argument("--text", help="the columns with text, as in premise,hypothesis; those of the task by default")
     given = parser.parse_args(argv[1:])
-    from jpeft.run import predict
     from jpeft.run.console import Console
+    from jpeft.serving import stream
 
     text = tuple(given.text.split(",")) if given.text else None
     try:
-        predict.predict(given.model, given.input, given.output, Console(), text)
+        stream.predict(given.model, given.input, given.output, Console(), text)
     except Stopped:  # the output is not whole: not a success, as it is for a training that saved
         raise SystemExit(f"\nstopped: {given.output} is not whole") from None
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jpeft.data.padding import Layout, tops
+from jpeft.data.padding import Layout, padded_lengths, tops
 
 __all__ = [
     "Batch", "Examples", "by_length", "drawn", "eval_batches", "filled", "num_batches", "sample", "take", "together",
@@ -114,7 +114,7 @@ def train_batches(
     """
     lengths, batch_size = examples.lengths, sum(part.rows for part in layouts[0])
     order = np.random.default_rng((seed, epoch)).permutation(examples.size)
-    kinds = np.searchsorted(sorted({part.length for layout in layouts for part in layout}), lengths)
+    kinds = np.searchsorted(padded_lengths(layouts), lengths)
     grouped = order[np.argsort(kinds[order], kind="stable")]  # by kind, and within a kind at random
     batches = _cut(grouped[np.random.default_rng(epoch).permutation(examples.size)], batch_size)
     for rows in batches[start:]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Layout", "Part", "layouts", "length_buckets", "tops"]
+__all__ = ["Layout", "Part", "layouts", "length_buckets", "padded_lengths", "tops"]
 
 SAMPLE = 512  # random batches, to choose layouts for
 # A candidate for each: its i-th shortest row holds the i-th shortest row of this share of the batches.
@@ -122,6 +122,11 @@ def layouts(
         chosen.append(best)
         now = np.maximum(now, saved.pop(best))
     return tuple(sorted(chosen, key=_tokens))
+
+
+def padded_lengths(layouts: Sequence[Layout]) -> list[int]:
+    """All lengths that rows are padded to, ascending."""
+    return sorted({part.length for layout in layouts for part in layout})
 
 
 def tops(layout: Layout) -> np.ndarray:

@@ -41,7 +41,7 @@ def attempts(file: Path, stream: BinaryIO | None = None) -> Iterator[Mapping[str
       UserError: if the file itself cannot be read, or at a row of CSV that is not UTF-8 or whose quotes do not close:
         it leaves open where the next one begins.
     """
-    ending = "jsonl" if stream else file.name.removesuffix(".gz").rpartition(".")[2]
+    ending = "jsonl" if stream is not None else file.name.removesuffix(".gz").rpartition(".")[2]
     if ending == "parquet":
         import pyarrow
         from pyarrow import parquet

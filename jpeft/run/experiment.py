@@ -121,7 +121,7 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
     task = configs.task_of(config)
     base = load_model(config, task.num_labels, config.seeds[0])  # each seed draws its own head
     data, source = _load_data(config, task, base, console)
-    lengths = ", ".join(map(str, sorted({part.length for layout in data.layouts for part in layout})))
+    lengths = ", ".join(map(str, padding.padded_lengths(data.layouts)))
     console.say(
         f"  {data.train.size:,} examples to train on, padded to {lengths} tokens, "
         f"{data.dev.size:,} of {task.eval_split} to evaluate on"

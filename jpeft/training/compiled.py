@@ -127,14 +127,14 @@ def prepare(steps: Steps, state: State, frozen: Tree, data: Data, key: Array) ->
 
 
 def planned_memory(steps: Steps, state: State, frozen: Tree, data: Data, key: Array) -> int:
-    """The bytes that training with these arguments of `prepare` needs; 0 if it is not `Compiled`.
+    """The bytes that training with these arguments of `prepare` needs, by the layout with the most tokens; 0 if it is
+    not `Compiled`.
 
     The base model counts, though it may already be there.
     """
     if not isinstance(steps.train, Compiled):
         return 0
-    widest = max(data.layouts, key=lambda layout: sum(rows * length for rows, length in layout))
-    steps.train.prepare([(state, frozen, _parts(steps, data, key.shape, widest), key)])
+    steps.train.prepare([(state, frozen, _parts(steps, data, key.shape, data.layouts[-1]), key)])
     return steps.train.memory()
 
 

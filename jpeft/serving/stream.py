@@ -21,8 +21,8 @@ from jpeft.data.tasks import TASKS
 from jpeft.run import experiment, workdir
 from jpeft.run.config import CUSTOM
 from jpeft.run.console import Console
-from jpeft.run.export import find_modules
-from jpeft.run.place import Place, held
+from jpeft.serving.answers import Answers, held
+from jpeft.serving.export import find_modules
 from jpeft.store import modules
 from jpeft.store.modules import Saved
 from jpeft.training import step
@@ -86,7 +86,7 @@ def predict(model: Path, source: str, output: Path, console: Console, text: Sequ
     if total == 0:
         raise UserError(f"{file} has no rows")
     with held(output):
-        return _predict(saved, file, given, columns, Place(output, identity), total, console)
+        return _predict(saved, file, given, columns, Answers(output, identity), total, console)
 
 
 def _predict(
@@ -94,11 +94,11 @@ def _predict(
     file: Path,
     given: BinaryIO | None,
     columns: Sequence[str],
-    place: Place,
+    answers: Answers,
     total: int | None,
     console: Console,
 ) -> Counts:
-    done = place.begin()
+    done = answers.begin()
     if done:
         console.say(f"  resuming at row {done + 1:,}")
     answer = _answering(saved, columns)
@@ -108,19 +108,19 @@ def _predict(
             good = [(number, texts) for number, texts in chunk if not isinstance(texts, UserError)]
             bad = [(number, str(error)) for number, error in chunk if isinstance(error, UserError)]
             logits = answer([texts for _, texts in good])
-            written = _lines([number for number, _ in good], logits, saved.labels, place.output.suffix, head=not done)
+            written = _lines([number for number, _ in good], logits, saved.labels, answers.output.suffix, head=not done)
             done += len(chunk)
-            place.add(written, "".join(json.dumps({"row": n, "error": e}) + "\n" for n, e in bad), done, len(bad))
+            answers.add(written, "".join(json.dumps({"row": n, "error": e}) + "\n" for n, e in bad), done, len(bad))
             show(done)
-    place.end()
+    answers.end()
     if not done:
         raise UserError(f"{file} has no rows")
-    counts = Counts(done - place.unread, place.unread)
+    counts = Counts(done - answers.unread, answers.unread)
     if not counts.answered:
-        raise UserError(f"none of the {done:,} rows could be read: {place.errors} says why")
-    console.say(f"{counts.answered:,} rows answered: {place.output}")
+        raise UserError(f"none of the {done:,} rows could be read: {answers.errors} says why")
+    console.say(f"{counts.answered:,} rows answered: {answers.output}")
     if counts.unread:
-        console.warn(f"{counts.unread:,} row{'s' * (counts.unread > 1)} could not be read: {place.errors}")
+        console.warn(f"{counts.unread:,} row{'s' * (counts.unread > 1)} could not be read: {answers.errors}")
     return counts
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from jpeft.core import files
 from jpeft.core.errors import UserError
 
-__all__ = ["Place", "held"]
+__all__ = ["Answers", "held"]
 
 PROGRESS = "progress of predictions"  # the kind of the record
 
 
-class Place:
+class Answers:
     """Where answers go. What was written and noted stays; what was written after the last note is cut off again.
 
     Args:

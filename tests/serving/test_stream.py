@@ -16,9 +16,10 @@ from pyarrow import parquet
 
 import jpeft
 from jpeft.core import files
-from jpeft.run import experiment, predict
+from jpeft.run import experiment
 from jpeft.run.console import Console
 from jpeft.run.stopping import Stopped
+from jpeft.serving import stream
 
 QUIET = Console(quiet=True)
 PROGRAM = runpy.run_path(str(Path(jpeft.__file__).with_name("predict.py")))
@@ -75,7 +76,7 @@ def test_answers_are_those_of_the_run(workdir, source, tmp_path, capsys):
 def test_a_regression_has_values(tiny_config, tiny_glue, tmp_path):
     experiment.run(tiny_config("lora", "stsb", num_epochs=1, max_length=8), tmp_path / "run", QUIET)
     source, output = tiny_glue / "stsb" / "validation.jsonl", tmp_path / "out.csv"
-    predict.predict(tmp_path / "run", str(source), output, QUIET)
+    stream.predict(tmp_path / "run", str(source), output, QUIET)
     logits = files.read_leaves(tmp_path / "run" / "seed_11" / experiment.PREDICTIONS)["logits"]
     head, *lines = output.read_text().splitlines()
     assert head == "row,value"
@@ -84,24 +85,24 @@ def test_a_regression_has_values(tiny_config, tiny_glue, tmp_path):
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", "-"])
 def test_every_kind_of_file_gives_the_same(workdir, source, tmp_path, monkeypatch, ending):
-    predict.predict(workdir, str(source), tmp_path / "expected.jsonl", QUIET)
+    stream.predict(workdir, str(source), tmp_path / "expected.jsonl", QUIET)
     rows, file = read(source), tmp_path / f"rows{ending}"
     if ending == "-":
-        monkeypatch.setattr(predict.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(source.read_bytes())))
+        monkeypatch.setattr(stream.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(source.read_bytes())))
     elif ending == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     else:
         separator = {".csv": ",", ".tsv": "\t"}[ending]
         file.write_text("".join(separator.join(map(str, row)) + "\n" for row in [rows[0], *(r.values() for r in rows)]))
     given = ending if ending == "-" else str(file)
-    predict.predict(workdir, given, tmp_path / "found.jsonl", QUIET)
+    stream.predict(workdir, given, tmp_path / "found.jsonl", QUIET)
     assert (tmp_path / "found.jsonl").read_text() == (tmp_path / "expected.jsonl").read_text()
 
 
 @pytest.mark.parametrize(("ending", "separator"), [(".csv", ","), (".tsv", "\t")])
 def test_tables_hold_what_json_lines_hold(workdir, source, tmp_path, ending, separator):
     for name in ("out.jsonl", f"out{ending}"):
-        predict.predict(workdir, str(source), tmp_path / name, QUIET)
+        stream.predict(workdir, str(source), tmp_path / name, QUIET)
     head, *lines = (line.split(separator) for line in (tmp_path / f"out{ending}").read_text().splitlines())
     assert head == ["row", "label", "not_equivalent", "equivalent"]
     for fields, row in zip(lines, read(tmp_path / "out.jsonl"), strict=True):
@@ -109,7 +110,7 @@ def test_tables_hold_what_json_lines_hold(workdir, source, tmp_path, ending, sep
 
 
 def test_rows_that_cannot_be_read_are_listed_and_the_rest_goes_on(workdir, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "CHUNK", 3)
+    monkeypatch.setattr(stream, "CHUNK", 3)
     lines = source.read_bytes().splitlines()[:8]
     bad = {
         1: b'{"sentence1": null, "sentence2": "a"}',
@@ -121,7 +122,7 @@ def test_rows_that_cannot_be_read_are_listed_and_the_rest_goes_on(workdir, sourc
     file, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     file.write_bytes(b"\n".join(bad.get(number, line) for number, line in enumerate(lines, start=1)))
     console = Console(quiet=True)
-    assert predict.predict(workdir, str(file), output, console) == (3, 5)
+    assert stream.predict(workdir, str(file), output, console) == (3, 5)
     assert "5 rows could not be read" in console.warnings[-1]
     listed = read(tmp_path / "out.jsonl.errors.jsonl")
     assert [row["row"] for row in listed] == list(bad)
@@ -131,7 +132,7 @@ def test_rows_that_cannot_be_read_are_listed_and_the_rest_goes_on(workdir, sourc
         strict=True,
     ):
         assert says in row["error"]
-    predict.predict(workdir, str(source), tmp_path / "whole.jsonl", QUIET)
+    stream.predict(workdir, str(source), tmp_path / "whole.jsonl", QUIET)
     whole = read(tmp_path / "whole.jsonl")
     for row in read(output):
         assert row["label"] == whole[row["row"] - 1]["label"]
@@ -139,14 +140,14 @@ def test_rows_that_cannot_be_read_are_listed_and_the_rest_goes_on(workdir, sourc
 
 
 def test_stopped_anywhere_it_ends_the_same(workdir, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "CHUNK", 4)
+    monkeypatch.setattr(stream, "CHUNK", 4)
     lines = sorted(source.read_text().splitlines(), key=len)  # what is padded to which length changes on the way
     lines = [*lines, "{", *lines]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(lines))
-    predict.predict(workdir, str(file), tmp_path / "whole.csv", QUIET)
-    output, write, evaluate, seen = tmp_path / "out.csv", predict.files.write_record, predict.evaluate, []
-    monkeypatch.setattr(predict, "evaluate", lambda *args: seen.append(tuple(args[-1])) or evaluate(*args))
+    stream.predict(workdir, str(file), tmp_path / "whole.csv", QUIET)
+    output, write, evaluate, seen = tmp_path / "out.csv", stream.files.write_record, stream.evaluate, []
+    monkeypatch.setattr(stream, "evaluate", lambda *args: seen.append(tuple(args[-1])) or evaluate(*args))
     for survives in (0, 1, 4, 2):  # notes that are made before the process dies, with rows on disk that no note knows
 
         def dying(*args, left=[survives]):  # noqa: B006
@@ -156,10 +157,10 @@ def test_stopped_anywhere_it_ends_the_same(workdir, source, tmp_path, monkeypatc
             write(*args)
 
         with monkeypatch.context() as patched:
-            patched.setattr(predict.files, "write_record", dying)
+            patched.setattr(stream.files, "write_record", dying)
             with pytest.raises(KeyboardInterrupt):
-                predict.predict(workdir, str(file), output, QUIET)
-    assert predict.predict(workdir, str(file), output, QUIET) == (36, 1)
+                stream.predict(workdir, str(file), output, QUIET)
+    assert stream.predict(workdir, str(file), output, QUIET) == (36, 1)
     assert output.read_text() == (tmp_path / "whole.csv").read_text()
     errors = [tmp_path / f"{name}.csv.errors.jsonl" for name in ("out", "whole")]
     assert errors[0].read_text() == errors[1].read_text()
@@ -168,13 +169,13 @@ def test_stopped_anywhere_it_ends_the_same(workdir, source, tmp_path, monkeypatc
 
 
 def test_what_was_begun_goes_on_with_the_same_only(workdir, source, tmp_path, monkeypatch, fails):
-    monkeypatch.setattr(predict, "CHUNK", 4)
+    monkeypatch.setattr(stream, "CHUNK", 4)
     output, other = tmp_path / "out.jsonl", tmp_path / "other.jsonl"
-    evaluate = predict.evaluate
-    monkeypatch.setattr(predict, "evaluate", lambda *args: 1 / 0 if output.read_text() else evaluate(*args))
+    evaluate = stream.evaluate
+    monkeypatch.setattr(stream, "evaluate", lambda *args: 1 / 0 if output.read_text() else evaluate(*args))
     with pytest.raises(ZeroDivisionError):
-        predict.predict(workdir, str(source), output, QUIET)
-    monkeypatch.setattr(predict, "evaluate", evaluate)
+        stream.predict(workdir, str(source), output, QUIET)
+    monkeypatch.setattr(stream, "evaluate", evaluate)
     other.write_text(source.read_text().replace("dog", "cat"))
     assert "was begun with another model, input, columns or device" in fails(input=other)
     kept = output.read_text()
@@ -208,29 +209,29 @@ def test_one_process_writes_an_output(workdir, source, tmp_path, fails):
     with (tmp_path / ".out.jsonl.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "another process writes" in fails(input=source)
-    predict.predict(workdir, str(source), tmp_path / "out.jsonl", QUIET)
+    stream.predict(workdir, str(source), tmp_path / "out.jsonl", QUIET)
 
 
 def test_what_fails_before_its_first_answer_is_in_nobodys_way(workdir, source, tmp_path, monkeypatch, fails):
     output = tmp_path / "out.jsonl"
     with monkeypatch.context() as patched:
-        patched.setattr(predict, "evaluate", lambda *_: 1 / 0)
+        patched.setattr(stream, "evaluate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            predict.predict(workdir, str(source), output, QUIET)
+            stream.predict(workdir, str(source), output, QUIET)
     other = tmp_path / "other.jsonl"
     other.write_text("".join(source.read_text().splitlines(keepends=True)[:5]))
-    assert predict.predict(workdir, str(other), output, QUIET) == (5, 0)
+    assert stream.predict(workdir, str(other), output, QUIET) == (5, 0)
     assert len(read(output)) == 5
 
 
 def test_answers_that_are_not_finite_are_one_line(workdir, source, monkeypatch, fails):
-    monkeypatch.setattr(predict, "evaluate", lambda *_: np.full((18, 2), np.nan, np.float32))
+    monkeypatch.setattr(stream, "evaluate", lambda *_: np.full((18, 2), np.nan, np.float32))
     assert fails(input=source) == "the model's answers are not finite"
 
 
 def test_columns_of_the_standard_input_are_checked(source, monkeypatch, fails):
     for text, says in (("sentence,sentence2", "no column 'sentence'"), ("sentence1,sentence2", "is there already")):
-        monkeypatch.setattr(predict.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(source.read_bytes())))
+        monkeypatch.setattr(stream.sys, "stdin", SimpleNamespace(buffer=io.BytesIO(source.read_bytes())))
         assert says in fails(input="-", text=text)
 
 
@@ -238,7 +239,7 @@ def test_asked_to_stop_it_is_not_a_success(workdir, source, tmp_path, monkeypatc
     def stopped(*_):
         raise Stopped("")
 
-    monkeypatch.setattr(predict, "evaluate", stopped)
+    monkeypatch.setattr(stream, "evaluate", stopped)
     arguments = ["predict", f"--model={workdir}", f"--input={source}", f"--output={tmp_path / 'out.jsonl'}"]
     with pytest.raises(SystemExit, match=r"stopped: .*out\.jsonl is not whole"):
         PROGRAM["main"](arguments)
@@ -248,13 +249,13 @@ def test_a_task_of_ones_own_knows_its_columns(tiny_config, tmp_path, source, mon
     config = tiny_config("lora", "custom", num_epochs=1, max_length=8)
     config.data.update(path=None, train=str(source), text=("sentence2",), validation_fraction=0.3)
     experiment.run(config, tmp_path / "run", QUIET)
-    predict.predict(tmp_path / "run", str(source), tmp_path / "out.jsonl", QUIET)
+    stream.predict(tmp_path / "run", str(source), tmp_path / "out.jsonl", QUIET)
     assert {row["label"] for row in read(tmp_path / "out.jsonl")} <= {"0", "1"}
     monkeypatch.chdir(tmp_path / "run" / "seed_11")
-    predict.predict(Path("model"), str(source), tmp_path / "relative.jsonl", QUIET)
+    stream.predict(Path("model"), str(source), tmp_path / "relative.jsonl", QUIET)
     Path("model").rename(tmp_path / "model")  # without its run
     with pytest.raises(jpeft.UserError, match=r"name the columns with text, as in --text sentence1$"):
-        predict.predict(tmp_path / "model", str(source), tmp_path / "other.jsonl", QUIET)
+        stream.predict(tmp_path / "model", str(source), tmp_path / "other.jsonl", QUIET)
 
 
 def test_the_program_does_not_stand_in_the_place_of_the_function():

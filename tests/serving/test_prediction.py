@@ -10,7 +10,7 @@ from jpeft.core.errors import UserError
 from jpeft.core.tree import replace
 from jpeft.models import Bert, pretrained
 from jpeft.plans import plan as plans
-from jpeft.store import prediction
+from jpeft.serving import prediction
 
 PLAN = {0: [plans.Entry("prefix", {"mlp_hidden": 8})], 1: [plans.Entry("pfeiffer", {"bottleneck": 4})]}
 PAIRS = [("the dog runs", "the cat sleeps"), ("a tree", "a house"), ("the dog runs", "the cat sees a big tree")]

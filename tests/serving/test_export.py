@@ -9,8 +9,9 @@ import pytest
 from jpeft import export as program
 from jpeft.core import files
 from jpeft.models import pretrained
-from jpeft.run import experiment, export
+from jpeft.run import experiment
 from jpeft.run.console import Console
+from jpeft.serving import export
 from jpeft.store import huggingface
 
 QUIET = Console(quiet=True)
