@@ -139,6 +139,18 @@ def test_rows_that_cannot_be_read_are_listed_and_the_rest_goes_on(workdir, sourc
     assert [row["row"] for row in read(output)] == [2, 4, 8]
 
 
+@pytest.mark.parametrize(("ending", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_rows_of_tables_with_too_few_fields_are_listed(workdir, tmp_path, ending, separator):
+    rows = [("sentence1", "sentence2"), ("the dog",), ("the dog", "a cat"), ("the", "big", "dog"), ("a cat", "the dog")]
+    file, output = tmp_path / f"rows{ending}", tmp_path / "out.jsonl"
+    file.write_text("".join(separator.join(row) + "\n" for row in rows))
+    assert stream.predict(workdir, str(file), output, QUIET) == (2, 2)
+    assert [row["row"] for row in read(output)] == [2, 4]
+    errors = read(tmp_path / "out.jsonl.errors.jsonl")
+    assert [row["row"] for row in errors] == [1, 3]
+    assert "1 fields where the header has 2" in errors[0]["error"]
+
+
 def test_stopped_anywhere_it_ends_the_same(workdir, source, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "CHUNK", 4)
     lines = sorted(source.read_text().splitlines(), key=len)  # what is padded to which length changes on the way
@@ -182,6 +194,9 @@ def test_what_was_begun_goes_on_with_the_same_only(workdir, source, tmp_path, mo
     output.write_text(kept[:-1])
     assert "was cut or deleted since it was begun" in fails(input=source)
     output.write_text(kept)
+    with monkeypatch.context() as patched:
+        patched.setattr(stream.jax, "default_backend", lambda: "tpu")
+        assert "was begun with another model, input, columns or device" in fails(input=source)
     note = tmp_path / ".out.jsonl.progress.json"
     note.write_text(note.read_text().replace('"rows": 4', '"rows": 8'))
     assert "was changed or damaged" in fails(input=source)

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 from training.test_loop import DATA, METHOD, MODEL, OPTIMIZER, SCHEDULE, examples, started
 
+from jpeft.data import batching
 from jpeft.training import loop
 from jpeft.training import step as stepping
 from jpeft.training.compiled import Steps, prepare
@@ -12,6 +13,8 @@ from jpeft.training.compiled import Steps, prepare
 
 def test_prepared_programs_are_all_that_a_run_needs():
     start = started()
+    epochs = [batching.train_batches(DATA.train, DATA.layouts, SCHEDULE.seed, epoch) for epoch in (1, 2, 3)]
+    assert {len(parts) for batches in epochs for parts in batches} == {1, 2}  # it needs the programs of both layouts
     train = chex.assert_max_traces(stepping.train_step(MODEL, METHOD, OPTIMIZER), n=2)
     steps = Steps.compiled(train, chex.assert_max_traces(stepping.eval_step(MODEL, METHOD), n=2))
     chex.clear_trace_counter()

@@ -32,7 +32,7 @@ def examples(size=28, seed=0):
     return Examples(rows, tuple(map(np.zeros_like, rows)), rng.integers(0, 2, size, dtype=np.int32))
 
 
-DATA = Data(TASKS["mrpc"], examples(), examples(10, seed=1), ((Part(3, 12), Part(5, 16)), (Part(8, 16),)), (8, 16))
+DATA = Data(TASKS["mrpc"], examples(), examples(10, seed=1), ((Part(4, 10), Part(4, 16)), (Part(8, 16),)), (8, 16))
 
 
 @pytest.fixture(scope="module")

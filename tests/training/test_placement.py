@@ -10,6 +10,7 @@ import pytest
 from conftest import CHEAP
 
 from jpeft.core.files import read_leaves
+from jpeft.data.batching import Batch
 from jpeft.run import experiment
 from jpeft.run.console import Console
 from jpeft.training import placement
@@ -55,6 +56,14 @@ def test_a_run_on_eight_devices_is_that_on_one(tiny_config, tmp_path, monkeypatc
         assert found == pytest.approx({at: loss for at, loss in one.items() if at[0] in seeds}, rel=1e-5)
         logits = [read_leaves(tmp_path / at / "seed_1" / experiment.PREDICTIONS)["logits"] for at in ("one", name)]
         np.testing.assert_allclose(*logits, atol=1e-4)
+
+
+def test_rows_are_divided_of_each_part_and_of_several_runs(monkeypatch):
+    monkeypatch.setattr(placement, "NamedSharding", lambda _, axes: tuple(axes))
+    part = Batch(*(np.zeros(shape) for shape in ((8, 4), (8, 4), (8, 4), (8,), (8,))))
+    assert placement.rows(None, part) == Batch(*[("rows",)] * 5)
+    runs = jax.tree.map(lambda x: np.stack([x, x]), part)
+    assert placement.rows(None, (runs, runs)) == (Batch(*[(None, "rows")] * 5),) * 2
 
 
 def test_each_array_is_divided_along_its_longest_axis_that_fits():
