@@ -75,7 +75,7 @@ class Steps:
 
 
 def main() -> None:
-    print("| task | layouts | one length | longest row of each batch | step, one length / layouts |")
+    print("| task | layouts | one length | longest row of each batch | steps, against one length |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for task in TASKS:
         data, base = loaded(task)
