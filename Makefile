@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/python -m jpeft.report runs/demo/head runs/demo/fishpal runs/demo/lora
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ def train(model, method, parts, target, steps):
 
 def main(path="modules.safetensors"):
     model, none, tokens = Model(), jpeft.chain(), jax.random.randint(jax.random.key(0), (512, 8), 0, 4)
-    params = model.init(jax.random.key(2), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(2), tokens)["params"]
     # Pretrained to name the first token of a row; LoRA then teaches it whether the first two sum to an odd number.
     params = train(model, none, jpeft.partition(none, params, {}, trains=params), lambda t: t[:, 0], 300)["params"]
     method, odd = jpeft.lora(rank=4, targets="query|value|up"), lambda t: (t[:, 0] + t[:, 1]) % 2
@@ -52,7 +52,7 @@ def main(path="modules.safetensors"):
     jpeft.write_leaves(path, {"peft": trained["peft"], "params": {"head": trained["params"]["head"]}})
     loaded = jpeft.union({"params": params}, jpeft.read_leaves(path))
     merged = jpeft.merge(method, loaded["peft"], loaded["params"]).params  # a plain model again
-    return float((model.apply({"params": merged}, tokens).argmax(-1) == odd(tokens)).mean())
+    return float((jax.jit(model.apply)({"params": merged}, tokens).argmax(-1) == odd(tokens)).mean())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # One cache of compiled programs for all workers, kept from one run of the tests to the next.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+# Nobody reads from a compiled test which line of Python an operation came from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax
 import numpy as np
@@ -26,6 +28,7 @@ import jpeft
 from jpeft.models import Bert, BertConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(200_000, 20, 100)  # tracing makes many objects, and few of them are garbage
 
 
 def _compile_cheaply() -> str:
@@ -35,7 +38,7 @@ def _compile_cheaply() -> str:
     public setting for this; where the private one is gone, the tests only take longer. Returns the flag that does the
     same in the processes that tests start.
     """
-    option = {"xla_cpu_use_fusion_emitters": False}
+    option = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
     try:
         from jax._src import compiler
 
@@ -49,10 +52,21 @@ def _compile_cheaply() -> str:
         return standard(*args, env_options_overrides={**own, **(env_options_overrides or {})}, **kwargs)
 
     compiler.get_compile_options = cheap
-    return "--xla_cpu_use_fusion_emitters=false"
+    return "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
 CHEAP = _compile_cheaply()
+
+
+# Start with the files that take longest, so that no worker is left waiting for another's last file.
+LONGEST = (
+    "test_experiment", "test_placement", "test_registry", "test_train", "test_examples", "test_resume", "test_finished",
+    "test_loop", "test_criteria", "test_step", "test_fisher",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jpeft.core.errors import UserError
 from jpeft.core.files import file_hash, read_leaves, read_record, write_leaves, write_record
@@ -126,7 +127,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     description = verify(folder)
     kept = read_leaves(folder / WEIGHTS)
-    bad = next((path for path, x in flatten(kept).items() if not bool(jax.numpy.isfinite(x).all())), None)
+    bad = next((path for path, x in flatten(kept).items() if not np.isfinite(np.asarray(x)).all()), None)
     if bad is not None:
         raise UserError(f"{folder / WEIGHTS}: {':'.join(bad)} is not finite")
     return description, kept

@@ -216,7 +216,7 @@ def _pruned(leaves: Leaves, scores: Kernels, density: float) -> Leaves:
     The number of entries per kernel determines the shapes of the leaves, so this cannot be traced.
     """
     kernels = _kernels(leaves)
-    if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(scores)):
+    if not all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(scores)):
         raise UserError("a score of sparse_adapter is not finite: look for NaN or Inf in the loss")
     flat = {(path, half): np.asarray(own[half]) for path, own in scores.items() for half in HALVES}
     kept = top(flat, max(1, int(density * sum(x.size for x in flat.values()))))

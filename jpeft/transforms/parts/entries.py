@@ -9,6 +9,7 @@ bit-identical. Nothing is added at inference: `merge` writes them into the base.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -47,9 +48,10 @@ def masked(name: str, budget: Budget, targets: str, draw: Callable[[Array, Any, 
         return take(candidates, draw(key, candidates, budget(params, sites, candidates)))
 
     def merge(leaves: Leaves, params: Params) -> Params:
-        for path, own in leaves.items():
-            for parameter, leaf in own.items():
-                params = replace(params, f"{path}/{parameter}", lambda w, leaf=leaf: _write(w, leaf))
+        where = {(path, parameter): leaf for path, own in leaves.items() for parameter, leaf in own.items()}
+        written = _write({(path, name): at(params, path)[name] for path, name in where}, where)
+        for (path, parameter), w in written.items():
+            params = replace(params, f"{path}/{parameter}", lambda _, w=w: w)
         return params
 
     def decay(path: tuple[str, ...], leaf: Any) -> bool:
@@ -59,9 +61,15 @@ def masked(name: str, budget: Budget, targets: str, draw: Callable[[Array, Any, 
     return Transform(name, init, None, merge, decay=decay)
 
 
-def _write(w: Array, leaf: Mapping[str, Any]) -> Array:
-    flat = w.reshape(-1).at[leaf[FIXED]["index"]].set(leaf["values"], indices_are_sorted=True, unique_indices=True)
-    return flat.reshape(w.shape)
+@jax.jit  # one program for all parameters, where op by op it would be several for every shape
+def _write(params: Chosen, leaves: Mapping[tuple[str, str], Any]) -> dict[tuple[str, str], Array]:
+    """The parameters with the entries of their leaves in their places."""
+
+    def one(w: Array, leaf: Mapping[str, Any]) -> Array:
+        flat = w.reshape(-1).at[leaf[FIXED]["index"]].set(leaf["values"], indices_are_sorted=True, unique_indices=True)
+        return flat.reshape(w.shape)
+
+    return {where: one(params[where], leaf) for where, leaf in leaves.items()}
 
 
 def candidates_of(params: Params, sites: Sites, targets: str) -> dict[tuple[str, str], Any]:
