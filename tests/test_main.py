@@ -241,6 +241,15 @@ def test_a_real_process_fails_with_one_line(config, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_it_ends_without_a_word_when_nobody_reads_any_more(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert program.main(["jpeft", "--help"]) == 141
+    assert capsys.readouterr().err == ""
+
+
 def test_method_and_task_need_no_file(tmp_path, tiny_config, tiny_model, tiny_glue, monkeypatch, capsys):
     """As where jpeft was installed from a wheel, away from the repository."""
     monkeypatch.chdir(tmp_path)

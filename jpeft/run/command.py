@@ -107,7 +107,8 @@ def parse(
 def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
     """Calls a program and returns its exit code.
 
-    0, also after SIGTERM; 2 after one line about what the user can mend; 130 after an interrupt from the keyboard.
+    0, also after SIGTERM; 2 after one line about what the user can mend; 130 after an interrupt from the keyboard;
+    141, without a word, if what it prints into was closed.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     for name in ("asyncio", "absl"):  # where Orbax's futures complain of a failure that is one line below
@@ -117,10 +118,16 @@ def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
             stream.reconfigure(errors="replace")
     try:
         with raised():
-            program(sys.argv if argv is None else argv)
+            try:
+                program(sys.argv if argv is None else argv)
+            finally:
+                sys.stdout.flush()
     except UserError as error:
         print(f"error: {_line(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
+        return 141
     except OSError as error:  # a full disk, a folder that cannot be written: the machine's, and not a bug
         print(f"error: {_line(error)}; what was saved before is intact", file=sys.stderr)
         return 2

@@ -115,7 +115,7 @@ def _write_merged(output: Path, saved: Saved) -> None:
     if merged.transform.members:
         names = ", ".join(instances(merged.transform))
         raise UserError(f"{names} cannot be merged into a plain model: what it does depends on the input")
-    pretrained.save(output, saved.model.config, merged.params, labels=saved.labels, tokenizer_from=saved.tokenizer)
+    pretrained.save(output, saved.model.config, merged.params, labels=saved.labels, tokenizer_from=saved.base)
 
 
 def _drift(folder: Path, form: str, output: Path, saved: Saved, console: Console) -> list[Drift]:

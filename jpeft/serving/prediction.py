@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from jpeft.core.errors import UserError
-from jpeft.data import tokenizer as tokenizers
 from jpeft.data.batching import Batch, eval_batches, tokenize
 from jpeft.data.padding import length_buckets
 from jpeft.data.rows import is_unicode
@@ -36,7 +35,7 @@ def predict(saved: Saved, texts: Sequence[str | tuple[str, str]]) -> np.ndarray:
 
     Raises:
       UserError: if `texts` is a single string, mixes sentences with pairs, or holds sentences although the model was
-        trained on pairs, or the reverse; or if the tokenizer does not belong to the model.
+        trained on pairs, or the reverse.
     """
     if not isinstance(saved, Saved):
         raise UserError(f"expected what jpeft.load returns, got {type(saved).__name__}")
@@ -47,9 +46,8 @@ def predict(saved: Saved, texts: Sequence[str | tuple[str, str]]) -> np.ndarray:
         return np.zeros((0, width), np.float32)
     columns = _columns(texts, saved.num_texts)
     config = saved.model.config
-    tokenizer = tokenizers.load(saved.tokenizer, config.vocab_size)
     split = {**columns, "label": np.zeros(len(texts), np.int32)}
-    examples = tokenize(split, tuple(columns), tokenizer, saved.max_length, np.int32)
+    examples = tokenize(split, tuple(columns), saved.tokenizer, saved.max_length, np.int32)
     logits = np.zeros((len(texts), width), np.float32)
     nothing = {"params": {}, "peft": {}}
     size = min(BATCH_SIZE, len(texts))

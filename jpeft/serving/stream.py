@@ -14,7 +14,6 @@ import numpy as np
 
 from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
-from jpeft.data import tokenizer as tokenizers
 from jpeft.data.batching import tokenize
 from jpeft.data.rows import ENDINGS, attempts, text_of
 from jpeft.data.tasks import TASKS
@@ -174,7 +173,6 @@ def _answering(saved: Saved, columns: Sequence[str]) -> Any:
     Its padded lengths do not depend on the texts, or a run that resumes would answer in other digits.
     """
     config = saved.model.config
-    tokenizer = tokenizers.load(saved.tokenizer, config.vocab_size)
     run = Compiled(step.eval_step(saved.model, saved.transform), 2)
     longest = min(saved.max_length, config.max_length)
     buckets = [length for length in LENGTHS if length < longest] + [longest]
@@ -184,7 +182,7 @@ def _answering(saved: Saved, columns: Sequence[str]) -> Any:
             return np.zeros((0, len(saved.labels) or 1), np.float32)
         split: dict[str, Any] = {name: [row[i] for row in texts] for i, name in enumerate(columns)}
         split |= {"label": [0] * len(texts)}
-        examples = tokenize(split, columns, tokenizer, longest, np.int32)
+        examples = tokenize(split, columns, saved.tokenizer, longest, np.int32)
         logits = evaluate(run, saved.variables, {"params": {}, "peft": {}}, examples, buckets)
         if not np.isfinite(logits).all():
             raise UserError("the model's answers are not finite")

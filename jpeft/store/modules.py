@@ -8,6 +8,7 @@ Both files carry a hash of their contents, and the description that of the weigh
 refused.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from jpeft.core.errors import UserError
 from jpeft.core.files import file_hash, read_leaves, read_record, write_leaves, write_record
 from jpeft.core.transform import Chain, fold
 from jpeft.core.tree import flatten, split, union
+from jpeft.data import tokenizer as tokenizers
 from jpeft.models.bert import Bert
 from jpeft.plans.plan import Spec, build
 from jpeft.version import __version__
@@ -40,8 +42,9 @@ class Saved(NamedTuple):
       labels: class names in the order of the logits; () for regression.
       task: the task it was trained on.
       max_length: tokens that an input was cut to in training.
-      tokenizer: folder of the base model's tokenizer.
+      tokenizer: of the base model, from `transformers`.
       num_texts: 1 if it was trained on sentences, 2 if on pairs.
+      base: folder of the base model.
     """
 
     model: Bert
@@ -50,8 +53,9 @@ class Saved(NamedTuple):
     labels: tuple[str, ...]
     task: str
     max_length: int
-    tokenizer: Path
+    tokenizer: Any
     num_texts: int
+    base: Path
 
 
 def save(
@@ -107,7 +111,7 @@ def verify(folder: Path) -> dict[str, Any]:
     Raises:
       UserError: if it is not.
     """
-    if not (folder / DESCRIPTION).is_file() or not (folder / WEIGHTS).is_file():
+    if not all(os.path.isfile(folder / name) for name in (DESCRIPTION, WEIGHTS)):  # False also for a name too long
         raise UserError(f"{folder} holds no trained modules: expected {DESCRIPTION} and {WEIGHTS}")
     description = read_record(folder / DESCRIPTION, KIND)
     if description.get("format") != FORMAT:
@@ -169,6 +173,7 @@ def load(folder: str | Path, base: str | None = None) -> Saved:
         labels,
         description["task"],
         description["max_length"],
-        loaded.folder,
+        tokenizers.load(loaded.folder, loaded.config.vocab_size),
         description["num_texts"],
+        loaded.folder,
     )

@@ -8,6 +8,7 @@ from conftest import WORDS, randomised
 import jpeft
 from jpeft.core.errors import UserError
 from jpeft.core.tree import replace
+from jpeft.data import tokenizer as tokenizers
 from jpeft.models import Bert, pretrained
 from jpeft.plans import plan as plans
 from jpeft.serving import prediction
@@ -24,7 +25,8 @@ def saved(tiny_model):
     sites = jpeft.sites(model, jax.ShapeDtypeStruct((1, 5), "int32"))
     leaves = randomised(jpeft.init(transform, jax.random.key(1), sites, loaded.params))
     variables = {"params": randomised(loaded.params), "peft": leaves}
-    return jpeft.Saved(model, transform, variables, ("no", "yes"), "mrpc", 16, loaded.folder, 2)
+    tokenizer = tokenizers.load(tiny_model, loaded.config.vocab_size)
+    return jpeft.Saved(model, transform, variables, ("no", "yes"), "mrpc", 16, tokenizer, 2, tiny_model)
 
 
 def test_logits_are_those_by_hand(saved):

@@ -59,7 +59,8 @@ def test_loaded_modules_give_the_same_logits(tmp_path, tiny_model, kind):
     back = jpeft.load(tmp_path)
     np.testing.assert_allclose(logits(back.model, back.transform, back.variables), expected, rtol=0, atol=1e-6)
     assert (back.labels, back.task, back.max_length, back.num_texts) == (("no", "yes"), "mrpc", 16, 2)
-    assert back.tokenizer == tiny_model
+    assert back.base == tiny_model
+    assert back.tokenizer("the dog")["input_ids"] == [2, 4, 6, 3]
 
 
 def test_prefixes_are_saved_folded(tmp_path, tiny_model):
@@ -172,6 +173,11 @@ def test_a_base_that_moved_is_named(tmp_path, tiny_model):
         jpeft.load(tmp_path / "model")
     back = jpeft.load(tmp_path / "model", base=str(tiny_model))
     np.testing.assert_allclose(logits(back.model, back.transform, back.variables), expected, rtol=0, atol=1e-6)
+
+
+def test_a_name_that_no_folder_can_have_is_one_line():
+    with pytest.raises(UserError, match="holds no trained modules"):
+        jpeft.load("x" * 5000)
 
 
 @pytest.mark.parametrize("missing", ["jpeft.json", "modules.safetensors"])
