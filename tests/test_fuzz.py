@@ -121,11 +121,11 @@ def test_records(tmp_path, kind, capsys):
     path = tmp_path / ("report.json" if kind == "report" else "x.json")
     if kind == "result":
         row = {"epoch": 1, "step": 3, "train_loss": 0.3, "accuracy": 0.5}
-        result = finished.Result([row], "| a |", {"base": 3}, {"train": 1.0}, 3, 3, 10, [], "o", {})
+        result = finished.Result([row], "| a |", {"base": 3}, {"train": 1.0}, 3, 3, 10, [], "o", {}, {})
         finished.save(path, result)
         read = lambda: finished.read(path)._asdict()
     elif kind == "inputs":
-        inputs = workdirs.Inputs("here", (3, "a"), (3, "b"), ("x", "y"), "", "c", "e", "d", "", 1)
+        inputs = workdirs.Inputs("here", (3, "a"), (3, "b"), {}, ("x", "y"), "", "c", "e", "d", "", 1)
         files.write_record(path, "list of a run's inputs", inputs._asdict())
         read = lambda: files.read_record(path, "list of a run's inputs")
     else:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.data.metrics import METRICS
-from jpeft.data.task import Splits, Task
+from jpeft.data.task import HIDDEN, Splits, Task, further
 
 __all__ = ["check_splits", "check_task", "splits"]
 
@@ -77,7 +77,7 @@ def check_splits(task: Task, found: Any) -> Splits:
     """
     if not isinstance(found, Splits):
         raise UserError(f"splits must give a jpeft Splits, got {type(found).__name__}")
-    for name in task.required_splits:
+    for name in (*task.required_splits, *further(task, found)):
         if name not in found.splits:
             raise UserError(f"splits has no {name!r} split: {nearest(name, found.splits)}")
         split = found.splits[name]
@@ -93,7 +93,7 @@ def check_splits(task: Task, found: Any) -> Splits:
         for column in task.text:
             if not all(isinstance(text, str) for text in columns[column]):
                 raise UserError(f"the {name} split: column {column!r} holds something else than text")
-        _check_labels(task, name, columns["label"])
+        _check_labels(task, name, [x for x in columns["label"] if name in task.required_splits or x != HIDDEN])
     return found
 
 

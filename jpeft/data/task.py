@@ -26,7 +26,7 @@ from jpeft.data import metrics
 from jpeft.data.batching import Examples, tokenize
 from jpeft.data.padding import Layout
 
-__all__ = ["Data", "Splits", "Task", "example_losses"]
+__all__ = ["Data", "Splits", "Task", "example_losses", "further", "hidden"]
 
 
 class Splits(NamedTuple):
@@ -131,9 +131,10 @@ class Data(NamedTuple):
     Attributes:
       task: which.
       train: examples to train on.
-      dev: examples to evaluate on.
+      dev: examples to evaluate on after every epoch.
       layouts: of the batches to train on; the last holds every batch.
       eval_buckets: the lengths that rows to evaluate on are padded to, ascending.
+      others: examples of further splits with labels, by name, to evaluate on once, at the end.
     """
 
     task: Task
@@ -141,6 +142,7 @@ class Data(NamedTuple):
     dev: Examples
     layouts: Sequence[Layout]
     eval_buckets: Sequence[int]
+    others: Mapping[str, Examples] = {}
 
     @property
     def batch_size(self) -> int:
@@ -151,6 +153,20 @@ class Data(NamedTuple):
     def longest(self) -> int:
         """The length that the longest rows to train on are padded to."""
         return self.layouts[-1][-1].length
+
+
+HIDDEN = -1  # the label of a row that has none
+
+
+def further(task: Task, found: Splits) -> list[str]:
+    """The names of the splits that are there besides those to train and to choose by."""
+    return [name for name in task.optional_splits if name in found.splits and name not in task.required_splits]
+
+
+def hidden(task: Task, labels: Sequence[float]) -> int:
+    """How many rows of a split have no label: it is -1 there; in a regression -1 is a value unless all are."""
+    without = sum(label == HIDDEN for label in labels)
+    return without if task.labels or without == len(labels) else 0
 
 
 def example_losses(logits: Array, labels: Array) -> Array:

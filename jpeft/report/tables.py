@@ -73,6 +73,8 @@ def markdown(
       curves: file name of the picture of losses and scores by epoch, or None.
     """
     lines = [f"# {report['method']} on {report['task']} ({report['model']})", "", *_scores(report)]
+    if report["other_splits"]:
+        lines += ["", *_other_splits(report)]
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {text}" for text in report["warnings"])]
     if curves:
@@ -110,6 +112,17 @@ def _scores(report: Mapping[str, Any]) -> list[str]:
     cells = (percent(report["baseline"]["metrics"][name]) for name in names)
     lines.append(f"| {report['baseline']['answer']} | " + " | ".join(cells) + " |")
     return lines + (["", f"**{text}**"] if (text := no_better(report)) else [])
+
+
+def _other_splits(report: Mapping[str, Any]) -> list[str]:
+    names = list(report["metrics"]["mean"])
+    lines = ["Scores of what is saved on other splits, in percent, by which nothing was chosen.", ""]
+    lines += ["| split | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for split, found in report["other_splits"].items():
+        means = {name: percent(found["mean"][name]) for name in names}
+        spreads = {name: "" if found["std"][name] is None else f" ± {percent(found['std'][name])}" for name in names}
+        lines.append(f"| {split} | " + " | ".join(means[name] + spreads[name] for name in names) + " |")
+    return lines
 
 
 def _recipe(report: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """A whole run, top to bottom: data, model, choose, train, evaluate, export, report."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jpeft.data import batching, checking, padding
 from jpeft.data import tokenizer as tokenizers
 from jpeft.data.batching import Examples
 from jpeft.data.padding import Layout
-from jpeft.data.task import Data, Task
+from jpeft.data.task import Data, Task, further, hidden
 from jpeft.models import BertConfig, pretrained
 from jpeft.models.pretrained import Pretrained
 from jpeft.plans import plan as plans
@@ -33,8 +34,9 @@ from jpeft.run.start import start
 from jpeft.run.train import Ready, groups, most_together, train
 from jpeft.run.workdir import Inputs
 from jpeft.store import modules as modules_on_disk
-from jpeft.training import placement
-from jpeft.training.loop import Event
+from jpeft.training import placement, step
+from jpeft.training.compiled import Steps
+from jpeft.training.loop import Event, evaluate
 from jpeft.transforms.registry import METHODS
 
 __all__ = ["PREDICTIONS", "load", "run"]
@@ -125,6 +127,7 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
     console.say(
         f"  {data.train.size:,} examples to train on, padded to {lengths} tokens, "
         f"{data.dev.size:,} of {task.eval_split} to evaluate on"
+        + "".join(f", {examples.size:,} of {name} at the end" for name, examples in data.others.items())
     )
     if config.task == configs.CUSTOM and task.labels:
         names = ", ".join(task.labels[:SHOWN]) + (", ..." if len(task.labels) > SHOWN else "")
@@ -160,7 +163,19 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
         for name in (name for name, n in zip(task.labels, counts, strict=True) if n == 0):
             console.warn(f"no training row has the label {name!r}")
     # Not by the number of seeds: what a seed ends in must not depend on which others are beside it.
-    return Data(task, train, dev, *_padded(config, base.config, train.lengths, dev.lengths)), splits.source
+    others = {
+        name: task.encode(splits.splits[name], tokenizer, config.train.max_length)
+        for name in further(task, splits)
+        if _labelled(task, name, splits.splits[name]["label"], console)
+    }
+    return Data(task, train, dev, *_padded(config, base.config, train.lengths, dev.lengths), others), splits.source
+
+
+def _labelled(task: Task, split: str, labels: Sequence[float], console: Console) -> bool:
+    without = hidden(task, labels)
+    if 0 < without < len(labels):
+        console.warn(f"{without:,} of {len(labels):,} rows of {split} have no label: it is not scored")
+    return not without
 
 
 def _check_known(examples: Examples, tokenizer: Any, folder: Path, console: Console) -> None:
@@ -249,7 +264,21 @@ def _export(ready: Ready, last: Event) -> Result:
         ready.warnings,
         workdirs.owner(seed.workdir, config, seed.seed),
         {name: files.file_hash(seed.folder / name) for name in (*MODULES_FILES, PREDICTIONS)},
+        _other_scores(ready, last.state.trainable),
     )
+
+
+def _other_scores(ready: Ready, trainable: Any) -> dict[str, dict[str, float]]:
+    """What the exported modules score on the splits that nothing was chosen by, a test set with labels for instance."""
+    seed, data, scores = ready.seed, ready.seed.data, {}
+    run = Steps.compiled(lambda *_: None, step.eval_step(seed.model, ready.method)).eval
+    for name, examples in data.others.items():
+        longest = int(examples.lengths.max())
+        buckets = [*data.eval_buckets, *([longest] if longest > data.eval_buckets[-1] else [])]
+        with seed.console.waiting(f"evaluating on {name}"):
+            logits = evaluate(run, trainable, ready.parts.frozen, examples, buckets)
+        scores[name] = data.task.score(logits, examples.labels)
+    return scores
 
 
 def _say_plan(plan: Plan, config: Config, console: Console) -> None:

@@ -47,6 +47,7 @@ class Result(NamedTuple):
       warnings: of this seed.
       owner: of `jpeft.run.workdir.owner`.
       files: hashes of what else the seed left, by name.
+      others: scores on further splits with labels, by split and metric.
     """
 
     history: list[dict[str, Any]]
@@ -59,6 +60,7 @@ class Result(NamedTuple):
     warnings: list[str]
     owner: str
     files: dict[str, str]
+    others: dict[str, dict[str, float]]
 
 
 def save(path: Path, result: Result) -> None:
@@ -114,6 +116,7 @@ def write(
         "split": task.eval_split,
         "primary_metric": task.primary,
         "metrics": {**tables.spread([row["last"] for row in per_seed]), "per_seed": per_seed},
+        "other_splits": {name: tables.spread([r.others[name] for r in results.values()]) for name in data.others},
         "baseline": {
             "answer": "majority class" if task.labels else "mean value",
             "metrics": task.baseline(data.train.labels, data.dev.labels),

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ class Inputs(NamedTuple):
       source: where the data came from. It may change, as long as the rows do not.
       train: number and hash of the tokenised examples to train on, with their labels.
       dev: likewise of those to evaluate on.
+      others: likewise of further splits with labels, by name.
       labels: the names of the classes.
       task: hash of the Python file that defines the task; "" for any other task.
       tokenizer: hash of the tokenizer's files.
@@ -50,6 +51,7 @@ class Inputs(NamedTuple):
     source: str
     train: tuple[int, str]
     dev: tuple[int, str]
+    others: dict[str, tuple[int, str]]
     labels: tuple[str, ...]
     task: str
     tokenizer: str
@@ -75,7 +77,8 @@ def inputs(data: Data, base: Pretrained, source: str, task: str = "", init_from:
     given = {name: x for name, x in base.params.items() if name not in base.fresh}
     rest = {**identity(base), "base": fingerprint(given), "init_from": _modules(init_from), "results": RESULTS}
     file = files.file_hash(Path(task)) if task.endswith(".py") else ""
-    return Inputs(source, _digest(data.train), _digest(data.dev), data.task.labels, file, **rest)
+    others = {name: _digest(examples) for name, examples in data.others.items()}
+    return Inputs(source, _digest(data.train), _digest(data.dev), others, data.task.labels, file, **rest)
 
 
 def _digest(examples: Examples) -> tuple[int, str]:
@@ -246,6 +249,9 @@ def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
             (then, _), (n, _) = was[name], new[name]
             count = f"{then:,} rows, now {n:,}" if then != n else f"as many rows ({n:,}), with other contents"
             told.append(f"the {what} data: {count}{moved}")
+    if (others := was.get("others", {})) != new["others"]:
+        same = "other contents" if _sizes(others) == _sizes(new["others"]) else _sizes(new["others"])
+        told.append(f"the data of other splits: {_sizes(others)}, now {same}")
     if was.get("labels") != new["labels"]:
         told.append(f"the labels: {was.get('labels')!r:.100}, now {new['labels']!r:.100}")
     if was.get("task") != new["task"]:
@@ -266,6 +272,10 @@ def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
         raise UserError(
             f"what {workdir} was started with has changed: {'; '.join(told)}. Restore it, or choose another --workdir"
         )
+
+
+def _sizes(others: Mapping[str, tuple[int, str]]) -> str:
+    return ", ".join(f"{n:,} rows of {name}" for name, (n, _) in others.items()) or "none"
 
 
 def _json(config: Config) -> dict[str, Any]:

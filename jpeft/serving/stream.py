@@ -28,7 +28,7 @@ from jpeft.training import step
 from jpeft.training.compiled import Compiled
 from jpeft.training.loop import evaluate
 
-__all__ = ["Counts", "predict"]
+__all__ = ["Counts", "answering", "predict"]
 
 CHUNK = 2048  # rows that are answered, written and noted together
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)  # that rows are padded to, up to the longest
@@ -100,7 +100,7 @@ def _predict(
     done = answers.begin()
     if done:
         console.say(f"  resuming at row {done + 1:,}")
-    answer = _answering(saved, columns)
+    answer = answering(saved, columns)
     rows = itertools.islice(_rows(file, given, columns), done, None)
     with console.counting("predicting", total, done) as show:
         while chunk := list(itertools.islice(rows, CHUNK)):
@@ -167,7 +167,7 @@ def _texts(row: Any, columns: Sequence[str], where: str) -> tuple[str, ...] | Us
         return error
 
 
-def _answering(saved: Saved, columns: Sequence[str]) -> Any:
+def answering(saved: Saved, columns: Sequence[str]) -> Any:
     """The function from texts to logits.
 
     Its padded lengths do not depend on the texts, or a run that resumes would answer in other digits.

@@ -97,6 +97,15 @@ def test_splits_that_cannot(changes, says):
         checking.check_splits(TASK, Splits({"train": ROWS, "validation": {**ROWS, **changes}}))
 
 
+def test_a_further_split_may_lack_labels_and_is_checked_like_the_others():
+    both = {"train": ROWS, "validation": ROWS}
+    checking.check_splits(TASK, Splits({**both, "test": {**ROWS, "label": [-1, 1]}, "unlabelled": {"words": ["x"]}}))
+    with pytest.raises(UserError, match="the test split, row 0: label 7"):
+        checking.check_splits(TASK, Splits({**both, "test": {**ROWS, "label": [7, 1]}}))
+    with pytest.raises(UserError, match="the validation split, row 0: label -1"):
+        checking.check_splits(TASK, Splits({**both, "validation": {**ROWS, "label": [-1, 1]}}))
+
+
 def test_splits_that_fail():
     class Failing(Task):
         def splits(self, path):

@@ -30,6 +30,7 @@ def report(scores=((0.5, 0.6), (0.7, 0.8)), **changes):
         "peak_memory_bytes": 1_500_000_000,
         "versions": {"jpeft": "0.1", "jax": "0.10"},
         "baseline": {"answer": "majority class", "metrics": {"accuracy": 0.55, "f1": 0.0}},
+        "other_splits": {},
         "examples": {"train": 3668, "evaluation": 408},
         "recipe": {"num_epochs": 3, "batch_size": 16, "dtype": "float32"},
         "learning_rate": 5e-4,

@@ -28,7 +28,7 @@ def examples(words=(2, 5, 3), label=1):
 
 def data(**changes):
     parts = {"train": examples(), "dev": examples(), **changes}
-    return Data(TASKS["mrpc"], parts["train"], parts["dev"], ((Part(16, 8),),), (8,))
+    return Data(TASKS["mrpc"], parts["train"], parts["dev"], ((Part(16, 8),),), (8,), parts.get("others", {}))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,7 @@ def test_equal_inputs_pass_wherever_they_are(begun, tiny_config, base):
         ),
         ({"train": examples(label=0)}, "the training data: as many rows"),
         ({"dev": Examples((), (), np.zeros(0, np.int32))}, "the evaluation data: 2 rows, now 0"),
+        ({"others": {"test": examples()}}, "the data of other splits: none, now 2 rows of test"),
     ],
 )
 def test_other_rows_are_named(begun, tiny_config, base, changed, says):
