@@ -29,6 +29,7 @@ from jpeft.core.transform import (
 )
 from jpeft.core.tree import union
 from jpeft.data.task import Splits, Task
+from jpeft.importance.arithmetic import dare, task_arithmetic, ties
 from jpeft.importance.average import fisher_average
 from jpeft.importance.fisher import fisher
 from jpeft.importance.masks import packed, read_mask, top, write_mask
@@ -90,6 +91,7 @@ __all__ = [
     "bitfit",
     "build",
     "chain",
+    "dare",
     "dora",
     "far",
     "find",
@@ -132,6 +134,8 @@ __all__ = [
     "sites",
     "sparse_adapter",
     "summary",
+    "task_arithmetic",
+    "ties",
     "top",
     "top_k_layers",
     "union",
