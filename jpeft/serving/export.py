@@ -13,12 +13,13 @@ from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.transform import Chain, instances, merge
 from jpeft.core.tree import union
+from jpeft.data.batching import Batch
 from jpeft.models import Bert, BertConfig, pretrained
 from jpeft.plans.plan import build
 from jpeft.report import tables
 from jpeft.run import experiment, workdir
 from jpeft.run.console import Console
-from jpeft.store import huggingface
+from jpeft.store import huggingface, stablehlo
 from jpeft.store import modules as modules_on_disk
 from jpeft.store.modules import Saved
 from jpeft.training import step
@@ -31,7 +32,9 @@ DTYPES = ("float32", "bfloat16")
 FORMATS = {
     "hf": "a plain model with the modules merged, for transformers' AutoModelForSequenceClassification",
     "peft": "an adapter beside the base model, for peft's PeftModel",
+    "stablehlo": "one program for CPU, CUDA and TPU that needs JAX and not jpeft, whatever the modules are",
 }
+LIBRARY = {"hf": "transformers", "peft": "peft", "stablehlo": "jax"}
 CARD = "README.md"
 
 
@@ -77,6 +80,8 @@ def export(model: Path, form: str, output: Path, console: Console, license: str 
     console.title(f"exporting {folder} as {form}")
     if form == "hf":
         _write_merged(output, saved)
+    elif form == "stablehlo":
+        stablehlo.write(output, saved)
     else:
         modules = huggingface.Modules(description["modules"], kept.get("peft", {}), kept["params"])
         huggingface.write(output, modules, saved.model.config, _on_the_hub(description["base"]["name"]))
@@ -127,13 +132,9 @@ def _drift(folder: Path, form: str, output: Path, saved: Saved, console: Console
     except UserError as error:
         console.warn(f"what changed on the evaluation split was not measured: {error}")
         return []
-    params, transform, leaves = READERS[form](output, saved)
     found = []
-    for dtype in DTYPES:
-        model = Bert(BertConfig(**{**vars(saved.model.config), "dtype": dtype}))
-        run_step = Compiled(step.eval_step(model, transform), 2)
-        variables = {"params": params, "peft": leaves}
-        logits = evaluate(run_step, variables, {"params": {}, "peft": {}}, data.dev, data.eval_buckets)
+    for dtype, opened in READERS[form](output, saved).items():
+        logits = evaluate(opened, {}, {}, data.dev, data.eval_buckets)
         changed = int((logits.argmax(1) != expected.argmax(1)).sum()) if saved.labels else None
         found.append(Drift(dtype, float(np.abs(logits - expected).max()), changed, len(expected)))
         of = "" if changed is None else f", {changed} of {len(expected):,} answers"
@@ -141,19 +142,36 @@ def _drift(folder: Path, form: str, output: Path, saved: Saved, console: Console
     return found
 
 
-def _read_merged(output: Path, saved: Saved) -> tuple[dict[str, Any], Chain, dict[str, Any]]:
+Opened = dict[str, Callable[[Any, Any, Batch], Any]]  # by dtype, what gives the logits of a batch
+
+
+def _read_merged(output: Path, saved: Saved) -> Opened:
     loaded = pretrained.load(output, num_labels=len(saved.labels) or 1, key=jax.random.key(0))
-    return loaded.params, build([]), {}
+    return _opened(saved, build([]), {"params": loaded.params, "peft": {}})
 
 
-def _read_peft(output: Path, saved: Saved) -> tuple[dict[str, Any], Chain, dict[str, Any]]:
+def _read_peft(output: Path, saved: Saved) -> Opened:
     modules = huggingface.read(output, saved.model.config)
-    leaves = jax.tree.map(jnp.asarray, modules.leaves)
-    return union(saved.variables["params"], modules.params), build(modules.spec), leaves
+    params = union(saved.variables["params"], modules.params)
+    return _opened(saved, build(modules.spec), {"params": params, "peft": jax.tree.map(jnp.asarray, modules.leaves)})
 
 
-READERS: Mapping[str, Callable[[Path, Saved], tuple[dict[str, Any], Chain, dict[str, Any]]]]
-READERS = {"hf": _read_merged, "peft": _read_peft}
+def _opened(saved: Saved, transform: Chain, variables: dict[str, Any]) -> Opened:
+    def of(dtype: str) -> Callable[[Any, Any, Batch], Any]:
+        model = Bert(BertConfig(**{**vars(saved.model.config), "dtype": dtype}))
+        run = Compiled(step.eval_step(model, transform), 2)
+        return lambda _, __, batch: run(variables, {"params": {}, "peft": {}}, batch)
+
+    return {dtype: of(dtype) for dtype in DTYPES}
+
+
+def _read_stablehlo(output: Path, saved: Saved) -> Opened:
+    program, dtype = stablehlo.read(output), saved.model.config.dtype
+    return {dtype: lambda _, __, batch: program(batch.input_ids, batch.attention_mask, batch.token_type_ids)}
+
+
+READERS: Mapping[str, Callable[[Path, Saved], Opened]]
+READERS = {"hf": _read_merged, "peft": _read_peft, "stablehlo": _read_stablehlo}
 USE = {
     "hf": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -165,6 +183,20 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={num_labels})
 model = PeftModel.from_pretrained(base, "this folder")
 tokenizer = AutoTokenizer.from_pretrained({base!r})""",
+    "stablehlo": """from pathlib import Path
+
+import numpy as np
+from jax import export
+from safetensors.flax import load_file
+from transformers import AutoTokenizer
+
+model = export.deserialize(bytearray(Path("this folder/model.stablehlo").read_bytes()))
+weights = load_file("this folder/weights.safetensors")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+rows = tokenizer({example}, padding=True, truncation=True, max_length={max_length}, return_tensors="np")
+ids, mask = (np.int32(rows[name]) for name in ("input_ids", "attention_mask"))
+types = np.int32(rows["token_type_ids"]) if "token_type_ids" in rows else np.zeros_like(ids)
+logits = model.call(weights, ids, mask, types)""",
 }
 
 
@@ -176,7 +208,7 @@ def _card(
     methods = ", ".join(f"{entry['method']} {json.dumps(entry['options'])}" for entry in description["modules"])
     lines = [
         "---", f"license: {license}", f"base_model: {json.dumps(base)}", "pipeline_tag: text-classification",
-        f"library_name: {'transformers' if form == 'hf' else 'peft'}", "---", "",
+        f"library_name: {LIBRARY[form]}", "---", "",
         f"# {saved.task}, {base}", "",
         f"Trained with jpeft {description['jpeft']}. Modules: {methods or 'none'}.",
         f"Inputs: {'pairs of sentences' if saved.num_texts == 2 else 'sentences'}, cut to {saved.max_length} tokens.",
@@ -201,5 +233,6 @@ def _card(
         lines += ["| computed in | largest difference of a logit | other answers |", "| --- | ---: | ---: |"]
         lines += [f"| {d.dtype} | {d.largest:.1e} | {'-' if d.changed is None else d.changed} |" for d in drift]
         lines.append("")
-    use = USE[form].format(base=base, num_labels=len(labels) or 1)
+    example = '["a sentence"]' + (', ["and another"]' if saved.num_texts == 2 else "")
+    use = USE[form].format(base=base, num_labels=len(labels) or 1, example=example, max_length=saved.max_length)
     return "\n".join([*lines, "```python", use, "```", ""])

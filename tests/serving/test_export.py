@@ -5,14 +5,19 @@ import json
 import jax
 import numpy as np
 import pytest
+from conftest import randomised
 
+import jpeft
 from jpeft import export as program
 from jpeft.core import files
-from jpeft.models import pretrained
+from jpeft.core.errors import UserError
+from jpeft.data import tokenizer as tokenizers
+from jpeft.models import Bert, pretrained
 from jpeft.run import experiment
 from jpeft.run.console import Console
 from jpeft.serving import export
-from jpeft.store import huggingface
+from jpeft.store import huggingface, stablehlo
+from jpeft.transforms.registry import METHODS
 
 QUIET = Console(quiet=True)
 
@@ -64,6 +69,61 @@ def test_the_exported_model_has_the_logits_of_the_run(trained, tmp_path, form, c
         assert (output / "tokenizer.json").is_file()
     else:
         assert json.loads((output / huggingface.CONFIG).read_text())["modules_to_save"] == ["classifier"]
+
+
+PAIRS = [("the dog runs", "a cat"), ("a big tree", "the house sees the dog"), ("the cat", "the cat")]
+
+
+def test_a_program_serves_what_does_not_merge(trained, tmp_path):
+    workdir, output = trained("pfeiffer", bottleneck=4), tmp_path / "out"
+    (exact,) = export.export(workdir, "stablehlo", output, QUIET)
+    assert (exact.dtype, exact.rows) == ("float32", 18)
+    assert exact.largest < 1e-5
+    expected = jpeft.predict(jpeft.load(workdir / "seed_11" / "model"), PAIRS)
+    # As its card says: without jpeft.
+    code = (output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "jpeft" not in code
+    first, second = ([pair[i] for pair in PAIRS] for i in (0, 1))
+    code = code.replace("this folder", str(output)).replace('["a sentence"], ["and another"]', f"{first}, {second}")
+    found = {}
+    exec(code, found)
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-5)
+
+
+# One for each way to act that does not merge.
+@pytest.mark.parametrize("name", ["adamix", "ladder_side", "p_tuning", "unipelt"])
+def test_a_method_is_a_program_for_any_number_of_rows(tiny_model, tmp_path, name):
+    loaded = pretrained.load(tiny_model, num_labels=2, key=jax.random.key(7))
+    model, method = (
+        Bert(loaded.config),
+        METHODS[name].make(**({"reduction_factor": 4} if name == "ladder_side" else {})),
+    )
+    sites = jpeft.sites(model, *[jax.ShapeDtypeStruct((1, 5), "int32")] * 2)
+    leaves = randomised(jpeft.init(method, jax.random.key(1), sites, loaded.params))
+    variables = {"params": loaded.params, "peft": leaves}
+    tokenizer = tokenizers.load(tiny_model, loaded.config.vocab_size)
+    saved = jpeft.Saved(model, jpeft.chain(method), variables, ("a", "b"), "mrpc", 12, tokenizer, 2, tiny_model)
+    stablehlo.write(tmp_path, saved)
+    program = stablehlo.read(tmp_path)
+    for shape in ((1, 3), (4, 12)):
+        ids = np.random.default_rng(0).integers(4, 18, shape, np.int32)
+        mask = np.int32(np.arange(shape[1])[None] < np.arange(2, 2 + shape[0])[:, None])
+        expected = jpeft.apply(model, method, variables, ids, mask, np.zeros_like(ids), mask=mask)[0]
+        np.testing.assert_allclose(program(ids, mask, np.zeros_like(ids)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [(stablehlo.PROGRAM, "is not a program of jax.export"), (stablehlo.WEIGHTS, "not a safetensors")]
+)
+def test_a_damaged_program_is_refused(trained, tmp_path, name, says):
+    output = tmp_path / "out"
+    export.export(trained(), "stablehlo", output, QUIET)
+    (output / name).write_bytes(b"something else")
+    with pytest.raises(UserError, match=says):
+        stablehlo.read(output)
+    (output / name).unlink()
+    with pytest.raises(UserError, match="holds no StableHLO program"):
+        stablehlo.read(output)
 
 
 def test_what_changed_is_measured_by_dtype(trained, tmp_path):

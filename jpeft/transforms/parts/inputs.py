@@ -42,7 +42,7 @@ def around_words(before: Array, after: Array, args: tuple[Array, ...]) -> tuple[
       The same four with A + B + t tokens.
     """
     words, token_types, positions, mask = args
-    b, a, n = len(words), len(before), len(before) + len(after)
+    b, a, n = words.shape[0], len(before), len(before) + len(after)  # `len` would refuse a symbolic batch size
     start, behind = positions[:, :1], a + (mask > 0).sum(1, keepdims=True).astype(positions.dtype)
     steps = [start + jnp.arange(a, dtype=positions.dtype)[None]]
     steps.append(start + behind + jnp.arange(len(after), dtype=positions.dtype)[None])
@@ -70,13 +70,13 @@ def before_states(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _join(vectors: Array, rows: Array) -> Array:
-    own = jnp.broadcast_to(vectors.astype(rows.dtype)[None], (len(rows), *vectors.shape))
+    own = jnp.broadcast_to(vectors.astype(rows.dtype)[None], (rows.shape[0], *vectors.shape))
     return jnp.concatenate([own, rows], 1)
 
 
 def _longer(mask: Array, p: int) -> Array:
     """The mask with p leading tokens of the row's own segment."""
-    return jnp.concatenate([jnp.broadcast_to(mask[:, :1], (len(mask), p)), mask], 1)
+    return jnp.concatenate([jnp.broadcast_to(mask[:, :1], (mask.shape[0], p)), mask], 1)
 
 
 def width(site: Site) -> int:
