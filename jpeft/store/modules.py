@@ -8,6 +8,7 @@ Both files carry a hash of their contents, and the description that of the weigh
 refused.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ class Saved(NamedTuple):
       tokenizer: of the base model, from `transformers`.
       num_texts: 1 if it was trained on sentences, 2 if on pairs.
       base: folder of the base model.
+      identity: of the base model: hashes of what did not train, of its shape and of its tokenizer.
     """
 
     model: Bert
@@ -56,6 +58,7 @@ class Saved(NamedTuple):
     tokenizer: Any
     num_texts: int
     base: Path
+    identity: Mapping[str, str]
 
 
 def save(
@@ -137,12 +140,13 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return description, kept
 
 
-def load(folder: str | Path, base: str | None = None) -> Saved:
+def load(folder: str | Path, base: str | Saved | None = None) -> Saved:
     """Restores what a run saved in its `model/` folder.
 
     Args:
       folder: a `seed_<n>/model` folder of a workdir.
-      base: where the base model is now, if not where it was in training.
+      base: where the base model is now, if not where it was in training; or another loaded model, whose arrays of the
+        base are shared in the place of reading them again, which takes milliseconds.
 
     Returns:
       The model, its transform and its variables.
@@ -156,6 +160,8 @@ def load(folder: str | Path, base: str | None = None) -> Saved:
     folder = Path(folder)
     description, kept = read(folder)
     labels = tuple(description["labels"])
+    if isinstance(base, Saved):
+        return _beside(base, folder, description, kept)
     name = base or description["base"]["name"]
     loaded = pretrained.load(name, num_labels=len(labels) or 1, key=jax.random.key(0))
     trained = flatten(kept["params"])
@@ -165,15 +171,36 @@ def load(folder: str | Path, base: str | None = None) -> Saved:
     for what, found in pretrained.identity(loaded).items():
         if found != description["base"][what]:
             raise UserError(f"the {what} of {name} is not the one that {folder} was trained with: restore it")
-    variables = {"params": union(loaded.params, kept["params"]), "peft": kept.get("peft", {})}
     return Saved(
         Bert(loaded.config),
         build(description["modules"]),
-        variables,
+        {"params": union(loaded.params, kept["params"]), "peft": kept.get("peft", {})},
         labels,
         description["task"],
         description["max_length"],
         tokenizers.load(loaded.folder, loaded.config.vocab_size),
         description["num_texts"],
         loaded.folder,
+        _identity(description),
+    )
+
+
+def _identity(description: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in description["base"].items() if name != "name"}
+
+
+def _beside(other: Saved, folder: Path, description: Mapping[str, Any], kept: Mapping[str, Any]) -> Saved:
+    """The modules of a folder on the base of a loaded model, which was verified when that was loaded."""
+    if other.identity != _identity(description):
+        raise UserError(f"{folder} was trained on another base than the loaded model, or with other parts of it frozen")
+    trained, labels = flatten(kept["params"]), tuple(description["labels"])
+    _, frozen = split(other.variables["params"], lambda path: path in trained)
+    return other._replace(
+        model=Bert(dataclasses.replace(other.model.config, num_labels=len(labels) or 1)),
+        transform=build(description["modules"]),
+        variables={"params": union(frozen, kept["params"]), "peft": kept.get("peft", {})},
+        labels=labels,
+        task=description["task"],
+        max_length=description["max_length"],
+        num_texts=description["num_texts"],
     )

@@ -102,7 +102,7 @@ def test_a_method_is_a_program_for_any_number_of_rows(tiny_model, tmp_path, name
     leaves = randomised(jpeft.init(method, jax.random.key(1), sites, loaded.params))
     variables = {"params": loaded.params, "peft": leaves}
     tokenizer = tokenizers.load(tiny_model, loaded.config.vocab_size)
-    saved = jpeft.Saved(model, jpeft.chain(method), variables, ("a", "b"), "mrpc", 12, tokenizer, 2, tiny_model)
+    saved = jpeft.Saved(model, jpeft.chain(method), variables, ("a", "b"), "mrpc", 12, tokenizer, 2, tiny_model, {})
     stablehlo.write(tmp_path, saved)
     program = stablehlo.read(tmp_path)
     for shape in ((1, 3), (4, 12)):

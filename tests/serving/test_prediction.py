@@ -26,7 +26,7 @@ def saved(tiny_model):
     leaves = randomised(jpeft.init(transform, jax.random.key(1), sites, loaded.params))
     variables = {"params": randomised(loaded.params), "peft": leaves}
     tokenizer = tokenizers.load(tiny_model, loaded.config.vocab_size)
-    return jpeft.Saved(model, transform, variables, ("no", "yes"), "mrpc", 16, tokenizer, 2, tiny_model)
+    return jpeft.Saved(model, transform, variables, ("no", "yes"), "mrpc", 16, tokenizer, 2, tiny_model, {})
 
 
 def test_logits_are_those_by_hand(saved):

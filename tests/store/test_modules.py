@@ -175,6 +175,30 @@ def test_a_base_that_moved_is_named(tmp_path, tiny_model):
     np.testing.assert_allclose(logits(back.model, back.transform, back.variables), expected, rtol=0, atol=1e-6)
 
 
+def test_modules_share_the_base_of_a_loaded_model(tmp_path, tiny_model, monkeypatch):
+    make(tmp_path / "first", tiny_model, "lora")
+    expected, _ = make(tmp_path / "second", tiny_model, "plan", labels=("a", "b", "c"))
+    first = jpeft.load(tmp_path / "first")
+    monkeypatch.setattr(pretrained, "load", None)  # nothing is read again
+    second = jpeft.load(tmp_path / "second", base=first)
+    np.testing.assert_allclose(logits(second.model, second.transform, second.variables), expected, rtol=0, atol=1e-6)
+    word = "embeddings/word_embeddings/embedding"
+    assert tree.at(second.variables["params"], word) is tree.at(first.variables["params"], word)
+    assert (second.labels, second.base, second.tokenizer) == (("a", "b", "c"), first.base, first.tokenizer)
+    assert jpeft.predict(second, [("the dog", "a cat")]).shape == (1, 3)
+
+
+def test_modules_of_another_base_do_not_share_it(tmp_path, tiny_model):
+    loaded = pretrained.load(tiny_model, num_labels=2, key=jax.random.key(7))
+    changed = tree.replace(loaded.params, "pooler/bias", lambda x: x + 1)
+    pretrained.save(tmp_path / "other", loaded.config, changed, tokenizer_from=tiny_model)
+    make(tmp_path / "first", tiny_model, "lora")
+    for folder, base, kind in (("second", tmp_path / "other", "lora"), ("third", tiny_model, "full")):
+        make(tmp_path / folder, base, kind)
+        with pytest.raises(UserError, match="was trained on another base than the loaded model"):
+            jpeft.load(tmp_path / folder, base=jpeft.load(tmp_path / "first"))
+
+
 def test_a_name_that_no_folder_can_have_is_one_line():
     with pytest.raises(UserError, match="holds no trained modules"):
         jpeft.load("x" * 5000)
