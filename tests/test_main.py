@@ -241,6 +241,25 @@ def test_a_real_process_fails_with_one_line(config, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_pattern_that_is_there_twice_is_refused(config, tmp_path, capsys):
+    twice = '--config.peft.lora.rank_pattern={"layer_0.*": 4, "layer_0.*": 5}'
+    assert program.main(["jpeft", "--config", str(config), "--workdir", str(tmp_path / "work"), twice]) == 2
+    assert "must be a JSON object, no name twice" in capsys.readouterr().err
+
+
+def test_a_config_file_without_its_function_is_refused(tmp_path, capsys):
+    (tmp_path / "empty.py").write_text("")
+    assert program.main(["jpeft", "--config", str(tmp_path / "empty.py"), "--workdir", str(tmp_path / "work")]) == 2
+    assert "does not define get_config()" in capsys.readouterr().err
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(config, tmp_path, capsys):
+    (tmp_path / "work" / "config.json").mkdir(parents=True)
+    (tmp_path / "work" / ".lock").touch()
+    assert program.main(["jpeft", "--config", str(config), "--workdir", str(tmp_path / "work")]) == 2
+    assert "config.json is a folder, where a file is to be written: delete it" in capsys.readouterr().err
+
+
 def test_it_ends_without_a_word_when_nobody_reads_any_more(monkeypatch, capsys):
     read, write = os.pipe()
     os.close(read)

@@ -51,11 +51,24 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except RecursionError:
         raise UserError(f"{path} is not JSON that can be read: it is nested too deeply") from None
     except ValueError as error:  # not UTF-8 and integers of thousands of digits are among them
         raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`; of two equal names, `json` would drop the first.
+
+    Raises:
+      ValueError: if a name occurs twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice in one object")
+    return found
 
 
 def write_record(path: Path, kind: str, fields: Mapping[str, Any]) -> None:

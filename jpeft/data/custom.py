@@ -1,6 +1,7 @@
 """Text classification, pair classification or regression on files of the user's own, without any Python."""
 
 import dataclasses
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,7 @@ class Files(Task):
 
 
 _NOWHERE = "\0"  # no file has a column of this name
+MISSING = ("nan", "none", "null", "n/a")  # as other programs write it, and no class is likely to be called
 
 
 def custom(
@@ -143,12 +145,17 @@ def _classes(file: Path, label: str, given: Sequence[str] | None) -> tuple[str, 
         names.sort(key=float)
     else:
         names.sort()
-    alike = Counter(name.strip().casefold() for name in names)
+    alike = Counter(map(_read_as, names))
     if alike and alike.most_common(1)[0][1] > 1:
-        twins = [name for name in names if name.strip().casefold() == alike.most_common(1)[0][0]]
+        twins = [name for name in names if _read_as(name) == alike.most_common(1)[0][0]]
         raise UserError(
-            f"{file}: the labels {' and '.join(map(repr, twins[:2]))} differ in case or spaces only: mend them, or name"
-            " all classes in config.data.labels"
+            f"{file}: the labels {' and '.join(map(ascii, twins[:2]))} differ in case, spaces or spelling only: mend "
+            "them, or name all classes in config.data.labels"
+        )
+    if missing := [name for name in names if _read_as(name) in MISSING]:
+        raise UserError(
+            f"{file}: the label {missing[0]!r} looks like a missing one: drop these rows, or name all classes in "
+            "config.data.labels"
         )
     if len(names) < 2:
         raise UserError(f"{file} has {len(names)} different labels in column {label!r}: expected at least two")
@@ -176,6 +183,12 @@ def _class_of(row: Any, label: str, file: Path, number: int, hidden: bool = Fals
     if len(text) > 200 or not text.isprintable():
         raise UserError(f"{file}, row {number}: label {text!r:.60} cannot be the name of a class")
     return text
+
+
+def _read_as(name: str) -> str:
+    """What a reader takes a class name for: accents, case and spaces do not count, and numbers are their values."""
+    text = unicodedata.normalize("NFKC", name).strip().casefold()
+    return repr(float(text)) if _is_number(text) else text
 
 
 def _is_number(text: str) -> bool:

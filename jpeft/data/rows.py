@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
 from jpeft.data.task import Task
 
@@ -48,8 +49,11 @@ def attempts(file: Path, stream: BinaryIO | None = None) -> Iterator[Mapping[str
 
         try:
             with parquet.ParquetFile(file) as table:
+                _distinct(file, table.schema_arrow.names)
                 for some in table.iter_batches():
                     yield from some.to_pylist()
+        except UserError:
+            raise
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise UserError(f"{file} is not a readable parquet file ({type(error).__name__})") from error
     elif ending == "jsonl":
@@ -105,21 +109,13 @@ def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
 
 def _object(line: str, where: str) -> Mapping[str, Any] | UserError:
     try:
-        row = json.loads(line, object_pairs_hook=_once)
+        row = json.loads(line, object_pairs_hook=files.once)
     except json.JSONDecodeError as error:
         return UserError(f"{where}: not JSON, {error.msg} at column {error.colno}")
     # A name that is there twice, a number of thousands of digits, brackets without end.
     except (ValueError, RecursionError) as error:
         return UserError(f"{where}: not JSON that can be read ({error})")
     return row if isinstance(row, dict) else UserError(f"{where}: not a JSON object")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of two equal names, `json` would drop the first."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
 
 
 def is_unicode(text: str) -> bool:
@@ -136,7 +132,7 @@ def _index(value: Any, otherwise: int) -> int:
     return int(text) if len(text) < 19 and text.isdecimal() and text.isascii() else otherwise
 
 
-MOST = 1e30  # a value of a regression; its square is no longer finite
+MOST = 1e18  # a value of a regression; the square of a larger one is not finite in float32
 
 
 def _label(task: Task, value: Any, hidden: bool, where: str) -> int | float:
@@ -149,7 +145,7 @@ def _label(task: Task, value: Any, hidden: bool, where: str) -> int | float:
     if not task.labels:
         low, high = task.label_range
         if not low <= number <= high or abs(number) > MOST:
-            within = "" if math.isinf(low) else f" from {low:g} to {high:g}"
+            within = f" up to {MOST:g}" if math.isinf(low) else f" from {low:g} to {high:g}"
             raise UserError(f"{where}: label {value!r} is not a number{within}")
         return number
     if number not in range(len(task.labels)):
@@ -167,9 +163,7 @@ def _table(file: Path, separator: str) -> Iterator[Mapping[str, str] | UserError
     try:
         for number, row in enumerate(fields):
             if header is None:
-                header = _must(row)
-                if twice := [name for name in header if header.count(name) > 1]:
-                    raise UserError(f"{file}: column {twice[0]!r} occurs twice")
+                header = _distinct(file, _must(row))
             elif isinstance(row, UserError):
                 yield row
             elif len(row) != len(header):
@@ -177,7 +171,14 @@ def _table(file: Path, separator: str) -> Iterator[Mapping[str, str] | UserError
             else:
                 yield dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise UserError(f"{file}, row {number + 1}: {error}") from error
+        told = "a lone carriage return ends a line: expected line feeds" if "new-line" in str(error) else error
+        raise UserError(f"{file}, row {number + 1}: {told}") from error
+
+
+def _distinct(file: Path, header: list[str]) -> list[str]:
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise UserError(f"{file}: column {twice[0]!r} occurs twice")
+    return header
 
 
 def _cells(line: str | UserError) -> list[str] | UserError:

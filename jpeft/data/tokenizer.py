@@ -24,7 +24,9 @@ def load(folder: Path, vocab_size: int) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever its parsers raise, of JSON, of Rust, of a missing class
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())
+        if "Validation error for field" in reason:  # transformers reads it on the way to the tokenizer
+            raise UserError(f"{folder / 'config.json'} is not one for transformers: {reason:.160}") from None
         raise UserError(
             f"cannot read the tokenizer in {folder}: expected the base model's tokenizer.json or vocabulary "
             f"({reason:.120})"

@@ -120,4 +120,6 @@ def check_sizes(config: BertConfig, shapes: Mapping[str, tuple[int, ...]]) -> No
             stored[name] = shape[0]
     for name, size in stored.items():
         if getattr(config, name) != size:
-            raise UserError(f"config.json says {name} {getattr(config, name)}, but the weights have {size}")
+            stated = getattr(config, name)
+            default = " (or nothing, which means the same)" if stated == getattr(BertConfig, name) else ""
+            raise UserError(f"config.json says {name} {stated}{default}, but the weights have {size}")

@@ -9,12 +9,12 @@ not list are not in the graph.
 import inspect
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
+from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.transform import Chain, Transform, chain, members
 from jpeft.transforms.registry import METHODS, MODULES, RENAMED
@@ -52,15 +52,26 @@ def make(method: str, **options: Any) -> Transform | Chain:
             raise UserError(f"{method} has no option {name!r}: {nearest(name, known)}")
         kinds = get_args(known[name]) if isinstance(known[name], UnionType) else (known[name],)
         if not any(_is(value, kind) for kind in kinds):
-            wanted = " or ".join(_WORDS.get(get_origin(kind) or kind, str(kind)) for kind in kinds)
+            wanted = " or ".join(_WORDS.get(kind, _WORDS.get(get_origin(kind) or kind, str(kind))) for kind in kinds)
             raise UserError(f"{name} must be {wanted}, got {value!r:.60}")
     return factory(**options)
+
+
+def layered(method: str) -> None:
+    """Checks that a method can be put into single layers, as plans do.
+
+    Raises:
+      UserError: if it acts on the whole model.
+    """
+    known = [name for name in MODULES if "layers" in inspect.signature(METHODS[name].make or make).parameters]
+    if _current(method) in MODULES and _current(method) not in known:
+        raise UserError(f"{method} acts on the whole model and cannot be put into a layer: {nearest(method, known)}")
 
 
 MAX_FLOAT32 = 3.4e38
 _WORDS = {
     bool: "true or false", int: "an integer", float: "a finite number", str: "a string", NoneType: "null",
-    Sequence: "a list", Mapping: "an object",
+    Sequence[int]: "a list of integers", Sequence: "a list", Mapping: "an object",
 }  # fmt: skip
 
 
@@ -223,9 +234,7 @@ def loads(text: str, source: str = "plan") -> Plan:
         method, an unknown option or a value that does not fit.
     """
     try:
-        raw = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, source))
-    except UserError:
-        raise
+        raw = json.loads(text, object_pairs_hook=files.once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not JSON: {error}") from None
     if not isinstance(raw, dict) or not all(
@@ -245,20 +254,12 @@ def loads(text: str, source: str = "plan") -> Plan:
             if "layers" in entry.get("options", {}):
                 raise UserError(f"{source}, layer {layer}: the plan sets the layers, so drop the option 'layers'")
             try:
+                layered(entry["method"])
                 make(entry["method"], **entry.get("options", {}))
             except UserError as error:
                 raise UserError(f"{source}, layer {layer}: {error}") from None
         plan[int(layer)] = [Entry(_current(entry["method"]), entry.get("options", {})) for entry in entries]
     return plan
-
-
-def _once(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
-    """An object of JSON; of two equal names, `json` would drop the first."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise UserError(f"{source} has {name!r} twice in one object")
-    return found
 
 
 def _is_entry(raw: Any) -> bool:

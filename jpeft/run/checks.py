@@ -37,6 +37,10 @@ def check(config: Config) -> None:
     for candidate in config.fishpal.candidates:
         if candidate not in MODULES:
             raise UserError(f"config.fishpal.candidates: {candidate!r} is unknown: {nearest(candidate, MODULES)}")
+        try:
+            plans.layered(candidate)
+        except UserError as error:
+            raise UserError(f"config.fishpal.candidates: {error}") from None
     if len(set(config.fishpal.candidates)) < len(config.fishpal.candidates) or not config.fishpal.candidates:
         raise UserError("config.fishpal.candidates must name at least one method, and none twice")
     if config.fishpal.plan is not None:
@@ -46,6 +50,8 @@ def check(config: Config) -> None:
             f"config.fishpal.criterion {config.fishpal.criterion!r} is unknown: "
             f"{nearest(config.fishpal.criterion, configs.CRITERIA)}"
         )
+    if len(set(config.fishpal.sizes)) < len(config.fishpal.sizes):
+        raise UserError(f"config.fishpal.sizes must be distinct, got {tuple(config.fishpal.sizes)}")
     if not config.fishpal.sizes:
         raise UserError("config.fishpal.sizes must name at least one size, such as (1,)")
     for size in config.fishpal.sizes:
@@ -178,7 +184,10 @@ def _check_read(config: Config) -> None:
                 raise UserError(f"config.peft.{method}.layers is set, but fishpal itself chooses the layers: drop it")
     standard, given = (flatten(c.fishpal.to_dict()) for c in (configs.default(config.task, config.method), config))
     for names, value in given.items():
-        if value != standard[names] and (reason := _unread(config, names[0])):
+        reason = _unread(config, names[0])
+        if names[0] in ("factors", "learning_rates") and config.fishpal.plan is None and names[1] not in read:
+            reason = reason or f"{names[1]!r} is not one of config.fishpal.candidates"
+        if value != standard[names] and reason:
             raise UserError(f"config.fishpal.{'.'.join(names)} is set, but {reason}: drop it")
 
 
@@ -214,5 +223,5 @@ def _within(least: float, most: float, name: str, value: float | None) -> None:
 
 
 def _above_zero(name: str, value: float) -> None:
-    if not 0 < value < 1e6:
+    if not 1e-30 < value < 1e6:  # a smaller one is 0 in float32, as are its products
         raise UserError(f"config.{name} must be above 0 and below 1,000,000, got {value}")

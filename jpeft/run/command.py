@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jpeft.core import tree
+from jpeft.core import files, tree
 from jpeft.core.errors import UserError, nearest
 from jpeft.run.stopping import Stopped, raised
 from jpeft.version import __version__
@@ -128,6 +128,10 @@ def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
     except BrokenPipeError:  # who reads has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
         return 141
+    except IsADirectoryError as error:
+        name = error.filename2 or error.filename
+        print(f"error: {name} is a folder, where a file is to be written: delete it", file=sys.stderr)
+        return 2
     except OSError as error:  # a full disk, a folder that cannot be written: the machine's, and not a bug
         print(f"error: {_line(error)}; what was saved before is intact", file=sys.stderr)
         return 2
@@ -162,7 +166,10 @@ def _made(given: str, standard: Any) -> Any:
     """
     path, _, variant = given.partition(":")
     try:
-        config = runpy.run_path(path)["get_config"](*([variant] if variant else []))
+        defined = runpy.run_path(path)
+        if "get_config" not in defined:
+            raise UserError(f"config file {path!r} does not define get_config()")
+        config = defined["get_config"](*([variant] if variant else []))
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a config file is a program
@@ -186,11 +193,13 @@ def _patterns(argv: list[str], config: Any) -> tuple[list[str], dict[str, Any]]:
             rest.append(arg)
             continue
         try:
-            value = json.loads(text)
-        except ValueError:
+            value = json.loads(text, object_pairs_hook=files.once)
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise UserError(f"--{name} must be a JSON object such as '{{\"layer_0/.*/query\": 4}}', got {text!r}")
+            raise UserError(
+                f"--{name} must be a JSON object, no name twice, such as '{{\"layer_0/.*/query\": 4}}', got {text!r}"
+            )
         if ".".join(names) in found:
             raise UserError(f"--{name} is given twice")
         found[".".join(names)] = value

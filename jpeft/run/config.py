@@ -224,15 +224,15 @@ def task_of(config: Config) -> Task:
     """
     data = config.data
     if config.task == CUSTOM:
-        labels = None if data.labels is None else _listed(tuple(map(str, data.labels)))
+        labels = None if data.labels is None else listed(tuple(map(str, data.labels)))
         return custom(
-            data.train, _listed(data.text), data.label or "label", validation=data.validation, test=data.test,
+            data.train, listed(data.text), data.label or "label", validation=data.validation, test=data.test,
             labels=labels, regression=data.regression, validation_fraction=data.validation_fraction,
             split_seed=data.split_seed,
         )  # fmt: skip
     return tasks.read_task(config.task) if config.task.endswith(".py") else tasks.task(config.task)
 
 
-def _listed(names: Sequence[str]) -> tuple[str, ...]:
+def listed(names: Sequence[str]) -> tuple[str, ...]:
     """Names, also those that the command line gives in one piece: --config.data.text=premise,hypothesis."""
     return tuple(names[0].split(",")) if len(names) == 1 else tuple(names)

@@ -16,10 +16,10 @@ LOG_EVERY = 50  # steps
 
 
 def mend(workdir: Path, seed: int, history: Sequence[dict[str, Any]], reached: int) -> bool:
-    """Drops what `metrics.jsonl` has of a seed beyond a step, and adds what it lacks of its epochs.
+    """Drops what `metrics.jsonl` has of a seed beyond a step or against its history, and adds what it lacks of it.
 
     Returns:
-      Whether it lacked any.
+      Whether it lacked an epoch, or had another one in its place.
 
     Raises:
       UserError: if something else than a file is in its place.
@@ -28,15 +28,16 @@ def mend(workdir: Path, seed: int, history: Sequence[dict[str, Any]], reached: i
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file: delete it")
     found: list[dict[str, Any]] = []
+    epochs = [{"seed": seed, **each} for each in history]
 
     def keep(row: Any) -> bool:
-        kept = row["seed"] != seed or row["step"] <= reached
+        kept = row["seed"] != seed or (row["step"] <= reached and ("train_loss" not in row or row in epochs))
         if kept:
             found.append(row)
         return kept
 
     files.keep_lines(path, keep)
-    lacking = [row for each in history if (row := {"seed": seed, **each}) not in found]
+    lacking = [row for row in epochs if row not in found]
     for row in lacking:
         files.append_json(path, row)
     return bool(lacking)

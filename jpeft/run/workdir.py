@@ -20,12 +20,13 @@ from jpeft.data.task import Data
 from jpeft.models.pretrained import Pretrained, fingerprint, identity
 from jpeft.run import config as configs
 from jpeft.run.config import Config
-from jpeft.store.modules import verify
+from jpeft.store.modules import DESCRIPTION, verify
 from jpeft.version import RESULTS
 
 __all__ = ["Inputs", "begin", "check", "check_config", "inputs", "locked", "owner", "read_config"]
 
 SHOWN = 4  # differences in a message
+MOST_PATH = 3000  # bytes; systems take 4,096, and the names of the files below need some
 KIND, INPUTS_KIND = "config of a run", "list of a run's inputs"
 CONFIG, INPUTS, LOCK = "config.json", "inputs.json", ".lock"
 WRITTEN = (CONFIG, INPUTS, "report.json", "report.md", "metrics.jsonl", "curves.png", "choice.png")
@@ -112,6 +113,15 @@ def locked(workdir: Path, warn: Callable[[str], None] = lambda text: None) -> It
         own = workdir.resolve()
     except (UnicodeEncodeError, ValueError, RuntimeError):  # the last of links in a circle
         raise UserError(f"workdir {str(workdir)!r} is not the name of a folder") from None
+    if len(os.fsencode(own)) > MOST_PATH:
+        raise UserError(
+            f"workdir {str(workdir)[:40]}... has a name of {len(str(own)):,} characters: choose a shorter one"
+        )
+    for above in own.parents:
+        if any((above / name).is_file() for name in (INPUTS, DESCRIPTION)):
+            raise UserError(f"workdir {workdir} lies in {above}, which holds another run: choose a folder beside it")
+    if (own / DESCRIPTION).exists():
+        raise UserError(f"workdir {workdir} holds trained modules: choose a folder of its own")
     shared = own == Path.home() or own in (Path.cwd(), *Path.cwd().parents)
     if shared and not (own / INPUTS).is_file() and next(own.iterdir(), None) is not None:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ class Answers:
     def __init__(self, output: Path, identity: Mapping[str, Any]):
         self.output, self.errors = output, output.with_name(f"{output.name}.errors.jsonl")
         self._note, self._identity = output.with_name(f".{output.name}.progress.json"), identity
+        self._hashes = {path: hashlib.sha256() for path in (self.output, self.errors)}
         self.unread = 0
 
     def begin(self) -> int:
@@ -58,6 +60,11 @@ class Answers:
                 raise UserError(f"--output: {path} was cut or deleted since it was begun: {started_again}")
             if _size(path) > size:
                 os.truncate(path, size)
+            if path.exists():
+                with path.open("rb") as file:
+                    self._hashes[path] = hashlib.file_digest(file, "sha256")
+        if self._hexes() != noted["hashes"]:
+            raise UserError(f"--output: {self.output} was edited since it was begun: {started_again}")
         self.output.touch()
         if not _size(self.errors):
             self.errors.unlink(missing_ok=True)
@@ -72,17 +79,21 @@ class Answers:
                     file.write(text)
                     file.flush()
                     os.fsync(file.fileno())
+                self._hashes[path].update(text.encode())
         self._write(rows)
 
     def end(self) -> None:
         """Forgets the note: the output is whole."""
         self._note.unlink(missing_ok=True)
 
+    def _hexes(self) -> list[str]:
+        return [found.hexdigest() for found in self._hashes.values()]
+
     def _write(self, rows: int) -> None:
         if not self._identity["input"]:
             return  # the standard input does not come twice
-        sizes = {"output": _size(self.output), "errors": _size(self.errors)}
-        files.write_record(self._note, PROGRESS, {"of": self._identity, "rows": rows, "unread": self.unread, **sizes})
+        noted = {"output": _size(self.output), "errors": _size(self.errors), "hashes": self._hexes()}
+        files.write_record(self._note, PROGRESS, {"of": self._identity, "rows": rows, "unread": self.unread, **noted})
 
 
 @contextlib.contextmanager

@@ -127,7 +127,8 @@ def _drift(folder: Path, form: str, output: Path, saved: Saved, console: Console
     run, predictions = folder.parents[1], folder.parent / experiment.PREDICTIONS
     try:
         config = workdir.read_config(run)
-        data, *_ = experiment.load(config, Console(quiet=True))
+        data, _, inputs = experiment.load(config, Console(quiet=True))
+        workdir.check(files.read_record(run / workdir.INPUTS, workdir.INPUTS_KIND), inputs, run)
         expected = np.asarray(files.read_leaves(predictions)["logits"])
     except UserError as error:
         console.warn(f"what changed on the evaluation split was not measured: {error}")
@@ -207,8 +208,8 @@ def _card(
     base, labels = _on_the_hub(description["base"]["name"]), saved.labels
     methods = ", ".join(f"{entry['method']} {json.dumps(entry['options'])}" for entry in description["modules"])
     lines = [
-        "---", f"license: {license}", f"base_model: {json.dumps(base)}", "pipeline_tag: text-classification",
-        f"library_name: {LIBRARY[form]}", "---", "",
+        "---", f"license: {json.dumps(license)}", f"base_model: {json.dumps(base)}",
+        "pipeline_tag: text-classification", f"library_name: {LIBRARY[form]}", "---", "",
         f"# {saved.task}, {base}", "",
         f"Trained with jpeft {description['jpeft']}. Modules: {methods or 'none'}.",
         f"Inputs: {'pairs of sentences' if saved.num_texts == 2 else 'sentences'}, cut to {saved.max_length} tokens.",

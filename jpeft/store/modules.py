@@ -157,6 +157,8 @@ def load(folder: str | Path, base: str | Saved | None = None) -> Saved:
     """
     from jpeft.models import pretrained
 
+    if not isinstance(folder, str | os.PathLike):
+        raise UserError(f"expected the name of a folder, got {folder!r:.60}")
     folder = Path(folder)
     description, kept = read(folder)
     labels = tuple(description["labels"])
@@ -167,7 +169,10 @@ def load(folder: str | Path, base: str | Saved | None = None) -> Saved:
     trained = flatten(kept["params"])
     _, frozen = split(loaded.params, lambda path: path in trained)
     if pretrained.fingerprint(frozen) != description["base"]["fingerprint"]:
-        raise UserError(f"{folder} was trained on other base weights than those of {name}: name them with `base`")
+        raise UserError(
+            f"{folder} was trained on other base weights than those of {name}: restore them, or give jpeft.load their "
+            "place as `base`"
+        )
     for what, found in pretrained.identity(loaded).items():
         if found != description["base"][what]:
             raise UserError(f"the {what} of {name} is not the one that {folder} was trained with: restore it")

@@ -1,6 +1,8 @@
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from jpeft import UserError
 from jpeft.data.custom import custom
@@ -131,19 +133,56 @@ def test_options_that_cannot_be(tmp_path, changes, says):
         custom(**{"train": file, "text": ("one",), "label": "answer", **changes})
 
 
-@pytest.mark.parametrize("twin", ["neg ", "NEG"])
-def test_labels_that_differ_in_case_or_spaces_only(tmp_path, twin):
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [
+        ("neg", "neg "),
+        ("neg", "NEG"),
+        ("1", "1.0"),
+        ("1", "01"),
+        ("caf\u00e9", "cafe\u0301"),
+    ],
+)
+def test_labels_that_a_reader_takes_for_one(tmp_path, name, twin):
     path = tmp_path / "train.csv"
-    path.write_text(f"text,label\na,neg\nb,pos\nc,{twin}\n")
-    with pytest.raises(UserError, match=r"differ in case or spaces only: mend them, or name all classes"):
+    path.write_text(f"text,label\na,{name}\nb,2\nc,{twin}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"differ in case, spaces or spelling only: mend them, or name all classes"):
         custom(str(path), ("text",))
-    assert custom(str(path), ("text",), labels=("neg", "pos", twin)).labels == ("neg", "pos", twin)
+    assert custom(str(path), ("text",), labels=(name, "2", twin)).labels == (name, "2", twin)
+
+
+def test_large_numbers_are_classes_of_their_own(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\na,12345678\nb,12345679\n")
+    assert custom(str(path), ("text",)).labels == ("12345678", "12345679")
+
+
+@pytest.mark.parametrize("missing", ["nan", "NaN", "None"])
+def test_a_missing_label_is_no_class(tmp_path, missing):
+    path = tmp_path / "train.csv"
+    path.write_text(f"text,label\na,neg\nb,pos\nc,{missing}\n")
+    with pytest.raises(UserError, match=f"the label '{missing}' looks like a missing one"):
+        custom(str(path), ("text",))
+    assert custom(str(path), ("text",), labels=("neg", "pos", missing)).num_labels == 3
+
+
+def test_columns_of_parquet_that_are_there_twice(tmp_path):
+    columns = [pyarrow.array(column) for column in (["a", "b"], ["c", "d"], ["x", "y"])]
+    parquet.write_table(pyarrow.table(columns, names=["text", "text", "label"]), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="column 'text' occurs twice"):
+        custom(str(tmp_path / "train.parquet"), ("text",))
+
+
+def test_lines_that_end_in_a_carriage_return_alone(tmp_path):
+    (tmp_path / "train.csv").write_bytes(b"text,label\ra,1\rb,2\r")
+    with pytest.raises(UserError, match="a lone carriage return ends a line"):
+        custom(str(tmp_path / "train.csv"), ("text",))
 
 
 def test_a_value_that_is_not_finite_when_squared(tmp_path):
     path = tmp_path / "train.csv"
-    path.write_text("text,label\na,1\nb,1e300\n")
-    with pytest.raises(UserError, match="label '1e300' is not a number"):
+    path.write_text("text,label\na,1\nb,1e30\n")
+    with pytest.raises(UserError, match=r"label '1e30' is not a number up to 1e\+18"):
         custom(str(path), ("text",), regression=True).splits()
 
 

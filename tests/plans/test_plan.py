@@ -13,6 +13,7 @@ from jpeft.core import tree
 from jpeft.core.partition import rates
 from jpeft.models import Bert, BertConfig
 from jpeft.plans import plan
+from jpeft.plans import plan as plans
 
 LORA, ADAPTER = Entry("lora", {"rank": 2}), Entry("pfeiffer", {"bottleneck": 3})
 
@@ -80,11 +81,11 @@ def test_json_in_and_out():
             '{"0": [{"method": "lora", "options": {"rank_pattern": 3}}]}',
             "rank_pattern must be an object or null, got 3",
         ),
-        ('{"0": [{"method": "p_tuning", "options": {"template": [null]}}]}', "template must be a list or null"),
+        ('{"0": [{"method": "fish"}]}', "fish acts on the whole model and cannot be put into a layer"),
         ("{}", "has no module in any layer: to train the head alone, use the method 'head'"),
         ('{"0": [], "1": []}', "has no module in any layer"),
-        ('{"0": [{"method": "lora"}], "0": []}', "a plan has '0' twice"),
-        ('{"0": [{"method": "lora", "options": {"rank": 1, "rank": 2}}]}', "a plan has 'rank' twice"),
+        ('{"0": [{"method": "lora"}], "0": []}', "'0' occurs twice in one object"),
+        ('{"0": [{"method": "lora", "options": {"rank": 1, "rank": 2}}]}', "'rank' occurs twice"),
         ("[" * 200_000, "is not JSON"),
         ('{"0": ' + "9" * 5000 + "}", "is not JSON"),
         ('{"0": [{"method": ["lora"]}]}', "layer 0: expected a method and its options"),
@@ -194,3 +195,10 @@ def test_the_plans_of_the_thesis_have_its_sizes_on_roberta_base(name, trains, wi
     assert round(100 * modules / total, 2) == trains
     assert round(100 * (modules + head) / total, 2) == with_head
     assert round(100 * tree.count(left) / total, 2) == adds
+
+
+def test_an_option_that_is_a_list_of_something_else():
+    with pytest.raises(UserError, match="template must be a list or null"):
+        plans.make("p_tuning", template=[None])
+    with pytest.raises(UserError, match="layers must be a list of integers or null, got"):
+        plans.make("lora", layers=("0",))

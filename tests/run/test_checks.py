@@ -19,6 +19,9 @@ from jpeft.run import config as configs
         ({"peft__pfeiffer__activation": "rleu"}, "config.peft.pfeiffer: activation 'rleu' is unknown"),
         ({"fishpal__candidates": ("lora", "adaptor")}, "config.fishpal.candidates: 'adaptor' is unknown"),
         ({"fishpal__candidates": ("lora", "lora")}, "config.fishpal.candidates must name at least one"),
+        ({"fishpal__candidates": ("lora", "fish")}, "config.fishpal.candidates: fish acts on the whole model"),
+        ({"fishpal__sizes": (1, 1)}, "config.fishpal.sizes must be distinct"),
+        ({"train__learning_rate": 1e-320}, "config.train.learning_rate must be above 0"),
         ({"fishpal__candidates": ()}, "config.fishpal.candidates must name at least one"),
         ({"fishpal__plan": "thesis_mnil"}, "'thesis_mnil' is neither a file nor a named plan"),
         ({"fishpal__num_examples": 0}, "config.fishpal.num_examples must be from 1 to 1,000,000,000, got 0"),
@@ -62,6 +65,14 @@ from jpeft.run import config as configs
         (
             {"fishpal__plan": "thesis_mnli", "fishpal__budget": "1%"},
             "config.fishpal.budget is set, but config.fishpal.plan is set, and nothing is chosen",
+        ),
+        (
+            {"fishpal__criterion": "thesis", "fishpal__factors__krona": 2.0},
+            "config.fishpal.factors.krona is set, but 'krona' is not one of config.fishpal.candidates",
+        ),
+        (
+            {"fishpal__learning_rates__krona": 0.1},
+            "config.fishpal.learning_rates.krona is set, but 'krona' is not one of config.fishpal.candidates",
         ),
         ({"fishpal__sizes": (0,)}, "config.fishpal.sizes must be above 0 and below 1,000,000, got 0"),
         ({"fishpal__sizes": (0.3,)}, "config.fishpal.sizes: lora has rank 8, which cannot be made 0.3 times as large"),

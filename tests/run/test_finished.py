@@ -179,6 +179,10 @@ def test_a_log_that_lost_its_epochs_gets_them_back(finished, text):
     _, console = again(config, workdir)
     assert any("lacked epochs of seed 11" in told for told in console.warnings)
     assert [json.loads(line) for line in path.read_text().splitlines()] == before
+    # An epoch that was edited does not stay beside the true one.
+    path.write_text(path.read_text().replace('"train_loss": 0.', '"train_loss": 1.', 1))
+    again(config, workdir)
+    assert sorted(map(str, map(json.loads, path.read_text().splitlines()))) == sorted(map(str, before))
     path.unlink()
     path.mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl is not a file"):

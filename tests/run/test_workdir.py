@@ -51,6 +51,17 @@ def test_a_run_that_computed_nothing_leaves_its_workdir_to_another(tmp_path, tin
     assert files.read_record(tmp_path / "config.json", workdirs.KIND)["method"] == "prefix"
 
 
+def test_a_run_in_another_run_is_refused(begun):
+    for inside in ("seed_11/model", "runs/mine"):
+        with pytest.raises(UserError, match=r"lies in .*, which holds another run"), workdirs.locked(begun / inside):
+            pass
+
+
+def test_a_name_that_no_system_takes_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"has a name of 4,\d+ characters"), workdirs.locked(tmp_path / ("a/" * 2000)):
+        pass
+
+
 def refusal(begun, tiny_config, now):
     with pytest.raises(UserError, match="was started with has changed") as caught:
         workdirs.begin(begun, tiny_config("lora"), now)

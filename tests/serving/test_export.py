@@ -1,6 +1,7 @@
 """Exports of finished runs: what is written, what it says of itself, and what cannot be written."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from jpeft.core.errors import UserError
 from jpeft.data import tokenizer as tokenizers
 from jpeft.models import Bert, pretrained
 from jpeft.run import experiment
+from jpeft.run import workdir as workdirs
 from jpeft.run.console import Console
 from jpeft.serving import export
 from jpeft.store import huggingface, stablehlo
@@ -58,7 +60,7 @@ def test_the_exported_model_has_the_logits_of_the_run(trained, tmp_path, form, c
     assert f"seed {best} has the best accuracy" in printed
     assert "in float32, the exported model differs by at most" in printed
     card = (output / "README.md").read_text()
-    assert card.startswith("---\nlicense: mit\nbase_model: ")
+    assert card.startswith('---\nlicense: "mit"\nbase_model: ')
     assert f"| {best}, this model | " in card
     assert "| bfloat16 | " in card
     if form == "hf":
@@ -159,6 +161,20 @@ def test_without_the_data_it_is_exported_unmeasured(trained, tmp_path, tiny_glue
     assert export.export(alone, "peft", tmp_path / "out", console) == []
     assert "was not measured" in console.warnings[0]
     assert "What the export changed" not in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("change", ["fewer rows", "other texts"])
+def test_data_that_changed_do_not_pass_for_the_runs_own(trained, tiny_config, tiny_glue, tmp_path, monkeypatch, change):
+    workdir, console = trained(), Console(quiet=True)
+    config = workdirs.read_config(workdir)
+    file = shutil.copytree(tiny_glue, tmp_path / "glue") / "mrpc" / "validation.jsonl"
+    rows = file.read_text()
+    file.write_text("".join(rows.splitlines(True)[:-1]) if change == "fewer rows" else rows.replace("dog", "cat"))
+    config.data.path = str(tmp_path / "glue")
+    monkeypatch.setattr(workdirs, "read_config", lambda _: config)
+    assert export.export(workdir, "peft", tmp_path / "out", console) == []
+    assert "was not measured" in console.warnings[0]
+    assert "the evaluation data" in console.warnings[0]
 
 
 def test_what_cannot_be_exported(trained, tmp_path, fails):

@@ -197,6 +197,9 @@ def test_what_was_begun_goes_on_with_the_same_only(workdir, source, tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(stream.jax, "default_backend", lambda: "tpu")
         assert "was begun with another model, input, columns or device" in fails(input=source)
+    output.write_text(kept.replace('"label": "', '"label": "x')[: len(kept)])
+    assert "was edited since it was begun" in fails(input=source)
+    output.write_text(kept)
     note = tmp_path / ".out.jsonl.progress.json"
     note.write_text(note.read_text().replace('"rows": 4', '"rows": 8'))
     assert "was changed or damaged" in fails(input=source)
