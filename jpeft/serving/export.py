@@ -12,14 +12,14 @@ import numpy as np
 from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.transform import Chain, instances, merge
-from jpeft.core.tree import union
+from jpeft.core.tree import flatten, union
 from jpeft.data.batching import Batch
 from jpeft.models import Bert, BertConfig, pretrained
 from jpeft.plans.plan import build
 from jpeft.report import tables
 from jpeft.run import experiment, workdir
 from jpeft.run.console import Console
-from jpeft.store import huggingface, stablehlo
+from jpeft.store import adapterhub, huggingface, stablehlo
 from jpeft.store import modules as modules_on_disk
 from jpeft.store.modules import Saved
 from jpeft.training import step
@@ -32,10 +32,12 @@ DTYPES = ("float32", "bfloat16")
 FORMATS = {
     "hf": "a plain model with the modules merged, for transformers' AutoModelForSequenceClassification",
     "peft": "an adapter beside the base model, for peft's PeftModel",
+    "adapters": "an adapter beside the base model, for AdapterHub's adapters, plans of several kinds included",
     "stablehlo": "one program for CPU, CUDA and TPU that needs JAX and not jpeft, whatever the modules are",
 }
-LIBRARY = {"hf": "transformers", "peft": "peft", "stablehlo": "jax"}
+LIBRARY = {"hf": "transformers", "peft": "peft", "adapters": "adapters", "stablehlo": "jax"}
 CARD = "README.md"
+PADDING = "the gates of adapters also average over padding, so rows with padding have other logits there"
 
 
 class Drift(NamedTuple):
@@ -84,11 +86,21 @@ def export(model: Path, form: str, output: Path, console: Console, license: str 
         stablehlo.write(output, saved)
     else:
         modules = huggingface.Modules(description["modules"], kept.get("peft", {}), kept["params"])
-        huggingface.write(output, modules, saved.model.config, _on_the_hub(description["base"]["name"]))
+        base = _on_the_hub(description["base"]["name"])
+        if form == "peft":
+            huggingface.write(output, modules, saved.model.config, base)
+        else:
+            adapterhub.write(output, modules, saved.model.config, base, saved.labels)
+            if _gated(modules.leaves):
+                console.warn(PADDING)
     drift = _drift(folder, form, output, saved, console)
     files.write_text(output / CARD, _card(folder, form, description, saved, drift, license))
     console.say(f"written: {output}")
     return drift
+
+
+def _gated(leaves: Mapping[str, Any]) -> bool:
+    return any("gate" in path for path in flatten(leaves))
 
 
 def _on_the_hub(base: str) -> str:
@@ -152,7 +164,14 @@ def _read_merged(output: Path, saved: Saved) -> Opened:
 
 
 def _read_peft(output: Path, saved: Saved) -> Opened:
-    modules = huggingface.read(output, saved.model.config)
+    return _with_modules(saved, huggingface.read(output, saved.model.config))
+
+
+def _read_adapters(output: Path, saved: Saved) -> Opened:
+    return _with_modules(saved, adapterhub.read(output, saved.model.config))
+
+
+def _with_modules(saved: Saved, modules: huggingface.Modules) -> Opened:
     params = union(saved.variables["params"], modules.params)
     return _opened(saved, build(modules.spec), {"params": params, "peft": jax.tree.map(jnp.asarray, modules.leaves)})
 
@@ -172,7 +191,7 @@ def _read_stablehlo(output: Path, saved: Saved) -> Opened:
 
 
 READERS: Mapping[str, Callable[[Path, Saved], Opened]]
-READERS = {"hf": _read_merged, "peft": _read_peft, "stablehlo": _read_stablehlo}
+READERS = {"hf": _read_merged, "peft": _read_peft, "adapters": _read_adapters, "stablehlo": _read_stablehlo}
 USE = {
     "hf": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -183,6 +202,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={num_labels})
 model = PeftModel.from_pretrained(base, "this folder")
+tokenizer = AutoTokenizer.from_pretrained({base!r})""",
+    "adapters": """import adapters
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={num_labels})
+adapters.init(model)
+model.load_adapter("this folder", set_active=True, use_safetensors=True)
 tokenizer = AutoTokenizer.from_pretrained({base!r})""",
     "stablehlo": """from pathlib import Path
 
@@ -234,6 +260,8 @@ def _card(
         lines += ["| computed in | largest difference of a logit | other answers |", "| --- | ---: | ---: |"]
         lines += [f"| {d.dtype} | {d.largest:.1e} | {'-' if d.changed is None else d.changed} |" for d in drift]
         lines.append("")
+    if form == "adapters" and _gated(saved.variables["peft"]):
+        lines += [f"Note: {PADDING}.", ""]
     example = '["a sentence"]' + (', ["and another"]' if saved.num_texts == 2 else "")
     use = USE[form].format(base=base, num_labels=len(labels) or 1, example=example, max_length=saved.max_length)
     return "\n".join([*lines, "```python", use, "```", ""])

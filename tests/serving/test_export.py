@@ -18,7 +18,7 @@ from jpeft.run import experiment
 from jpeft.run import workdir as workdirs
 from jpeft.run.console import Console
 from jpeft.serving import export
-from jpeft.store import huggingface, stablehlo
+from jpeft.store import adapterhub, huggingface, stablehlo
 from jpeft.transforms.registry import METHODS
 
 QUIET = Console(quiet=True)
@@ -90,6 +90,15 @@ def test_a_program_serves_what_does_not_merge(trained, tmp_path):
     found = {}
     exec(code, found)
     np.testing.assert_allclose(found["logits"], expected, atol=1e-5)
+    # Nor does AdapterHub's library need it merged.
+    exact, rough = export.export(workdir, "adapters", tmp_path / "adapters", QUIET)
+    assert (exact.dtype, exact.rows, rough.dtype) == ("float32", 18, "bfloat16")
+    assert exact.largest < 1e-5
+    head = json.loads((tmp_path / "adapters" / adapterhub.HEAD_CONFIG).read_text())
+    assert head["label2id"] == {"not_equivalent": 0, "equivalent": 1}
+    card = (tmp_path / "adapters/README.md").read_text()
+    assert "library_name: adapters" in card
+    assert 'model.load_adapter("this folder", set_active=True, use_safetensors=True)' in card
 
 
 # One for each way to act that does not merge.
@@ -196,3 +205,11 @@ def test_the_help_names_every_format(capsys):
         program.main(["export", "--help"])
     printed = capsys.readouterr().out
     assert all(f"{form}: " in printed for form in export.FORMATS)
+
+
+def test_gates_of_adapterhub_average_over_padding_and_the_card_says_so(trained, tmp_path):
+    console = Console(quiet=True)
+    workdir = trained("unipelt", num_virtual_tokens=2, mlp_hidden=4, reduction_factor=4, rank=2)
+    export.export(workdir, "adapters", tmp_path / "out", console)
+    assert export.PADDING in console.warnings
+    assert f"Note: {export.PADDING}.\n" in (tmp_path / "out/README.md").read_text()
