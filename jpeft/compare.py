@@ -46,7 +46,9 @@ def run(argv: list[str]) -> None:
             table = comparison.summarise(outcomes)
             workdir.mkdir(parents=True, exist_ok=True)
             comparison.picture(workdir / "report.png", table, outcomes)
-            page = comparison.markdown(table, len(outcomes), len(compare.cells(grid)), "report.png")
+            page = comparison.markdown(
+                table, len(outcomes), len(compare.cells(grid)), "report.png", comparison.baselines(outcomes)
+            )
             files.write_text(workdir / "report.md", page)
             console.say(f"\n{page}\nreport: {workdir / 'report.md'}")
 

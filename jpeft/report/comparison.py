@@ -12,7 +12,7 @@ import numpy as np
 
 from jpeft.data.task import Task
 
-__all__ = ["Outcome", "Row", "markdown", "picture", "summarise"]
+__all__ = ["Outcome", "Row", "baselines", "markdown", "picture", "summarise"]
 
 DRAWS = 400
 LEVEL = 95  # percent, of the intervals
@@ -129,8 +129,28 @@ def difference(
     return float(np.mean([one[s].score() - other[s].score() for s in seeds])), (float(low), float(high))
 
 
-def markdown(table: Mapping[str, Mapping[str, Row]], finished: int, total: int, picture: str | None) -> str:
-    """The page: a table over all tasks, then the differences from the best of each task."""
+def baselines(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """{task: the score of an answer that reads no text}, the most frequent class or the mean of the evaluation rows."""
+    firsts = {outcome.task.name: outcome for outcome in reversed(outcomes)}
+    return {name: o.task.baseline(o.labels, o.labels)[o.task.primary] for name, o in firsts.items()}
+
+
+def markdown(
+    table: Mapping[str, Mapping[str, Row]],
+    finished: int,
+    total: int,
+    picture: str | None,
+    baselines: Mapping[str, float],
+) -> str:
+    """The page: a table over all tasks, then the differences from the best of each task.
+
+    Args:
+      table: from `summarise`.
+      finished: how many cells are done.
+      total: of how many.
+      picture: file name of the picture, or None.
+      baselines: from `baselines`; the last row of the table.
+    """
     tasks, variants = list(table), list(dict.fromkeys(name for rows in table.values() for name in rows))
     lines = ["# Comparison", ""]
     if finished < total:
@@ -146,6 +166,11 @@ def markdown(table: Mapping[str, Mapping[str, Row]], finished: int, total: int, 
         some = next(rows[name] for rows in table.values() if name in rows)
         cells = [_cell(table[task].get(name)) for task in tasks]
         lines.append(f"| {name} | {some.trainable_percent:.3f} | {some.added_percent:.3f} | {' | '.join(cells)} |")
+    cells = [f"{100 * baselines[task]:.1f}" for task in tasks]
+    lines.append(f"| *majority class, or mean value* | 0 | 0 | {' | '.join(cells)} |")
+    poor = [f"{name} on {t}" for t, rows in table.items() for name, row in rows.items() if row.mean <= baselines[t]]
+    if poor:
+        lines += ["", f"**No better than an answer that reads no text: {', '.join(poor)}.**"]
     if picture:
         lines += ["", f"![Scores by task and variant]({picture})"]
     for task, rows in table.items():

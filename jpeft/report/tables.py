@@ -196,7 +196,14 @@ def _differences(reports: Sequence[Mapping[str, Any]]) -> list[str]:
         "epochs": [str(report["recipe"]["num_epochs"]) for report in reports],
         "seeds": [str(len(report["metrics"]["per_seed"])) for report in reports],
     }
-    told = [f"{name} ({', '.join(dict.fromkeys(values))})" for name, values in found.items() if len(set(values)) > 1]
+    # Of the same task and size, and yet others: the user's own files may all be called "custom".
+    data: dict[str, set[tuple[str, ...]]] = {}
+    for report in reports:
+        if "data" in report:  # which earlier versions left out
+            data.setdefault(report["task"], set()).add(tuple(report["data"].values()))
+    other = [task for task, seen in data.items() if len(seen) > 1]
+    told = [f"the data of {task}" for task in other]
+    told += [f"{name} ({', '.join(dict.fromkeys(values))})" for name, values in found.items() if len(set(values)) > 1]
     return ["", f"Not alike, so compare with care: {'; '.join(told)}."] if told else []
 
 

@@ -23,6 +23,7 @@ from jpeft.run import config as configs
 from jpeft.run.choose import CHOICE
 from jpeft.run.config import Config
 from jpeft.run.console import Console
+from jpeft.run.workdir import INPUTS, INPUTS_KIND
 from jpeft.transforms.registry import METHODS
 from jpeft.version import __version__
 
@@ -108,6 +109,7 @@ def write(
         per_seed.append(
             row | ({"plan": f"seed_{seed}/plan.json"} if METHODS[config.method.split("+")[0]].chooses else {})
         )
+    inputs = files.read_record(workdir / INPUTS, INPUTS_KIND)
     spent = {name: sum(r.seconds[name] for r in results.values()) for name in next(iter(results.values())).seconds}
     report = {
         "task": task.name,
@@ -121,6 +123,7 @@ def write(
             "answer": "majority class" if task.labels else "mean value",
             "metrics": task.baseline(data.train.labels, data.dev.labels),
         },
+        "data": {name: inputs[name][1] for name in ("train", "dev")},
         "examples": {"train": data.train.size, "evaluation": data.dev.size},
         "recipe": {name: config.train[name] for name in RECIPE},
         "parameters": tables.average([result.parameters for result in results.values()]),

@@ -31,6 +31,7 @@ def report(scores=((0.5, 0.6), (0.7, 0.8)), **changes):
         "versions": {"jpeft": "0.1", "jax": "0.10"},
         "baseline": {"answer": "majority class", "metrics": {"accuracy": 0.55, "f1": 0.0}},
         "other_splits": {},
+        "data": {"train": "a", "dev": "b"},
         "examples": {"train": 3668, "evaluation": 408},
         "recipe": {"num_epochs": 3, "batch_size": 16, "dtype": "float32"},
         "learning_rate": 5e-4,
@@ -151,6 +152,7 @@ def test_compare_aligns_rows_and_leaves_out_what_a_task_lacks():
         ({"model": "bert"}, "model (minilm, bert)"),
         ({"examples": {"train": 100, "evaluation": 408}}, "training examples (3,668, 100)"),
         ({"recipe": {"num_epochs": 10}}, "epochs (3, 10)"),
+        ({"data": {"train": "a", "dev": "c"}}, "the data of mrpc"),
     ],
 )
 def test_what_makes_runs_hard_to_compare_is_told(changes, says):

@@ -21,7 +21,7 @@ from jpeft.transforms.registry import MODULES
 REPORT = {
     "task", "method", "model", "split", "primary_metric", "metrics", "parameters", "seconds", "examples_per_second",
     "inference_examples_per_second", "peak_memory_bytes", "learning_rate", "device", "versions", "baseline",
-    "examples", "recipe", "warnings", "command", "other_splits",
+    "examples", "recipe", "warnings", "command", "other_splits", "data",
 }  # fmt: skip
 PARAMETERS = {
     "base", "head", "trainable", "trainable_percent", "added_at_inference", "added_percent", "module_bytes",
