@@ -2,7 +2,10 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pytest
+from heard import run
 
+from jpeft.core.errors import UserError
 from jpeft.data.batching import Examples
 from jpeft.run import choose as choice
 from jpeft.run.console import Console
@@ -48,3 +51,11 @@ def test_a_sample_is_in_the_order_of_the_shuffle_not_of_the_lengths(tmp_path):
     few = choice._sample(seed, 3)
     np.testing.assert_array_equal(few.labels, batch.labels[:3])
     np.testing.assert_array_equal(few.input_ids, batch.input_ids[:3, : few.input_ids.shape[1]])
+
+
+def test_a_budget_that_nothing_fits_is_refused_before_anything_is_measured(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config("fishpal")
+    config.fishpal.update(budget="5")
+    monkeypatch.setitem(choice.CRITERIA, "thesis", None)
+    with pytest.raises(UserError, match="the budget of 5 parameters is too small: the smallest module has"):
+        run(config, tmp_path)
