@@ -9,6 +9,7 @@ words for is an error that says so; a merged model (`jpeft.export --format hf`) 
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from jpeft.core.site import matches
 from jpeft.core.transform import FIXED, Leaves, instances
 from jpeft.core.tree import flatten, unflatten
 from jpeft.models.bert import BertConfig
-from jpeft.models.conversion import hf_module, listed
+from jpeft.models.conversion import hf_module, listed, shapes
 from jpeft.plans.plan import Spec, build
 from jpeft.transforms.registry import METHODS
 
@@ -174,14 +175,16 @@ def read(folder: Path, config: BertConfig) -> Modules:
     readers: dict[str, Callable[..., tuple[dict[str, Any], Leaves, set[str]]]]
     readers = {"LORA": _read_low_rank, "IA3": _read_ia3, "PROMPT_TUNING": _read_virtual, "P_TUNING": _read_virtual}
     if not isinstance(kind, str) or kind not in readers:
-        raise UserError(f"{folder / CONFIG}: peft_type {kind!r} is not supported: {nearest(str(kind), readers)}")
+        raise UserError(f"{folder / CONFIG}: peft_type {kind!r:.60} is not supported: {nearest(str(kind), readers)}")
     tensors, _ = read_safetensors(folder / WEIGHTS)
-    if bad := [name for name, x in tensors.items() if not np.isfinite(np.asarray(x, np.float32)).all()]:
-        raise UserError(f"{folder / WEIGHTS}: {bad[0]} is not finite")
+    for name, x in tensors.items():
+        if x.dtype.kind not in "fV" or not np.isfinite(np.asarray(x, np.float32)).all():  # bfloat16 is a V
+            raise UserError(f"{folder / WEIGHTS}: {name!r:.160} is not finite, or not of floats")
     entry, leaves, used = readers[kind](about, tensors, config)
     params, rest = _trained(tensors, used, config)
     if rest:
-        raise UserError(f"{folder / WEIGHTS} holds {listed(sorted(rest))}, which jpeft cannot place")
+        names = listed(f"{name!r:.160}" for name in sorted(rest))
+        raise UserError(f"{folder / WEIGHTS} holds {names}, which jpeft cannot place")
     (name,) = instances(build([entry]))
     return Modules([entry], {name: leaves}, params)
 
@@ -217,11 +220,11 @@ def _read_low_rank(
         if about.get(name):
             raise UserError(f"{CONFIG}: {name} has no counterpart here")
     if about.get("bias", "none") != "none" or about.get("fan_in_fan_out"):
-        raise UserError(f"{CONFIG}: bias {about.get('bias')!r} and fan_in_fan_out have no counterpart here")
+        raise UserError(f"{CONFIG}: bias {about.get('bias')!r:.60} and fan_in_fan_out have no counterpart here")
     start = str(about.get("init_lora_weights", True)).lower()
     if start.split("_")[0] in ("pissa", "olora", "corda", "loftq"):
         raise UserError(
-            f"{CONFIG}: init_lora_weights {start!r} has changed the base weights; in peft, save_pretrained with "
+            f"{CONFIG}: init_lora_weights {start!r:.60} has changed the base weights; in peft, save_pretrained with "
             "path_initial_model_for_weight_conversion writes a plain LoRA"
         )
     if about.get("use_dora") and about.get("use_rslora"):
@@ -269,11 +272,16 @@ def _sizes(path: str, config: BertConfig) -> tuple[int, int]:
 def _read_ia3(about: Mapping[str, Any], tensors: Any, config: BertConfig) -> tuple[dict[str, Any], Leaves, set[str]]:
     found = _by_site(tensors, (".ia3_l",), config)
     for path, own in found.items():
-        at_input = own[".ia3_l"].shape[0] == 1
-        if at_input != path.endswith("output"):
+        size_in, size_out = _sizes(path, config)
+        at_input, at_output = (1, size_in), (size_out, 1)
+        wanted, other = (at_input, at_output) if path.endswith("output") else (at_output, at_input)
+        shape = own[".ia3_l"].shape
+        if shape == other != wanted:
             raise UserError(
-                f"{WEIGHTS}: (IA)3 at {path} scales the layer's {'input' if at_input else 'output'}, not here"
+                f"{WEIGHTS}: (IA)3 at {path} scales the layer's {'input' if other == at_input else 'output'}, not here"
             )
+        if shape != wanted:
+            raise UserError(f"{WEIGHTS}: (IA)3 at {path} has shape {list(shape)} instead of {list(wanted)}")
     leaves = {path: {"scale": own[".ia3_l"].reshape(-1)} for path, own in found.items()}
     if not leaves:
         raise UserError(f"{WEIGHTS} holds no (IA)3 of a BERT or RoBERTa encoder")
@@ -298,9 +306,9 @@ def _alpha_of(about: Mapping[str, Any], path: str) -> float:
             if re.match(rf"(.*\.)?({pattern})$", hf_module(path)):
                 found = value
                 break
-    except (AttributeError, re.error) as error:
-        raise UserError(f"{CONFIG}: alpha_pattern is not {{pattern: alpha}}: {error}") from None
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < float("inf"):
+    except (AttributeError, OverflowError, RecursionError, re.error) as error:
+        raise UserError(f"{CONFIG}: alpha_pattern is not {{pattern: alpha}}: {str(error)!r:.160}") from None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= sys.float_info.max:
         raise UserError(f"{CONFIG}: lora_alpha and alpha_pattern must be positive numbers, got {found!r:.60}")
     return float(found)
 
@@ -316,15 +324,25 @@ def _used(found: Mapping[str, Mapping[str, Any]], ends: tuple[str, ...], config:
 
 
 def _trained(tensors: Mapping[str, Any], used: set[str], config: BertConfig) -> tuple[dict[str, Any], set[str]]:
-    """The head and the pooler, where they are there, and the names that are neither."""
+    """The head and the pooler, where they are there, and the names that are neither.
+
+    Raises:
+      UserError: if their shapes are not those of the model.
+    """
     head = ("classifier/dense", "classifier/out_proj") if config.model_type == "roberta" else ("classifier",)
     flat: dict[tuple[str, ...], Any] = {}
     rest = set(tensors) - used
     for path in (*head, "pooler"):
         for ours, theirs in (("kernel", "weight"), ("bias", "bias")):
+            wanted = shapes(config).get(f"{path}/{ours}")  # RoBERTa has no pooler
             for prefix in (BODY, VIRTUAL):
                 name = f"{prefix}{hf_module(path, config.model_type)}.{theirs}"
-                if name in rest:
-                    rest.remove(name)
-                    flat[(*path.split("/"), ours)] = tensors[name].T if ours == "kernel" else tensors[name]
+                if wanted is None or name not in rest:
+                    continue
+                if tensors[name].shape != wanted[::-1]:
+                    raise UserError(
+                        f"{WEIGHTS}: {name} has shape {list(tensors[name].shape)} instead of {list(wanted[::-1])}"
+                    )
+                rest.remove(name)
+                flat[(*path.split("/"), ours)] = tensors[name].T if ours == "kernel" else tensors[name]
     return unflatten(flat), rest

@@ -21,6 +21,7 @@ from jpeft.core.transform import FIXED, SHARED
 from jpeft.plans.plan import Entry
 from jpeft.plans.plan import spec as spec_of
 from jpeft.store import adapterhub
+from jpeft.store.adapterhub.format import bottleneck_size, reduction_factor
 from jpeft.store.huggingface import Modules
 
 METHODS = sorted(peers.methods("adapters", "bert"))
@@ -187,10 +188,10 @@ def test_folded_prefixes_of_several_entries_are_one(tmp_path, bert):
 @pytest.mark.parametrize("d", [16, 768])
 def test_every_bottleneck_has_a_reduction_factor(d):
     for size in range(1, d + 9):
-        factor = json.loads(json.dumps(adapterhub._factor(d, size)))
+        factor = json.loads(json.dumps(reduction_factor(d, size)))
         assert max(1, int(d // factor)) == size
-        assert adapterhub._size(factor, d) == size
-    assert adapterhub._size(2 * d, d) == 1  # never none
+        assert bottleneck_size(factor, d) == size
+    assert bottleneck_size(2 * d, d) == 1  # never none
 
 
 def test_reduction_factors_by_layer_are_several_instances(tmp_path, bert):

@@ -1,6 +1,6 @@
 """Folders of Hugging Face peft: read to its own logits, and written as it would write them.
 
-The goldens come from third_party/parity/make_peft_goldens.py; third_party/parity/check_peft_folder.py has peft itself
+The goldens come from third_party/parity/make_peft_goldens.py; third_party/parity/check_peft_folders.py has peft itself
 open what is written.
 """
 
@@ -12,6 +12,7 @@ import pytest
 from conftest import randomised
 from parity.peers import ARCHITECTURES, GOLDEN, golden, load_base
 from safetensors.numpy import load_file, save_file
+from test_fuzz import attempt
 
 import jpeft
 from jpeft.core.errors import UserError
@@ -141,12 +142,19 @@ def _folder(tmp_path, base, method="lora"):
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported"),
         ({"peft_type": ["LORA"]}, "is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "has changed the base weights"),
+        ({"peft_type": "x" * 999}, "peft_type 'x{59} is not supported"),
         ({"bias": "all"}, "bias 'all' .* no counterpart"),
+        ({"bias": "x" * 999}, "bias 'x{59} and .* no counterpart"),
+        ({"init_lora_weights": "pissa_" + "x" * 999}, "init_lora_weights 'pissa_x{53} has changed"),
         ({"use_qalora": True}, "use_qalora has no counterpart"),
         ({"use_dora": True}, "lacks a tensor of its dora"),
         ({"alpha_pattern": {"(": 2}}, "alpha_pattern"),
         ({"alpha_pattern": [1]}, "alpha_pattern"),
+        ({"alpha_pattern": {"(?\n)": 2}}, r"alpha_pattern is not \{pattern: alpha\}: 'unknown extension [^\n]*$"),
+        ({"alpha_pattern": {"a{99999999999}": 2}}, "alpha_pattern is not .*too large"),
+        ({"alpha_pattern": {"(" * 9999 + ")" * 9999: 2}}, "alpha_pattern is not .*recursion"),
         ({"lora_alpha": "many"}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "must be positive numbers, got 10{59}$"),
     ],
 )
 def test_configs_that_cannot_be_read(tmp_path, base, change, says):
@@ -172,8 +180,70 @@ def test_folders_that_cannot_be_read(tmp_path, base):
     save_file({**tensors, name: np.full_like(tensors[name], np.nan)}, folder / huggingface.WEIGHTS)
     refused("is not finite")
     save_file({**tensors, "extra.weight": np.ones(2, np.float32)}, folder / huggingface.WEIGHTS)
-    refused("holds extra.weight, which jpeft cannot place")
+    refused(r"holds 'extra\.weight', which jpeft cannot place")
+    save_file({**tensors, "two\nlines": np.ones(2, np.float32)}, folder / huggingface.WEIGHTS)
+    refused(r"holds 'two\\nlines', which jpeft cannot place$")
+    save_file({**tensors, "two\nlines": np.full(2, np.nan, np.float32)}, folder / huggingface.WEIGHTS)
+    refused(r"'two\\nlines' is not finite, or not of floats$")
+    for kind in (np.complex64, np.int32):
+        save_file({**tensors, name: np.ones(tensors[name].shape, kind)}, folder / huggingface.WEIGHTS)
+        refused("lora_A.weight' is not finite, or not of floats$")
     save_file({**tensors, name: np.ones((3, 5), np.float32)}, folder / huggingface.WEIGHTS)
     refused("has shapes")
     (folder / huggingface.WEIGHTS).unlink()
     refused("there is no file")
+
+
+@pytest.mark.parametrize(
+    ("end", "shape", "says"),
+    [
+        ("layer.0.attention.self.value.ia3_l", (), r"layer_0/attention/value has shape \[\] instead of \[16, 1\]"),
+        ("layer.1.attention.self.key.ia3_l", (9, 1), r"layer_1/attention/key has shape \[9, 1\] instead of \[16, 1\]"),
+        ("layer.1.attention.self.key.ia3_l", (16,), r"layer_1/attention/key has shape \[16\] instead of \[16, 1\]"),
+        ("layer.1.attention.self.key.ia3_l", (1, 16), "layer_1/attention/key scales the layer's input, not here"),
+        ("layer.0.output.dense.ia3_l", (1, 9), r"layer_0/ffn/output has shape \[1, 9\] instead of \[1, {wide}\]"),
+        ("layer.0.output.dense.ia3_l", (16, 1), "layer_0/ffn/output scales the layer's output, not here"),
+    ],
+)
+def test_vectors_of_ia3_that_do_not_fit(tmp_path, base, end, shape, says):
+    folder, config = _folder(tmp_path, base, "ia3"), base.model.config
+    tensors = load_file(folder / huggingface.WEIGHTS)
+    (name,) = (name for name in tensors if name.endswith(end))
+    save_file({**tensors, name: np.ones(shape, np.float32)}, folder / huggingface.WEIGHTS)
+    with pytest.raises(UserError, match=says.replace("{wide}", str(config.intermediate_size))):
+        huggingface.read(folder, config)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_heads_that_do_not_fit(tmp_path, base, method):
+    folder, config = _folder(tmp_path, base, method), base.model.config
+    tensors = load_file(folder / huggingface.WEIGHTS)
+    for name in (name for name in tensors if "classifier" in name):
+        for shape in ((9, 4), (), (*tensors[name].shape, 1)):
+            save_file({**tensors, name: np.ones(shape, np.float32)}, folder / huggingface.WEIGHTS)
+            with pytest.raises(UserError) as error:
+                huggingface.read(folder, config)
+            says = f"{name} has shape {list(shape)} instead of {list(tensors[name].shape)}"
+            assert str(error.value) == f"{huggingface.WEIGHTS}: {says}"
+
+
+def test_a_pooler_is_that_of_the_model(tmp_path, base):
+    folder, config = _folder(tmp_path, base), base.model.config
+    tensors = load_file(folder / huggingface.WEIGHTS)
+    name = f"{huggingface.BODY}{config.model_type}.pooler.dense.weight"
+    save_file({**tensors, name: np.ones((16, 16), np.float32)}, folder / huggingface.WEIGHTS)
+    if config.model_type == "bert":
+        assert huggingface.read(folder, config).params["pooler"]["kernel"].shape == (16, 16)
+        save_file({**tensors, name: np.ones((16, 9), np.float32)}, folder / huggingface.WEIGHTS)
+    with pytest.raises(UserError, match=r"pooler\.dense\.weight(' *, which jpeft cannot| has shape \[16, 9\] instead)"):
+        huggingface.read(folder, config)
+
+
+@pytest.mark.parametrize("method", ["rslora", "dora", "ia3", "prompt"])
+def test_damaged_folders_are_read_or_refused_in_one_line(tmp_path, base, method):
+    folder = _folder(tmp_path, base, method)
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for seed in range(60):
+            attempt(lambda: huggingface.read(folder, base.model.config), path, whole, seed)
+    huggingface.read(folder, base.model.config)
