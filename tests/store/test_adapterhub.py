@@ -117,13 +117,11 @@ SPECS = {
     "adamix": [entry("adamix", bottleneck=4)],
     "sparse": [entry("sparse_adapter", kind="houlsby", density=0.3)],
     "lora": [entry("lora", rank=3, alpha=5.5, targets="key|query|intermediate|ffn/output", layers=[0])],
-    "lora by layer": [entry("lora", rank_pattern={"layer_0/.*": 2}, alpha_pattern={"layer_1/.*": 3.0})],
     "gated lora": [entry("lora", gate=True, targets="query|ffn/output")],
     "rslora": [entry("rslora", rank=3)],
     "pissa": [entry("pissa", rank=2, layers=[1])],
     "ia3": [entry("ia3", placement="before", layers=[1])],
     "ia3 elsewhere": [entry("ia3", targets="attention/query|intermediate")],
-    "ia3 and lora": plan([Entry("ia3", {"placement": "before"})], [LORA]),
     "prefix": [entry("prefix", num_virtual_tokens=3, mlp_hidden=5, layers=[1], gate=True)],
     "flat prefix": [entry("prefix", num_virtual_tokens=3, mlp_hidden=None, gate=True)],
     "prompt": [entry("prompt", num_virtual_tokens=3, placement="states")],
@@ -230,6 +228,21 @@ def test_tensors_that_are_there_for_every_layer_and_without_the_name_of_the_mode
         adapterhub.read(tmp_path, bert.model.config)
 
 
+def test_a_norm_before_the_bottleneck_has_two_names_there(tmp_path, bert):
+    peer = saved_by_adapters(tmp_path, bert, "seq_bn_norms")
+    tensors = load_file(tmp_path / adapterhub.WEIGHTS)
+    names = {name: name.replace("adapter_norm_before", "adapter_down.0") for name in tensors if "norm_before" in name}
+    assert len(names) == 4
+    both = tensors | {other: tensors[name] for name, other in names.items()}
+    save_file(both, tmp_path / adapterhub.WEIGHTS)
+    found = logits(bert, adapterhub.read(tmp_path, bert.model.config), peer.inputs)
+    np.testing.assert_allclose(found, peer.logits, atol=2e-5)
+    name = next(iter(names.values()))
+    save_file({**both, name: both[name] + 1}, tmp_path / adapterhub.WEIGHTS)
+    with pytest.raises(UserError, match=r"adapter_down\.0.* differs from .*, whose second name it is"):
+        adapterhub.read(tmp_path, bert.model.config)
+
+
 def test_flexible_heads(tmp_path, base):
     """Those of AutoAdapterModel, where they compute what ours does."""
     peer = saved_by_adapters(tmp_path, base, "seq_bn")
@@ -273,7 +286,9 @@ def test_folders_without_a_head(tmp_path, bert):
         ([entry("lora", rank_pattern={"query": 2})], "LoRA in one size per layer, and layer 0 has several"),
         ([entry("pfeiffer"), entry("parallel")], "room for one output_adapter in a layer, and layer 0 has two"),
         ([entry("lora"), entry("ia3", placement="before")], "one selfattn_lora in a layer, and layer 0 has two"),
-        ([entry("lora"), entry("lora", rank=2, targets="ffn/output")], "one lora config in all layers, and there are"),
+        ([entry("lora"), entry("lora", rank=2, targets="ffn/output")], "room for one LoRA or"),
+        ([entry("lora", rank_pattern={"layer_0/.*": 2})], "room for one LoRA or .*, of one size"),
+        (plan([Entry("ia3", {"placement": "before"})], [LORA]), "room for one LoRA or"),
         ([entry("prompt", placement="states")] * 2, "one prompt_tuning in a layer, and there are two"),
         (
             [entry("prefix", mlp_hidden=4, layers=[0]), entry("prefix", mlp_hidden=5, layers=[1])],

@@ -32,7 +32,6 @@ SPECS = {
     "houlsby_gate": [("houlsby", {"targets": "attention_add_norm", "gate": True})],
     "parallel": [("parallel", {"bottleneck": 7})],
     "lora": [("lora", {"rank": 3, "alpha": 5.5, "targets": "query|key|intermediate|ffn/output"})],
-    "lora_sizes": [("lora", {"rank_pattern": {"layer_0/.*": 2}})],
     "rslora": [("rslora", {"rank": 4, "layers": [1]})],
     "pissa": [("pissa", {"rank": 2})],
     "ia3": [("ia3", {"placement": "before"})],
@@ -47,7 +46,8 @@ SPECS = {
         ("lora", {"rank": 2, "layers": [1]}),
     ],
 }
-SHARED = ("prefix", "unipelt", "mam")  # what adapters cannot save as safetensors itself: tensors of all layers are one
+# What adapters cannot save as safetensors itself: tensors of all layers are one, or ln_before has two names.
+SHARED = ("prefix", "unipelt", "mam", "seq_bn_norms")
 
 
 def main() -> int:

@@ -236,6 +236,10 @@ def check_union(parts: Sequence[Part], config: BertConfig) -> None:
                 continue
             if kind == "prefix_tuning":
                 raise UserError(f"adapters has room for one prefix, of one length and with one MLP: {INSTEAD}")
+            if kind == "lora":  # it asks for the one of all layers
+                raise UserError(
+                    f"adapters has room for one LoRA or (IA)3, of one size and in one set of places: {INSTEAD}"
+                )
             everywhere = len(one.layers) == len(other.layers) == config.num_hidden_layers
             if everywhere and not (
                 kind == "bottleneck" and all(one.config[flag] != other.config[flag] for flag in ADAPTER_PLACES)

@@ -65,6 +65,7 @@ def read(folder: Path, config: BertConfig) -> Modules:
     tensors = _weights(folder, WEIGHTS)
     if not any(key.startswith(f"{config.model_type}.") for key in tensors):  # saved from the model without a head
         tensors = {f"{config.model_type}.{key}": x for key, x in tensors.items()}
+    tensors = _under_one_name(tensors)
     spec: Spec = []
     leaves: list[Leaves] = []
     parts: list[Part] = []
@@ -90,6 +91,19 @@ def read(folder: Path, config: BertConfig) -> Modules:
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
     return Modules(spec, dict(zip(instance, leaves, strict=True)), _read_head(folder, config))
+
+
+def _under_one_name(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors without the second name of a LayerNorm before the bottleneck, which is its `adapter_down.0`, too."""
+    kept = {}
+    for key, x in tensors.items():
+        first = key.replace(".adapter_down.0.", ".adapter_norm_before.")
+        if first != key and first in tensors:
+            if not np.array_equal(x, tensors[first]):
+                raise UserError(f"{WEIGHTS}: {key!r:.160} differs from {first!r:.160}, whose second name it is")
+            continue
+        kept[key] = x
+    return kept
 
 
 def _about(path: Path, config: BertConfig) -> dict[str, Any]:
