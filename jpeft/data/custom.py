@@ -152,6 +152,10 @@ def _classes(file: Path, label: str, given: Sequence[str] | None) -> tuple[str, 
             f"{file}: the labels {' and '.join(map(ascii, twins[:2]))} differ in case, spaces or spelling only: mend "
             "them, or name all classes in config.data.labels"
         )
+    if any(map(_is_number, names)) and (truths := [name for name in names if name in ("true", "false")]):
+        raise UserError(
+            f"{file}: the label {truths[0]!r} stands among numbers: mend it, or name all classes in config.data.labels"
+        )
     if missing := [name for name in names if _read_as(name) in MISSING]:
         raise UserError(
             f"{file}: the label {missing[0]!r} looks like a missing one: drop these rows, or name all classes in "

@@ -166,6 +166,13 @@ def test_a_missing_label_is_no_class(tmp_path, missing):
     assert custom(str(path), ("text",), labels=("neg", "pos", missing)).num_labels == 3
 
 
+def test_a_truth_among_numbers_is_no_class(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(f'{{"text": "a", "label": {label}}}\n' for label in ("0", "1", "true")))
+    with pytest.raises(UserError, match="the label 'true' stands among numbers"):
+        custom(str(path), ("text",))
+
+
 def test_columns_of_parquet_that_are_there_twice(tmp_path):
     columns = [pyarrow.array(column) for column in (["a", "b"], ["c", "d"], ["x", "y"])]
     parquet.write_table(pyarrow.table(columns, names=["text", "text", "label"]), tmp_path / "train.parquet")
