@@ -47,9 +47,14 @@ def default(
     Returns:
       A config with these fields, with `run`, a run's config with what all cells share, and with `by_task`, fields of
       a run's config for single tasks.
+
+    Raises:
+      UserError: if the name of a variant has a dot in it, as those of fields on the command line do.
     """
     if not isinstance(variants, Mapping):
         variants = {name: {"method": name} for name in variants}
+    if dotted := [name for name in variants if "." in name]:
+        raise UserError(f"the variant {dotted[0]!r} has a dot in its name: choose one without")
     shared = configs.default("mrpc", "head")
     for name in ("task", "method", "seeds"):
         del shared[name]

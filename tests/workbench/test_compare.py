@@ -170,3 +170,8 @@ def test_class_ids_are_digits_while_there_are_ten():
     many = cells.unpacked(cells._packed(np.array([0, 10, 2])))
     np.testing.assert_array_equal(many, [0, 10, 2])
     assert np.issubdtype(many.dtype, np.integer)
+
+
+def test_a_variant_with_a_dot_is_one_line():
+    with pytest.raises(UserError, match=r"the variant 'lora_0\.1' has a dot in its name"):
+        compare.default({"lora_0.1": {"method": "lora"}}, ("mrpc",))
