@@ -4,7 +4,8 @@
 
 MiniLM on 480 rows of the built-in data: LoRA, FISH, and three seeds of an adapter that train together. Every run is
 killed (SIGKILL, as when a machine is taken away) a random time after it starts, and started again by the same command,
-until it is done; then anew, as often as it takes. Whether the end is the same is asked bit by bit, of modules, predictions and metrics.
+until it is done; then anew, as often as it takes. Whether the end is the same is asked bit by bit, of modules,
+predictions and metrics.
 """
 
 import argparse
