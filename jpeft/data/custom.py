@@ -72,7 +72,7 @@ class Files(Task):
 
 
 _NOWHERE = "\0"  # no file has a column of this name
-MISSING = ("nan", "none", "null", "n/a")  # as other programs write it, and no class is likely to be called
+MISSING = "nan"  # as other programs write it; "none" and "null" may well be classes
 
 
 def custom(
@@ -154,9 +154,9 @@ def _classes(file: Path, label: str, given: Sequence[str] | None) -> tuple[str, 
         )
     if any(map(_is_number, names)) and (truths := [name for name in names if name in ("true", "false")]):
         raise UserError(
-            f"{file}: the label {truths[0]!r} stands among numbers: mend it, or name all classes in config.data.labels"
+            f"{file}: the label {truths[0]!r} is among numbers: mend it, or name all classes in config.data.labels"
         )
-    if missing := [name for name in names if _read_as(name) in MISSING]:
+    if missing := [name for name in names if _read_as(name) == MISSING]:
         raise UserError(
             f"{file}: the label {missing[0]!r} looks like a missing one: drop these rows, or name all classes in "
             "config.data.labels"
@@ -190,8 +190,8 @@ def _class_of(row: Any, label: str, file: Path, number: int, hidden: bool = Fals
 
 
 def _read_as(name: str) -> str:
-    """What a reader takes a class name for: accents, case and spaces do not count, and numbers are their values."""
-    text = unicodedata.normalize("NFKC", name).strip().casefold()
+    """What a reader takes a class name for: numbers by value, words whatever their case, spaces or encoding."""
+    text = unicodedata.normalize("NFC", name).strip().casefold()
     return repr(float(text)) if _is_number(text) else text
 
 

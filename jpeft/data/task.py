@@ -164,9 +164,10 @@ def further(task: Task, found: Splits) -> list[str]:
 
 
 def hidden(task: Task, labels: Sequence[float]) -> int:
-    """How many rows of a split have no label: it is -1 there; in a regression -1 is a value unless all are."""
+    """How many rows of a split have no label: it is -1 there. Where values may be -1, it is one unless all are."""
     without = sum(label == HIDDEN for label in labels)
-    return without if task.labels or without == len(labels) else 0
+    is_value = not task.labels and task.label_range[0] <= HIDDEN
+    return 0 if is_value and without < len(labels) else without
 
 
 def example_losses(logits: Array, labels: Array) -> Array:

@@ -26,7 +26,7 @@ def load(folder: Path, vocab_size: int) -> Any:
     except Exception as error:  # whatever its parsers raise, of JSON, of Rust, of a missing class
         reason = " ".join(str(error).split())
         if "Validation error for field" in reason:  # transformers reads it on the way to the tokenizer
-            raise UserError(f"{folder / 'config.json'} is not one for transformers: {reason:.160}") from None
+            raise UserError(f"transformers cannot read {folder / 'config.json'}: {reason:.160}") from None
         raise UserError(
             f"cannot read the tokenizer in {folder}: expected the base model's tokenizer.json or vocabulary "
             f"({reason:.120})"

@@ -53,7 +53,9 @@ def plan(seed: Seed) -> Plan:
         chosen = plans.read(config.fishpal.plan)
     else:
         candidates, start = configs.candidates(config), time.perf_counter()
-        _best(seed, {0: dict.fromkeys(candidates, 1.0)}, candidates)  # a budget that nothing fits: before any work
+        _best(
+            seed, {0: dict.fromkeys(candidates, 1.0)}, candidates
+        )  # fails on a budget that nothing fits, before any work
         found = CRITERIA[config.fishpal.criterion](seed, candidates, lambda name, *args: _fisher(seed, name, *args))
         chosen = _best(seed, found.scores, candidates)
         all_passes = seed.data.train.size * config.train.num_epochs

@@ -125,12 +125,12 @@ def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
     except UserError as error:
         print(f"error: {_line(error)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # who reads has seen enough, as in `| head`
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
         return 141
     except IsADirectoryError as error:
-        name = error.filename2 or error.filename
-        print(f"error: {name} is a folder, where a file is to be written: delete it", file=sys.stderr)
+        told = "where a file is to be written: delete it" if error.filename2 else "expected a file"
+        print(f"error: {error.filename2 or error.filename} is a folder, {told}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that cannot be written: the machine's, and not a bug
         print(f"error: {_line(error)}; what was saved before is intact", file=sys.stderr)

@@ -118,7 +118,7 @@ def locked(workdir: Path, warn: Callable[[str], None] = lambda text: None) -> It
             f"workdir {str(workdir)[:40]}... has a name of {len(str(own)):,} characters: choose a shorter one"
         )
     for above in own.parents:
-        if any((above / name).is_file() for name in (INPUTS, DESCRIPTION)):
+        if _is_ours(above / INPUTS) or (above / DESCRIPTION).is_file():
             raise UserError(f"workdir {workdir} lies in {above}, which holds another run: choose a folder beside it")
     if (own / DESCRIPTION).exists():
         raise UserError(f"workdir {workdir} holds trained modules: choose a folder of its own")

@@ -97,7 +97,7 @@ def submit(models: Sequence[Path], output: Path, console: Console, data: str | N
     console.say(f"{output}: {', '.join(pages)}")
     absent = [file.name for file in FILES if f"{file.name}.tsv" not in pages]
     if absent:
-        console.warn(f"no answers for {', '.join(absent)}: the server expects a file of every task")
+        console.warn(f"no answers for {', '.join(absent)}: the server expects a file for every task")
     return tuple(pages)
 
 

@@ -157,7 +157,7 @@ def test_large_numbers_are_classes_of_their_own(tmp_path):
     assert custom(str(path), ("text",)).labels == ("12345678", "12345679")
 
 
-@pytest.mark.parametrize("missing", ["nan", "NaN", "None"])
+@pytest.mark.parametrize("missing", ["nan", "NaN"])
 def test_a_missing_label_is_no_class(tmp_path, missing):
     path = tmp_path / "train.csv"
     path.write_text(f"text,label\na,neg\nb,pos\nc,{missing}\n")
@@ -166,10 +166,16 @@ def test_a_missing_label_is_no_class(tmp_path, missing):
     assert custom(str(path), ("text",), labels=("neg", "pos", missing)).num_labels == 3
 
 
+def test_none_is_a_class(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\na,favor\nb,against\nc,none\n")
+    assert custom(str(path), ("text",)).labels == ("against", "favor", "none")
+
+
 def test_a_truth_among_numbers_is_no_class(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(f'{{"text": "a", "label": {label}}}\n' for label in ("0", "1", "true")))
-    with pytest.raises(UserError, match="the label 'true' stands among numbers"):
+    with pytest.raises(UserError, match="the label 'true' is among numbers"):
         custom(str(path), ("text",))
 
 

@@ -7,7 +7,7 @@ import pytest
 from heard import Heard
 
 import jpeft
-from jpeft.data.task import hidden
+from jpeft.data.task import Task, hidden
 from jpeft.data.tasks import TASKS
 from jpeft.run import experiment
 
@@ -57,6 +57,8 @@ def test_rows_without_labels_are_not_scored(config, tmp_path, labels, warns):
 
 
 def test_minus_one_may_be_a_value():
-    assert hidden(TASKS["stsb"], [-1.0, -1.0]) == 2
-    assert hidden(TASKS["stsb"], [-1.0, 2.0]) == 0
+    free = Task("own", ("text",), (), ("pearson",), "pearson")
+    assert hidden(free, [-1.0, -1.0]) == 2
+    assert hidden(free, [-1.0, 2.0]) == 0
+    assert hidden(TASKS["stsb"], [-1.0, 2.0]) == 1  # from 0 to 5
     assert hidden(TASKS["cola"], [-1, 1]) == 1

@@ -57,6 +57,12 @@ def test_a_run_in_another_run_is_refused(begun):
             pass
 
 
+def test_a_file_of_that_name_above_is_no_run(tmp_path):
+    (tmp_path / "inputs.json").write_text("{}")
+    with workdirs.locked(tmp_path / "runs" / "mine"):
+        pass
+
+
 def test_a_name_that_no_system_takes_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"has a name of 4,\d+ characters"), workdirs.locked(tmp_path / ("a/" * 2000)):
         pass

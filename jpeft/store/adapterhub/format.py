@@ -241,9 +241,7 @@ def check_union(parts: Sequence[Part], config: BertConfig) -> None:
                     f"adapters has room for one LoRA or (IA)3, of one size and in one set of places: {INSTEAD}"
                 )
             everywhere = len(one.layers) == len(other.layers) == config.num_hidden_layers
-            if everywhere and not (
-                kind == "bottleneck" and all(one.config[flag] != other.config[flag] for flag in ADAPTER_PLACES)
-            ):
+            if everywhere and any(one.config[flag] == other.config[flag] for flag in ADAPTER_PLACES):
                 raise UserError(f"adapters has room for one {kind} config in all layers, and there are two: {INSTEAD}")
 
 
