@@ -31,8 +31,8 @@ def fish(
     the reference (varunnair18/FISH); the rest goes to the entries with the largest Fisher information, over all targets
     together. `init` chooses entries at random; `prepare` chooses them from data.
 
-    The default learning rate is the authors', for BERT-large; few entries need a larger one. On MRPC with MiniLM, 1.6e-3
-    scored 76.5 and 2e-4 70.6 after two epochs (docs/methods.md).
+    The default learning rate is the authors', for BERT-large; few entries need a larger one. On MRPC with MiniLM,
+    1.6e-3 scored 76.5 and 2e-4 scored 70.6 after two epochs (docs/methods.md).
 
     Args:
       ratio: trained fraction of all parameters.
