@@ -10,6 +10,7 @@ import pytest
 import jpeft
 from jpeft import main as program
 from jpeft.core import files
+from jpeft.run import command
 
 # ml_collections loads the config file with it.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -258,6 +259,11 @@ def test_a_folder_in_the_place_of_a_file_is_named(config, tmp_path, capsys):
     (tmp_path / "work" / ".lock").touch()
     assert program.main(["jpeft", "--config", str(config), "--workdir", str(tmp_path / "work")]) == 2
     assert "config.json is a folder, where a file is to be written: delete it" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_read_is_not_to_be_deleted(tmp_path, capsys):
+    assert command.call(lambda _: open(tmp_path).close(), []) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} is a folder, expected a file\n"
 
 
 def test_it_ends_without_a_word_when_nobody_reads_any_more(monkeypatch, capsys):
