@@ -86,7 +86,9 @@ def markdown(
             cost = report["choice"]
             lines += ["", f"Chosen by `{cost['criterion']}`, at {100 * cost['share']:.1f} % of the training's passes."]
         if picture:
-            lines += ["", f"![Scores by layer and candidate, the chosen ones framed]({picture})"]
+            race = report.get("choice", {}).get("criterion") == "race"
+            shows = "Held-out losses of the candidates" if race else "Scores by layer and candidate, the chosen framed"
+            lines += ["", f"![{shows}]({picture})"]
     if maps:
         lines += ["", "## Where the Fisher information is", ""]
         lines += [f"![Mean Fisher information by layer and module]({name})" for name in maps]
