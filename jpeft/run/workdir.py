@@ -259,7 +259,7 @@ def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
             (then, _), (n, _) = was[name], new[name]
             count = f"{then:,} rows, now {n:,}" if then != n else f"as many rows ({n:,}), with other contents"
             told.append(f"the {what} data: {count}{moved}")
-    if (others := was.get("others", {})) != new["others"]:
+    if (others := was.get("others", new["others"])) != new["others"]:  # a cell of a comparison has none
         same = "other contents" if _sizes(others) == _sizes(new["others"]) else _sizes(new["others"])
         told.append(f"the data of other splits: {_sizes(others)}, now {same}")
     if was.get("labels") != new["labels"]:

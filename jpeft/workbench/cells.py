@@ -51,6 +51,7 @@ def write(folder: Path, config: Config, cell: Cell, report: Mapping[str, Any], w
     choice = report.get("choice")
     inputs = files.read_record(workdir / workdirs.INPUTS, workdirs.INPUTS_KIND)
     del inputs["source"]  # where the data lie is the machine's
+    del inputs["others"]  # splits of which a cell has no scores
     row = {
         **cell._asdict(),
         "config": _config(config),

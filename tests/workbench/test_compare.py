@@ -138,6 +138,8 @@ def test_cells_of_other_data_are_named(grid, tmp_path, tiny_glue):
     assert str(tmp_path) not in (tmp_path / "cells/mrpc-head-1.json").read_text()
     assert list(compare.run_all(config, tmp_path / "cells", tmp_path / "runs", QUIET)) == []
     lines = (own / "mrpc/validation.jsonl").read_text().splitlines()
+    (own / "mrpc/test.jsonl").write_text("\n".join(lines) + "\n")  # of which a cell has no scores
+    assert list(compare.run_all(config, tmp_path / "cells", tmp_path / "runs", QUIET)) == []
     (own / "mrpc/validation.jsonl").write_text("\n".join(lines[1:]) + "\n")
     with pytest.raises(UserError, match="the evaluation data: 18 rows, now 17"):
         list(compare.run_all(config, tmp_path / "cells", tmp_path / "runs", QUIET))
