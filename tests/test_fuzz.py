@@ -177,6 +177,7 @@ def test_model_folders(tmp_path, tiny_model, name):
         labels=("a", "b"),
         max_length=8,
         num_texts=1,
+        kind="classification",
     )
     whole = (tmp_path / name).read_bytes()
     read = lambda: json.dumps(modules.verify(tmp_path), sort_keys=True)

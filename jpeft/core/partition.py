@@ -119,11 +119,11 @@ def penalty(transform: Transform | Chain, logits: Array, again: Callable[[], Arr
 
     Args:
       transform: a method or a chain.
-      logits: [b, c], from this training pass.
+      logits: [b, c], from this training pass; of logits [b, t, c] at every token, the term is [b, t].
       again: returns the logits of another pass over the same batch, with another dropout key.
     """
     added = [member.penalty(logits, again) for member in members(transform) if member.penalty is not None]
-    return sum(added, jnp.zeros(len(logits), jnp.float32))
+    return sum(added, jnp.zeros(logits.shape[:-1], jnp.float32))
 
 
 def map_leaves(fn: Callable[[tuple[str, ...], Any], Any], arrays: Any) -> Any:

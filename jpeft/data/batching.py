@@ -10,7 +10,7 @@ from jpeft.data.padding import Layout, padded_lengths, tops
 
 __all__ = [
     "Batch", "Examples", "by_length", "drawn", "eval_batches", "filled", "num_batches", "sample", "take", "together",
-    "tokenize", "train_batches",
+    "tokenize", "tokenize_words", "train_batches",
 ]  # fmt: skip
 
 
@@ -21,7 +21,7 @@ class Batch(NamedTuple):
       input_ids: [b, t] int32.
       attention_mask: [b, t] int32, 0 for padding.
       token_type_ids: [b, t] int32.
-      labels: [b] int32, or float32 for regression.
+      labels: [b, ...], of what shape and type `jpeft.data.kinds` says.
       weights: [b] float32; 0 for a row that only fills up the last batch, to keep its shape.
     """
 
@@ -38,14 +38,16 @@ class Examples(NamedTuple):
     Attributes:
       input_ids: one int32 array a row.
       token_type_ids: the same lengths.
-      labels: [size], int32, or float32 for regression.
+      labels: [size, ...], of what shape and type `jpeft.data.kinds` says.
       pad_id: the token that padding consists of.
+      unlabelled: the label of tokens that have none, where labels are by token, [size, t]; None where they are by row.
     """
 
     input_ids: tuple[np.ndarray, ...]
     token_type_ids: tuple[np.ndarray, ...]
     labels: np.ndarray
     pad_id: int = 0
+    unlabelled: int | None = None
 
     @property
     def size(self) -> int:
@@ -75,13 +77,53 @@ def tokenize(
     """
     texts = [list(split[column]) for column in text]
     encoded = tokenizer(*texts, truncation="longest_first", max_length=max_length) if texts[0] else {"input_ids": []}
+    return _examples(encoded, np.asarray(list(split["label"]), label_type), tokenizer)
+
+
+def _examples(encoded: Mapping[str, Any], labels: np.ndarray, tokenizer: Any) -> Examples:
     ids = tuple(np.asarray(row, np.int32) for row in encoded["input_ids"])
     if "token_type_ids" in encoded:
         types = tuple(np.asarray(row, np.int32) for row in encoded["token_type_ids"])
     else:
         types = tuple(np.zeros_like(row) for row in ids)
-    labels = np.asarray(list(split["label"]), label_type)
     return Examples(ids, types, labels, tokenizer.pad_token_id or 0)
+
+
+def tokenize_words(split: Any, words: str, tokenizer: Any, max_length: int, unlabelled: int) -> Examples:
+    """Tokenises sentences of words that have a label each, which goes to the first token of its word.
+
+    Args:
+      split: a `datasets.Dataset`, or columns by name; "label" holds lists of ids.
+      words: the column with lists of words.
+      tokenizer: a fast Hugging Face tokenizer, since it has to say which token is of which word.
+      max_length: longer rows are cut.
+      unlabelled: the label of all other tokens, and of padding.
+
+    Returns:
+      The rows in their order; labels are int32 [size, t], t the tokens of the longest row.
+    """
+    rows = [list(row) for row in split[words]]
+    encoded = tokenizer(rows, is_split_into_words=True, truncation=True, max_length=max_length)
+    labels = np.full((len(rows), max(map(len, encoded["input_ids"]))), unlabelled, np.int32)
+    for i, (row, own) in enumerate(zip(rows, split["label"], strict=True)):
+        if not isinstance(own, int):  # a hidden label
+            at = first_tokens(encoded.word_ids(i), len(row))
+            labels[i, at[at >= 0]] = np.asarray(own, np.int32)[at >= 0]
+    return _examples(encoded, labels, tokenizer)._replace(unlabelled=unlabelled)
+
+
+def first_tokens(words: Sequence[int | None], n: int) -> np.ndarray:
+    """The number of the first token of each of n words, [n]; -1 for a word without one.
+
+    Args:
+      words: the number of the word of each token, None for special tokens.
+      n: how many words there are.
+    """
+    found = np.full(n, -1)
+    for token, word in enumerate(words):
+        if word is not None and found[word] < 0:
+            found[word] = token
+    return found
 
 
 def num_batches(size: int, batch_size: int) -> int:
@@ -234,4 +276,14 @@ def _collate(
         n = len(examples.input_ids[i])
         ids[r, :n], mask[r, :n], types[r, :n] = examples.input_ids[i], 1, examples.token_type_ids[i]
     weights = (np.arange(batch_size) < len(rows)).astype(np.float32)
-    return Batch(ids, mask, types, examples.labels[all_rows], weights)
+    return Batch(ids, mask, types, _labels(examples, all_rows, length), weights)
+
+
+def _labels(examples: Examples, rows: np.ndarray, length: int) -> np.ndarray:
+    labels = examples.labels[rows]
+    if examples.unlabelled is None:
+        return labels
+    padded = np.full((len(rows), length), examples.unlabelled, labels.dtype)
+    width = min(length, labels.shape[1])
+    padded[:, :width] = labels[:, :width]
+    return padded

@@ -1,5 +1,6 @@
 """Holds a task of the user's own against what a run needs of it, before a model is trained on something else."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ import jax
 import numpy as np
 
 from jpeft.core.errors import UserError, nearest
-from jpeft.data.metrics import METRICS
+from jpeft.data.kinds import IGNORED, KINDS
+from jpeft.data.metrics import MANY, METRICS, TAGS
 from jpeft.data.task import HIDDEN, Splits, Task, further
 
 __all__ = ["check_splits", "check_task", "splits"]
@@ -30,24 +32,41 @@ def check_task(task: Task) -> None:
     if len(task.labels) == 1:
         raise UserError(f"labels must be at least two, or none for a regression, got {task.labels}")
     if type(task).score is Task.score:
+        known = {"multilabel": MANY, "tagging": (*TAGS, *METRICS)}.get(task.kind, tuple(METRICS))
         for name in task.metrics:
-            if name not in METRICS:
-                raise UserError(f"metric {name!r} is unknown: {nearest(name, METRICS)}")
+            if name not in known:
+                raise UserError(f"metric {name!r} is unknown: {nearest(name, known)}")
     if task.primary not in task.metrics:
         raise UserError(f"primary {task.primary!r} is not among the metrics {', '.join(task.metrics)}")
+    if task.kind not in KINDS:
+        raise UserError(f"kind {task.kind!r} is unknown: {nearest(task.kind, KINDS)}")
+    if (task.kind == "regression") != (not task.labels):
+        raise UserError(f"kind {task.kind!r} does not go with {len(task.labels)} labels")
     n, classes = 8, task.num_labels
-    ids = np.arange(n) % classes if task.labels else np.linspace(0, 1, n)
-    labels = ids.astype(np.int32 if task.labels else np.float32)
-    shape = _told("loss", lambda: jax.eval_shape(task.loss, np.zeros((n, classes), np.float32), labels)).shape
+    labels = _labels(task, n)
+    logits = np.random.default_rng(0).normal(size=(n, classes)).astype(np.float32)
+    of_rows = np.repeat(logits[:, None], labels.shape[1], 1) if task.answers.by_token else logits
+    shape = _told("loss", lambda: jax.eval_shape(task.loss, of_rows, labels)).shape
     if shape != (n,):
         raise UserError(f"loss must give one number for each example, [{n}], got {list(shape)}")
-    logits = np.random.default_rng(0).normal(size=(n, classes)).astype(np.float32)
     scores = _told("score", lambda: task.score(logits, labels))
     if not isinstance(scores, dict) or set(scores) != set(task.metrics):
         raise UserError(f"score must give {{metric: number}} for {', '.join(task.metrics)}, got {scores!r:.80}")
     for name, value in scores.items():
         if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
             raise UserError(f"score gives {value!r:.60} for {name}: expected a finite number")
+
+
+def _labels(task: Task, n: int) -> np.ndarray:
+    """Labels of n rows, as a task of this kind has them; one word a row."""
+    ids = np.arange(n) % task.num_labels
+    found = {
+        "classification": ids,
+        "regression": np.linspace(0, 1, n),
+        "multilabel": np.eye(task.num_labels)[ids],
+        "tagging": np.stack([np.full(n, IGNORED), ids, np.full(n, IGNORED)], 1),
+    }[task.kind]
+    return found.astype(np.int32 if task.kind in ("classification", "tagging") else np.float32)
 
 
 def _told(what: str, call: Any) -> Any:
@@ -91,10 +110,34 @@ def check_splits(task: Task, found: Any) -> Splits:
         if len(set(sizes.values())) > 1 or not sizes["label"]:
             raise UserError(f"the {name} split must have rows, as many in each column, got {sizes}")
         for column in task.text:
-            if not all(isinstance(text, str) for text in columns[column]):
+            texts = columns[column]
+            if task.answers.by_token and not all(isinstance(row, list | tuple) and row for row in texts):
+                raise UserError(f"the {name} split: column {column!r} holds something else than lists of words")
+            words = itertools.chain(*texts) if task.answers.by_token else texts
+            if not all(isinstance(text, str) for text in words):
                 raise UserError(f"the {name} split: column {column!r} holds something else than text")
-        _check_labels(task, name, [x for x in columns["label"] if name in task.required_splits or x != HIDDEN])
+        labels = [x for x in columns["label"] if name in task.required_splits or not _is_hidden(x)]
+        if task.kind in ("multilabel", "tagging"):
+            _check_lists(task, name, labels, columns[task.text[0]])
+        else:
+            _check_labels(task, name, labels)
     return found
+
+
+def _is_hidden(label: Any) -> bool:
+    return not isinstance(label, list | tuple) and label == HIDDEN
+
+
+def _check_lists(task: Task, name: str, labels: list[Any], texts: list[Any]) -> None:
+    tagging = task.kind == "tagging"
+    for i, row in enumerate(labels):
+        if not isinstance(row, list | tuple) or len(row) != (len(texts[i]) if tagging else len(task.labels)):
+            wanted = "a list of one id a word" if tagging else f"a list of {len(task.labels)} numbers, 0 or 1"
+            raise UserError(f"the {name} split, row {i}: label {row!r:.40} is not {wanted}")
+        if not tagging and not all(x in (0, 1) for x in row):
+            raise UserError(f"the {name} split, row {i}: label {row!r:.40} has numbers besides 0 and 1")
+        if tagging:
+            _check_labels(task, name, list(row))
 
 
 def _check_labels(task: Task, name: str, labels: list[Any]) -> None:

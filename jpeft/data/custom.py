@@ -1,8 +1,6 @@
-"""Text classification, pair classification or regression on files of the user's own, without any Python."""
+"""Tasks on files of the user's own, of any kind of answer, without any Python."""
 
 import dataclasses
-import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from jpeft.core.errors import UserError, nearest
+from jpeft.data import classes, metrics
+from jpeft.data.kinds import KINDS
 from jpeft.data.rows import ENDINGS, columns, rows
-from jpeft.data.task import Splits, Task
+from jpeft.data.task import HIDDEN, Splits, Task
 
 __all__ = ["Files", "custom"]
-
-MAX_CLASSES = 1000  # more than these are a column of the wrong kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +38,7 @@ class Files(Task):
         found = {name: self._read(Path(file), hidden=name == "test") for name, file in self.files}
         if "validation" not in found:
             found |= self._cut(found["train"])
-        empty = {
-            name: sum(not all(map(str.strip, row)) for row in zip(*(split[c] for c in self.text), strict=True))
-            for name, split in found.items()
-        }
+        empty = {} if self.answers.by_token else {name: _empty(split, self.text) for name, split in found.items()}
         absent = () if "test" in found else ("test",)
         return Splits(found, absent, {name: n for name, n in empty.items() if n}, dict(self.files)["train"])
 
@@ -54,12 +49,20 @@ class Files(Task):
         numbers = {name: i for i, name in enumerate(self.labels)}
         found = columns(file, dataclasses.replace(self, labels=()), True, _NOWHERE)
         found["label"] = []
-        for number, row in enumerate(rows(file), start=1):
-            name = _class_of(row, self.label, file, number, hidden)
-            if name is not None and name not in numbers:
-                raise UserError(f"{file}, row {number}: label {name!r} is unknown: {nearest(name, numbers)}")
-            found["label"].append(-1 if name is None else numbers[name])
+        for i, row in enumerate(rows(file)):
+            names = classes.of_row(row, self.label, self.kind, file, i + 1, hidden)
+            for name in names or ():
+                if name not in numbers:
+                    raise UserError(f"{file}, row {i + 1}: label {name!r} is unknown: {nearest(name, numbers)}")
+            if names is not None and self.answers.by_token and len(names) != len(found[self.text[0]][i]):
+                raise UserError(f"{file}, row {i + 1}: {len(names)} tags for {len(found[self.text[0]][i])} words")
+            found["label"].append(HIDDEN if names is None else self._number([numbers[name] for name in names]))
         return found
+
+    def _number(self, ids: list[int]) -> Any:
+        if self.kind == "multilabel":
+            return [float(i in ids) for i in range(len(self.labels))]
+        return ids if self.kind == "tagging" else ids[0]
 
     def _cut(self, train: dict[str, list[Any]]) -> dict[str, dict[str, list[Any]]]:
         size = len(train["label"])
@@ -72,7 +75,10 @@ class Files(Task):
 
 
 _NOWHERE = "\0"  # no file has a column of this name
-MISSING = "nan"  # as other programs write it; "none" and "null" may well be classes
+
+
+def _empty(split: dict[str, list[Any]], text: Sequence[str]) -> int:
+    return sum(not all(map(str.strip, row)) for row in zip(*(split[name] for name in text), strict=True))
 
 
 def custom(
@@ -83,7 +89,7 @@ def custom(
     validation: str | None = None,
     test: str | None = None,
     labels: Sequence[str] | None = None,
-    regression: bool = False,
+    kind: str = "classification",
     validation_fraction: float = 0.1,
     split_seed: int = 0,
 ) -> Task:
@@ -91,12 +97,13 @@ def custom(
 
     Args:
       train: a CSV, TSV, JSON lines or parquet file, by the ending of its name.
-      text: the columns with text: one, or two for pairs.
-      label: the column with the class, a name or a number, or with the value of a regression.
+      text: the columns with text: one, or two for pairs; of tagging, one with words, a list or between spaces.
+      label: the column with the class, a name or a number, or with the value of a regression; of multilabel a list of
+        classes, or text with a class between semicolons; of tagging a list of tags, or text with tags between spaces.
       validation: likewise; None cuts a split off the training file.
       test: likewise; labels may be absent.
       labels: class names in the order of the logits. None takes those of the training file, sorted.
-      regression: whether labels are values.
+      kind: of answer, a key of `jpeft.data.kinds.KINDS`.
       validation_fraction: the share of the training rows to validate on, where there is no file for it.
       split_seed: of the rows that are taken for it.
 
@@ -120,83 +127,15 @@ def custom(
         raise UserError(f"config.data.split_seed must be from 0 to 2**32 - 1, got {split_seed}")
     if not 0 < validation_fraction < 1:
         raise UserError(f"config.data.validation_fraction must be above 0 and below 1, got {validation_fraction}")
-    classes = () if regression else _classes(Path(train), label, labels)
-    names, primary = (("pearson", "spearmanr"), "pearson") if regression else (("accuracy", "macro_f1"), "accuracy")
+    if kind not in KINDS:
+        raise UserError(f"config.data.kind {kind!r} is unknown: {nearest(kind, KINDS)}")
+    if kind == "tagging" and len(text) > 1:
+        raise UserError(f"config.data.text must name the one column with words, got {tuple(text)}")
+    names = () if kind == "regression" else classes.classes(Path(train), label, kind, labels)
+    scores = KINDS[kind].metrics
+    if kind == "tagging" and not metrics.is_entity_scheme(names):
+        scores = ("accuracy", "macro_f1")  # parts of speech, for instance
     return Files(
-        "custom", tuple(text), classes, names, primary,
-        files=files, label=label, validation_fraction=validation_fraction, split_seed=split_seed,
+        "custom", tuple(text), names, scores, scores[0],
+        kind=kind, files=files, label=label, validation_fraction=validation_fraction, split_seed=split_seed,
     )  # fmt: skip
-
-
-def _classes(file: Path, label: str, given: Sequence[str] | None) -> tuple[str, ...]:
-    """The class names: those given, or those that occur, in order: numbers by value, names by the alphabet."""
-    if given is not None:
-        if len(set(given)) < max(2, len(given)):
-            raise UserError(f"config.data.labels must be at least two distinct names, got {tuple(given)}")
-        return tuple(map(str, given))
-    counts = Counter(_class_of(row, label, file, number) for number, row in enumerate(rows(file), start=1))
-    names = [name for name in counts if name is not None]
-    if all(_is_number(name) for name in names):
-        fractions = [name for name in names if not float(name).is_integer()]
-        if fractions:
-            raise UserError(
-                f"{file}: label {fractions[0]} is not a class: set config.data.regression=True if labels are values"
-            )
-        names.sort(key=float)
-    else:
-        names.sort()
-    alike = Counter(map(_read_as, names))
-    if alike and alike.most_common(1)[0][1] > 1:
-        twins = [name for name in names if _read_as(name) == alike.most_common(1)[0][0]]
-        raise UserError(
-            f"{file}: the labels {' and '.join(map(ascii, twins[:2]))} differ in case, spaces or spelling only: mend "
-            "them, or name all classes in config.data.labels"
-        )
-    if any(map(_is_number, names)) and (truths := [name for name in names if name in ("true", "false")]):
-        raise UserError(
-            f"{file}: the label {truths[0]!r} is among numbers: mend it, or name all classes in config.data.labels"
-        )
-    if missing := [name for name in names if _read_as(name) == MISSING]:
-        raise UserError(
-            f"{file}: the label {missing[0]!r} looks like a missing one: drop these rows, or name all classes in "
-            "config.data.labels"
-        )
-    if len(names) < 2:
-        raise UserError(f"{file} has {len(names)} different labels in column {label!r}: expected at least two")
-    if len(names) > MAX_CLASSES:
-        raise UserError(f"{file} has {len(names):,} different labels in column {label!r}: is it the right column?")
-    return tuple(names)
-
-
-def _class_of(row: Any, label: str, file: Path, number: int, hidden: bool = False) -> str | None:
-    """The class of a row as text; None if it is hidden."""
-    if label not in row and not hidden:
-        raise UserError(f"{file}, row {number}: no column {label!r}; {nearest(label, row)}")
-    value = row.get(label)
-    if value is None or value == "":
-        if hidden:
-            return None
-        raise UserError(f"{file}, row {number}: the label is empty")
-    if isinstance(value, bool):
-        return str(value).lower()  # as JSON and most CSV files have it
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str | int | float) or (isinstance(value, float) and not np.isfinite(value)):
-        raise UserError(f"{file}, row {number}: label {value!r:.60} is neither a name nor a number")
-    text = str(value)
-    if len(text) > 200 or not text.isprintable():
-        raise UserError(f"{file}, row {number}: label {text!r:.60} cannot be the name of a class")
-    return text
-
-
-def _read_as(name: str) -> str:
-    """What a reader takes a class name for: numbers by value, words whatever their case, spaces or encoding."""
-    text = unicodedata.normalize("NFC", name).strip().casefold()
-    return repr(float(text)) if _is_number(text) else text
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return np.isfinite(float(text)).item()
-    except ValueError:
-        return False

@@ -1,15 +1,16 @@
-"""The official GLUE metrics, by the names that Hugging Face's `evaluate` gives them.
+"""The official GLUE metrics, by the names that Hugging Face's `evaluate` gives them, and those of words and sets.
 
 scikit-learn and SciPy compute them and load when they are used. Where all predictions or all labels are the same,
 Matthews' coefficient and the correlations are undefined and count as 0, scikit-learn's convention for the former. So
 does F1 where nothing is positive.
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-__all__ = ["METRICS", "compute"]
+__all__ = ["MANY", "METRICS", "TAGS", "compute", "compute_many", "compute_tags", "entities", "is_entity_scheme"]
 
 
 def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -69,6 +70,9 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "spearmanr": _spearmanr,
 }
 
+MANY = ("micro_f1", "macro_f1", "exact_match")
+TAGS = ("entity_f1", "entity_precision", "entity_recall")
+
 
 def compute(names: Sequence[str], logits: np.ndarray, labels: np.ndarray, num_labels: int) -> dict[str, float]:
     """Computes metrics.
@@ -91,13 +95,100 @@ def compute(names: Sequence[str], logits: np.ndarray, labels: np.ndarray, num_la
     """
     logits, labels = np.asarray(logits), np.asarray(labels)
     logits = logits.reshape(-1, 1) if logits.ndim == 1 and num_labels == 1 else logits
-    if not len(labels) or logits.shape != (len(labels), num_labels):
+    _check(logits, len(labels), num_labels)
+    predictions = logits[:, 0].astype(np.float64) if num_labels == 1 else logits.argmax(axis=1)
+    return {name: METRICS[name](labels, predictions) for name in names}
+
+
+def compute_many(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Computes metrics of rows that have any number of classes; a class counts as chosen where its logit is above 0.
+
+    Args:
+      names: of `MANY`. F1 is 0 where a class neither occurs nor is chosen.
+      logits: [n, C].
+      labels: [n, C], 0 or 1.
+
+    Raises:
+      ValueError: see `compute`.
+    """
+    logits, labels = np.asarray(logits), np.asarray(labels) > 0.5
+    _check(logits, *labels.shape)
+    chosen = logits > 0
+    right, there, said = (x.sum(0) for x in (labels & chosen, labels, chosen))
+    found = {
+        "micro_f1": 2 * right.sum() / max(there.sum() + said.sum(), 1),
+        "macro_f1": np.mean(2 * right / np.maximum(there + said, 1)),
+        "exact_match": np.mean((labels == chosen).all(axis=1)),
+    }
+    return {name: float(found[name]) for name in names}
+
+
+def compute_tags(
+    names: Sequence[str], tags: Sequence[str], logits: np.ndarray, labels: np.ndarray, ignored: int
+) -> dict[str, float]:
+    """Computes metrics of words that have one tag each.
+
+    Args:
+      names: keys of `METRICS` for classes, over all words; or of `TAGS`, over the `entities` of all sentences together.
+        A share of nothing is 0.
+      tags: their names in the order of the logits.
+      logits: [m, C] of the words of all sentences, one after the other.
+      labels: [n, t] of n sentences, `ignored` where there is no word.
+      ignored: see `labels`.
+
+    Raises:
+      ValueError: see `compute`.
+    """
+    labels = np.asarray(labels)
+    words = labels != ignored
+    true = labels[words]
+    _check(np.asarray(logits), len(true), len(tags))
+    chosen = np.asarray(logits).argmax(1)
+    ends = np.cumsum(words.sum(1))[:-1]
+    there, said = (_numbered(np.split(ids, ends), tags) for ids in (true, chosen))
+    right = len(there & said)
+    shares = {
+        "entity_precision": right / max(len(said), 1),
+        "entity_recall": right / max(len(there), 1),
+        "entity_f1": 2 * right / max(len(said) + len(there), 1),
+    }
+    return {name: shares[name] if name in shares else METRICS[name](true, chosen) for name in names}
+
+
+def _numbered(sentences: Sequence[np.ndarray], tags: Sequence[str]) -> set[tuple[int, tuple[str, int, int]]]:
+    return {(i, found) for i, ids in enumerate(sentences) for found in entities([str(tags[k]) for k in ids])}
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """The entities (type, start, end) in the tags of a sentence, as the script of CoNLL-2000 reads them.
+
+    Tags are "O", or one of B (begins), I (inside), E (ends), S (single) with a type, "B-PER". An I or E of another type
+    than the word before, or after none, begins an entity.
+
+    >>> sorted(entities(["B-PER", "I-PER", "O", "I-LOC"]))
+    [('LOC', 3, 4), ('PER', 0, 2)]
+    """
+    found, start, before = set(), 0, "O"
+    for i, tag in enumerate([*tags, "O"]):
+        goes_on = before[0] in "BI" and tag[0] in "IE" and before[1:] == tag[1:]
+        if before != "O" and not goes_on:
+            found.add((before[2:], start, i))
+        if not goes_on:
+            start = i
+        before = tag
+    return found
+
+
+def is_entity_scheme(tags: Sequence[str]) -> bool:
+    """Whether these are tags that `entities` reads."""
+    return all(tag == "O" or re.fullmatch("[BIES]-.+", tag) for tag in tags) and any(tag != "O" for tag in tags)
+
+
+def _check(logits: np.ndarray, n: int, width: int) -> None:
+    if not n or logits.shape != (n, width):
         raise ValueError(
-            f"logits {list(logits.shape)} do not fit {len(labels)} labels: "
-            f"expected [{len(labels)}, {num_labels}], at least one row"
+            f"logits {list(logits.shape)} do not fit {n} labels: expected [{n}, {width}], at least one row"
         )
     bad = int(np.sum(~np.isfinite(logits).all(axis=1)))
     if bad:
-        raise ValueError(f"{bad} of {len(labels)} rows have logits that are not finite")
-    predictions = logits[:, 0].astype(np.float64) if num_labels == 1 else logits.argmax(axis=1)
-    return {name: METRICS[name](labels, predictions) for name in names}
+        raise ValueError(f"{bad} of {n} rows have logits that are not finite")

@@ -1,8 +1,13 @@
-"""Rows and columns out of JSON lines, CSV, TSV and parquet files, with errors that name the file and the row."""
+"""Rows and columns out of JSON lines, CSV, TSV, parquet and CoNLL files, with errors that name the file and the row.
+
+A CoNLL file has a word a line, with its tag in the last column, and empty lines between sentences: its rows are
+{"words": [...], "tags": [...]}.
+"""
 
 import contextlib
 import csv
 import gzip
+import itertools
 import json
 import math
 import zlib
@@ -14,9 +19,9 @@ from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
 from jpeft.data.task import Task
 
-__all__ = ["ENDINGS", "attempts", "columns", "is_unicode", "rows", "text_of"]
+__all__ = ["ENDINGS", "attempts", "columns", "is_unicode", "rows", "text_of", "words_of"]
 
-ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".conll", ".conll.gz")
 
 
 def rows(file: Path) -> Iterator[Mapping[str, Any]]:
@@ -59,6 +64,8 @@ def attempts(file: Path, stream: BinaryIO | None = None) -> Iterator[Mapping[str
     elif ending == "jsonl":
         for number, line in enumerate(_lines(file, stream), start=1):
             yield line if isinstance(line, UserError) else _object(line, f"{file}, row {number}")
+    elif ending == "conll":
+        yield from _sentences(file)
     else:
         yield from _table(file, "," if ending == "csv" else "\t")
 
@@ -73,16 +80,18 @@ def columns(file: Path, task: Task, hidden: bool, label: str = "label") -> dict[
       label: the column with the label.
 
     Returns:
-      {text column: list of str, ..., "label": list of ids or values, "idx": list of int}. A hidden label is -1.
+      {text column: list of str, ..., "label": list of ids or values, "idx": list of int}. A hidden label is -1. Of
+      tagging, the text column is a list of lists of words.
 
     Raises:
       UserError: if a row is not what the task says. Rows are counted from 1, after the header.
     """
     found: dict[str, list[Any]] = {name: [] for name in (*task.text, "label", "idx")}
+    read = words_of if task.answers.by_token else text_of
     for number, row in enumerate(rows(file), start=1):
         where = f"{file}, row {number}"
         for name in task.text:
-            found[name].append(text_of(row, name, where))
+            found[name].append(read(row, name, where))
         if label not in row and not hidden:
             raise UserError(f"{where}: no column {label!r}; {nearest(label, row)}")
         found["label"].append(_label(task, row.get(label, -1), hidden, where))
@@ -105,6 +114,24 @@ def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
     if not is_unicode(row[name]):
         raise UserError(f"{where}: {name!r} holds half of a surrogate pair, which is not a character")
     return row[name]
+
+
+def words_of(row: Mapping[str, Any], name: str, where: str) -> list[str]:
+    """The words in a column of a row: a list of them, or text with spaces between.
+
+    Raises:
+      UserError: if there is no such column, no word in it, or something else.
+    """
+    if not isinstance(row.get(name), list):
+        words = text_of(row, name, where).split()
+    else:
+        words = row[name]
+        for word in words:
+            if not isinstance(word, str) or not word.strip() or not is_unicode(word):
+                raise UserError(f"{where}: {name!r} holds {word!r:.60}, which is not a word")
+    if not words:
+        raise UserError(f"{where}: {name!r} has no words")
+    return words
 
 
 def _object(line: str, where: str) -> Mapping[str, Any] | UserError:
@@ -152,6 +179,26 @@ def _label(task: Task, value: Any, hidden: bool, where: str) -> int | float:
         ids = ", ".join(f"{i} ({name})" for i, name in enumerate(task.labels))
         raise UserError(f"{where}: label {value!r} is none of {ids}")
     return int(number)
+
+
+def _sentences(file: Path) -> Iterator[Mapping[str, list[str]] | UserError]:
+    words: list[str] = []
+    tags: list[str] = []
+    wrong: UserError | None = None
+    number = 1
+    for line in itertools.chain(_lines(file), [""]):
+        if isinstance(line, UserError):
+            wrong = wrong or line
+        elif cells := line.split():
+            if cells[0] == "-DOCSTART-":
+                continue
+            if len(cells) < 2:
+                wrong = wrong or UserError(f"{file}, row {number}: {line.strip()!r:.60} has no tag")
+            words.append(cells[0])
+            tags.append(cells[-1])
+        elif words or wrong:
+            yield wrong or {"words": words, "tags": tags}
+            words, tags, wrong, number = [], [], None, number + 1
 
 
 def _table(file: Path, separator: str) -> Iterator[Mapping[str, str] | UserError]:

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from jpeft.core.errors import UserError
-from jpeft.data import metrics
-from jpeft.data.batching import Examples, tokenize
+from jpeft.data import kinds
+from jpeft.data.batching import Examples, tokenize, tokenize_words
+from jpeft.data.kinds import KINDS, Kind
 from jpeft.data.padding import Layout
 
 __all__ = ["Data", "Splits", "Task", "example_losses", "further", "hidden"]
@@ -33,7 +33,8 @@ class Splits(NamedTuple):
     """A loaded task.
 
     Attributes:
-      splits: a `datasets.Dataset`, or columns by name, for each split. A column "label" holds class ids, or values.
+      splits: a `datasets.Dataset`, or columns by name, for each split. A column "label" holds class ids, or values; of
+        multilabel a list of 0 and 1 a row, of tagging a list of ids.
       absent: the optional splits that were not found.
       empty_texts: for each split that has any, how many rows have an empty text. The rows are kept.
       source: where the data came from: a folder, a hub name, or "built in".
@@ -47,11 +48,11 @@ class Splits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task that a model with a head on top of its encoder can learn: classification, or regression.
+    """A task that a model with a head on top of its encoder can learn.
 
     Attributes:
       name: what reports call it.
-      text: the columns with text, one or two.
+      text: the columns with text, one or two; of tagging, one with lists of words.
       labels: the names of the classes in the order of their ids; () means regression.
       metrics: their names, as in `jpeft.data.metrics`.
       primary: the one to choose by; the higher, the better.
@@ -59,6 +60,8 @@ class Task:
       optional_splits: splits that may be absent.
       trainable: whether there is a train split.
       label_range: the least and the greatest value of a regression.
+      kind: of answer, a key of `jpeft.data.kinds.KINDS`; "" becomes classification, or regression if there are no
+        labels.
     """
 
     name: str
@@ -70,6 +73,17 @@ class Task:
     optional_splits: tuple[str, ...] = ("test",)
     trainable: bool = True
     label_range: tuple[float, float] = (float("-inf"), float("inf"))
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        """Fills in the kind."""
+        if not self.kind:
+            object.__setattr__(self, "kind", "classification" if self.labels else "regression")
+
+    @property
+    def answers(self) -> Kind:
+        """What its kind of answer says of losses, scores and heads."""
+        return KINDS[self.kind]
 
     @property
     def num_labels(self) -> int:
@@ -94,35 +108,35 @@ class Task:
 
     def encode(self, split: Any, tokenizer: Any, max_length: int) -> Examples:
         """Tokenises a split; rows longer than `max_length` tokens are cut, the longer text of a pair first."""
-        return tokenize(split, self.text, tokenizer, max_length, np.int32 if self.labels else np.float32)
+        if self.answers.by_token:
+            return tokenize_words(split, self.text[0], tokenizer, max_length, kinds.IGNORED)
+        label_type = np.int32 if self.kind == "classification" else np.float32
+        return tokenize(split, self.text, tokenizer, max_length, label_type)
 
     def loss(self, logits: Array, labels: Array) -> Array:
-        """The loss of each example, [b], from float32 logits [b, num_labels] and labels [b]."""
-        return example_losses(logits, labels)
+        """The loss of each example, [b], from float32 logits and labels, whose shapes `jpeft.data.kinds` gives."""
+        return self.answers.loss(logits, labels)
 
     def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """The metrics by name, with `primary` among them.
 
         Args:
-          logits: [n, num_labels]; for regression [n, 1] or [n], the predicted values.
-          labels: [n] class ids, or values.
+          logits: [n, num_labels]; for regression [n, 1] or [n], the predicted values; of tagging, those of all words.
+          labels: as in `Examples`.
 
         Raises:
           ValueError: if there are no rows, the numbers of rows or classes do not fit, or logits are not finite.
         """
-        return metrics.compute(self.metrics, logits, labels, self.num_labels)
+        return self.answers.score(self.metrics, self.labels, logits, labels)
 
     def baseline(self, train: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """The metrics of an answer that reads no text: the most frequent class, or the mean value, of the training.
 
         Args:
-          train: [n] labels of the training examples.
-          labels: [m] labels to be scored on.
+          train: the labels of the training examples.
+          labels: those to be scored on.
         """
-        if not self.labels:
-            return self.score(np.full((len(labels), 1), train.mean()), labels)
-        counts = np.bincount(train, minlength=self.num_labels)
-        return self.score(np.eye(self.num_labels)[np.full(len(labels), counts.argmax())], labels)
+        return self.score(self.answers.guess(train, labels, self.num_labels), labels)
 
 
 class Data(NamedTuple):
@@ -165,13 +179,11 @@ def further(task: Task, found: Splits) -> list[str]:
 
 def hidden(task: Task, labels: Sequence[float]) -> int:
     """How many rows of a split have no label: it is -1 there. Where values may be -1, it is one unless all are."""
-    without = sum(label == HIDDEN for label in labels)
+    without = sum(label == HIDDEN for label in labels if not isinstance(label, list))
     is_value = not task.labels and task.label_range[0] <= HIDDEN
     return 0 if is_value and without < len(labels) else without
 
 
 def example_losses(logits: Array, labels: Array) -> Array:
-    """The loss of each example, [b]: cross entropy for integer labels, squared error for float labels."""
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.square(logits[:, 0] - labels)
+    """The loss of each example, [b]: cross entropy for class ids [b], squared error for values [b]."""
+    return (kinds.entropy if jnp.issubdtype(labels.dtype, jnp.integer) else kinds.squares)(logits, labels)

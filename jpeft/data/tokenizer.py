@@ -8,12 +8,13 @@ from jpeft.core.errors import UserError
 __all__ = ["load"]
 
 
-def load(folder: Path, vocab_size: int) -> Any:
+def load(folder: Path, vocab_size: int, words: bool = False) -> Any:
     """Loads the Hugging Face tokenizer in a model's folder.
 
     Args:
       folder: of the base model.
       vocab_size: rows of the model's word embedding.
+      words: whether it has to say which token is of which word.
 
     Raises:
       UserError: if the folder holds no vocabulary (`transformers` then makes an empty tokenizer, to which every word is
@@ -22,7 +23,8 @@ def load(folder: Path, vocab_size: int) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # RoBERTa's tells words apart by the space before them.
+        tokenizer = AutoTokenizer.from_pretrained(folder, **({"add_prefix_space": True} if words else {}))
     except Exception as error:  # whatever its parsers raise, of JSON, of Rust, of a missing class
         reason = " ".join(str(error).split())
         if "Validation error for field" in reason:  # transformers reads it on the way to the tokenizer
@@ -54,4 +56,6 @@ def load(folder: Path, vocab_size: int) -> Any:
             f"the tokenizer in {folder} has ids up to {largest}, the model's embedding {vocab_size} rows: expected the "
             f"tokenizer that belongs to this model"
         )
+    if words and not tokenizer.is_fast:
+        raise UserError(f"the tokenizer in {folder} cannot tell which token is of which word: expected a fast one")
     return tokenizer

@@ -1,11 +1,11 @@
-"""BERT and RoBERTa encoders for sequence classification and regression.
+"""BERT and RoBERTa encoders with a head for each row, or for each token.
 
 Parameter names follow Hugging Face's, so that conversion is mere renaming (`jpeft.models.pretrained`):
 
     embeddings/{word,position,token_type}_embeddings, embeddings/LayerNorm
     encoder/layer_{i}/attention/{query,key,value,output}, encoder/layer_{i}/attention_add_norm/LayerNorm
     encoder/layer_{i}/ffn/{intermediate,output},          encoder/layer_{i}/ffn_add_norm/LayerNorm
-    pooler (BERT), classifier (RoBERTa: classifier/{dense,out_proj})
+    pooler (BERT), classifier (RoBERTa: classifier/{dense,out_proj}); with a head for each token, classifier alone
 
 Every name above is a site that a transform can wrap (see `jpeft.core.transform`). Besides the Dense layers, five
 attachment points exist for that purpose; their signatures are part of the public API:
@@ -55,6 +55,7 @@ class BertConfig:
       dtype: dtype of the computation, "float32" or "bfloat16". Parameters, softmax, the statistics of LayerNorm and
         the logits are always float32; with "float64" under x64, for checks, everything is double.
       remat: recompute each layer in the backward pass instead of storing its activations.
+      by_token: whether the head, a single layer then, answers at every token.
     """
 
     model_type: str = "bert"
@@ -75,6 +76,7 @@ class BertConfig:
     num_labels: int = 2
     dtype: str = "float32"
     remat: bool = False
+    by_token: bool = False
 
     @property
     def max_length(self) -> int:
@@ -88,7 +90,8 @@ class Intermediates(NamedTuple):
 
     Attributes:
       hidden_states: `num_hidden_layers` + 1 arrays [b, t, d]: the embeddings, then each layer's output.
-      pooled: [b, d], the input of the head: BERT's pooler output, RoBERTa's first token.
+      pooled: [b, d], the input of the head: BERT's pooler output, RoBERTa's first token. With a head for each token,
+        the first token.
     """
 
     hidden_states: tuple[Array, ...]
@@ -315,7 +318,7 @@ def _too_long(tokens: int, config: BertConfig) -> UserError:
 
 
 class Bert(nn.Module):
-    """A BERT or RoBERTa encoder with a classification or regression head.
+    """A BERT or RoBERTa encoder with a head.
 
     >>> import jax
     >>> from jpeft.models.bert import Bert, BertConfig
@@ -350,7 +353,7 @@ class Bert(nn.Module):
           train: whether dropout is on, which needs `rngs={"dropout": key}`.
 
         Returns:
-          Float32 logits [b, num_labels] and the `Intermediates`.
+          Float32 logits [b, num_labels], or [b, t, num_labels] `by_token`, and the `Intermediates`.
 
         Raises:
           UserError: the rows are longer than the position table, and no `positions` are given.
@@ -368,6 +371,10 @@ class Bert(nn.Module):
         hidden, mask = Embeddings(c, name="embeddings")(input_ids, token_types, positions, mask, train)
         hidden, states = Encoder(c, name="encoder")(hidden, mask, train=train)
         first = hidden[:, 0]
+        if c.by_token:
+            own = hidden[:, -input_ids.shape[1] :]  # prompts come before the text
+            dropped = nn.Dropout(_head_dropout(c))(own, deterministic=not train)
+            return _dense(c, c.num_labels, "classifier", _wide(c.dtype))(dropped), Intermediates(states, first)
         if c.model_type == "roberta":
             logits = ClassificationHead(c, name="classifier")(first, train)
             return logits, Intermediates(states, first)

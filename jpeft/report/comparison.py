@@ -25,8 +25,8 @@ class Outcome(NamedTuple):
       task: which.
       variant: the name of what is compared.
       seed: of the run.
-      predictions: [n] class ids or values.
-      labels: [n], the same for all runs of a task.
+      predictions: [n, ...], answers of the form of the labels.
+      labels: [n, ...], the same for all runs of a task.
       trainable_percent: of base and head.
       added_percent: likewise, at inference.
     """
@@ -44,8 +44,7 @@ class Outcome(NamedTuple):
         predictions, labels = self.predictions, self.labels
         if rows is not None:
             predictions, labels = predictions[rows], labels[rows]
-        classes = len(self.task.labels)
-        logits = np.eye(classes)[predictions] if classes else predictions[:, None]
+        logits = self.task.answers.express(predictions, self.task.num_labels)
         return self.task.score(logits, labels)[self.task.primary]
 
 

@@ -153,7 +153,7 @@ def _check_data(config: Config) -> None:
         for name in ("validation_fraction", "split_seed"):
             if name in given:
                 raise UserError(f"config.data.{name} is set, but config.data.validation is a file: drop one")
-    if config.data.regression and config.data.labels is not None:
+    if config.data.kind == "regression" and config.data.labels is not None:
         raise UserError("config.data.labels is set, but a regression has no classes: drop one")
     if config.task == configs.CUSTOM:
         for name in ("train", "text"):

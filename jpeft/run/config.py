@@ -51,6 +51,7 @@ def default(task: str, method: str) -> Config:
     `train.max_train_examples` all, `fishpal.plan` the plan that `fishpal.criterion` finds,
     `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
 
+    `data.kind` is that of the answers in files of the user's own: classification, regression, multilabel or tagging.
     `train.export` says which epoch's modules are saved in the end: the last, or the best on the evaluation split.
     `train.padded_lengths` is how many lengths the rows of one batch are padded to at most: by default 4 on a CPU, where
     tokens are dear, and 1 elsewhere, where short parts leave the device idle. Batches are random in any case.
@@ -73,7 +74,7 @@ def default(task: str, method: str) -> Config:
                 "text": placeholder(tuple),
                 "label": placeholder(str),
                 "labels": placeholder(tuple),
-                "regression": False,
+                "kind": "classification",
                 "validation_fraction": 0.1,
                 "split_seed": 0,
             },
@@ -227,7 +228,7 @@ def task_of(config: Config) -> Task:
         labels = None if data.labels is None else listed(tuple(map(str, data.labels)))
         return custom(
             data.train, listed(data.text), data.label or "label", validation=data.validation, test=data.test,
-            labels=labels, regression=data.regression, validation_fraction=data.validation_fraction,
+            labels=labels, kind=data.kind, validation_fraction=data.validation_fraction,
             split_seed=data.split_seed,
         )  # fmt: skip
     return tasks.read_task(config.task) if config.task.endswith(".py") else tasks.task(config.task)

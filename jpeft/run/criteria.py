@@ -43,7 +43,7 @@ def by_moments(gain: Callable[..., transform.Leaves], shuffled: bool = False) ->
     """A criterion on the gradients of single examples; `gain` is called with both halves' moments, rates and seed."""
 
     def criterion(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Found:
-        labels = np.random.default_rng(seed.seed).permutation(seed.data.train.labels) if shuffled else None
+        labels = _shuffled(seed.data.train, seed.seed) if shuffled else None
         ready = prepare(seed, num_examples(seed), labels)
         scores: Scores = {}
         passes = ready.passes
@@ -61,6 +61,16 @@ def by_moments(gain: Callable[..., transform.Leaves], shuffled: bool = False) ->
         return Found(dict(sorted(scores.items())), passes, {"train_rows": ready.rows.tolist()})
 
     return criterion
+
+
+def _shuffled(examples: Examples, seed: int) -> np.ndarray:
+    """The labels in a random order; where they are by token, those of the words among themselves."""
+    rng, labels = np.random.default_rng(seed), examples.labels.copy()
+    if examples.unlabelled is None:
+        return rng.permutation(labels)
+    words = labels != examples.unlabelled
+    labels[words] = rng.permutation(labels[words])
+    return labels
 
 
 def _moments(seed: Seed, loss: Any, tree: Any, half: Examples, rest: Any) -> gains.Moments:

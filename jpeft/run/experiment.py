@@ -12,7 +12,7 @@ from jpeft.core import files, tree
 from jpeft.core.errors import UserError
 from jpeft.core.partition import partition
 from jpeft.core.summary import summary
-from jpeft.data import batching, checking, padding
+from jpeft.data import batching, checking, kinds, padding
 from jpeft.data import tokenizer as tokenizers
 from jpeft.data.batching import Examples
 from jpeft.data.padding import Layout
@@ -121,7 +121,7 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
       UserError: if the data or the model cannot be loaded.
     """
     task = configs.task_of(config)
-    base = load_model(config, task.num_labels, config.seeds[0])  # each seed draws its own head
+    base = load_model(config, task, config.seeds[0])  # each seed draws its own head
     data, source = _load_data(config, task, base, console)
     lengths = ", ".join(map(str, padding.padded_lengths(data.layouts)))
     console.say(
@@ -154,12 +154,15 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
         console.warn(f"{task.name} {name}: {count} rows have an empty text")
     if splits.absent:
         console.say(f"  {splits.source} has no {', '.join(splits.absent)} split; none is needed")
-    tokenizer = tokenizers.load(base.folder, base.config.vocab_size)
+    tokenizer = tokenizers.load(base.folder, base.config.vocab_size, words=task.answers.by_token)
     given = splits.splits | {"train": _few(splits.splits["train"], config.train.max_train_examples)}
     train, dev = (task.encode(given[name], tokenizer, config.train.max_length) for name in ("train", task.eval_split))
     _check_known(train, tokenizer, base.folder, console)
+    if task.answers.by_token:
+        for name, examples in (("train", train), (task.eval_split, dev)):
+            _check_words(given[name]["label"], examples, name, console)
     if task.labels:
-        counts = np.bincount(train.labels, minlength=len(task.labels))
+        counts = task.answers.counts(train.labels, len(task.labels))
         for name in (name for name, n in zip(task.labels, counts, strict=True) if n == 0):
             console.warn(f"no training row has the label {name!r}")
     # Not by the number of seeds: what a seed ends in must not depend on which others are beside it.
@@ -169,6 +172,18 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
         if _labelled(task, name, splits.splits[name]["label"], console)
     }
     return Data(task, train, dev, *_padded(config, base.config, train.lengths, dev.lengths), others), splits.source
+
+
+def _check_words(tags: Sequence[Sequence[int]], examples: Examples, split: str, console: Console) -> None:
+    """Words beyond the greatest length have no token, nor have those that the tokenizer drops."""
+    words, found = sum(map(len, tags)), len(kinds.flat(examples.labels))
+    if not found:
+        raise UserError(f"no word of {split} has a token: expected a tokenizer for the language of the texts")
+    if found < words:
+        console.warn(
+            f"{words - found:,} of {words:,} words of {split} are beyond config.train.max_length, or no token to the "
+            "tokenizer: they are left out"
+        )
 
 
 def _labelled(task: Task, split: str, labels: Sequence[float], console: Console) -> bool:
@@ -250,6 +265,7 @@ def _export(ready: Ready, last: Event) -> Result:
         identity=pretrained.identity(seed.base),
         task=data.task.name,
         labels=data.task.labels,
+        kind=data.task.kind,
         max_length=config.train.max_length,
         num_texts=len(data.task.text),
     )

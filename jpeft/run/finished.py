@@ -120,7 +120,7 @@ def write(
         "metrics": {**tables.spread([row["last"] for row in per_seed]), "per_seed": per_seed},
         "other_splits": {name: tables.spread([r.others[name] for r in results.values()]) for name in data.others},
         "baseline": {
-            "answer": "majority class" if task.labels else "mean value",
+            "answer": task.answers.guess_name,
             "metrics": task.baseline(data.train.labels, data.dev.labels),
         },
         "data": {name: inputs[name][1] for name in ("train", "dev")},

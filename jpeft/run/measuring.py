@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jpeft.core import transform
-from jpeft.data import batching, padding
+from jpeft.data import batching, kinds, padding
 from jpeft.data.batching import Examples
 from jpeft.plans import plan as plans
 from jpeft.plans.fishpal import Scores
@@ -15,10 +15,12 @@ from jpeft.plans.plan import Entry
 from jpeft.run import config as configs
 from jpeft.run.seed import Seed
 from jpeft.training import head
+from jpeft.training.loop import evaluate
 
 __all__ = ["Found", "Prepared", "alone", "lengths", "num_examples", "prepare"]
 
 FIT = 512  # the least number of examples that the head is fitted on
+MOST_WORDS = 2048  # that it is fitted on, where words have labels
 
 
 class Found(NamedTuple):
@@ -63,11 +65,21 @@ def prepare(seed: Seed, n: int, labels: np.ndarray | None = None) -> Prepared:
     a, b, rest = (batching.take(drawn, range(*cut)) for cut in ((0, half), (half, part), (part, part + fit)))
     site = head.last_dense(seed.sites)
     read = jax.jit(head.features(seed.model, site))
-    found = np.zeros((rest.size, *site.args[0].shape[1:]), np.float32)
-    for batch, index in batching.eval_batches(rest, 32, lengths(seed)):
-        found[index] = np.asarray(read(seed.base.params, batch))[: len(index)]
-    params = head.fit_head(seed.base.params, site, found, rest.labels)
+    found = evaluate(lambda params, _, batch: read(params, batch), seed.base.params, {}, rest, lengths(seed))
+    params = head.fit_head(seed.base.params, site, *_enough(found, rest))
     return Prepared(params, a, b, rest.size / 3, rows[:part])
+
+
+def _enough(found: np.ndarray, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels to fit a head on: of tagging, of a sample of the words, without tags that hardly occur."""
+    if examples.unlabelled is None:
+        return found, examples.labels
+    labels = kinds.flat(examples.labels)
+    often = np.flatnonzero(np.bincount(labels)[labels] >= head.LEAST)
+    chosen = often[batching.drawn(len(often), MOST_WORDS, 0)]
+    counts = np.bincount(labels[chosen])
+    chosen = chosen[counts[labels[chosen]] >= head.LEAST]
+    return found[chosen], labels[chosen]
 
 
 def lengths(seed: Seed, most: int = 2) -> tuple[int, ...]:

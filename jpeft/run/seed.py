@@ -10,7 +10,7 @@ from jax import Array
 from jpeft.core import site
 from jpeft.core.errors import UserError
 from jpeft.core.site import Sites
-from jpeft.data.task import Data
+from jpeft.data.task import Data, Task
 from jpeft.models import Bert, BertConfig, pretrained
 from jpeft.models.pretrained import Pretrained
 from jpeft.plans import plan as plans
@@ -76,18 +76,19 @@ def _sites(config: BertConfig, length: int) -> site.Sites:
     return site.sites(Bert(config), jax.ShapeDtypeStruct((1, length), "int32"))
 
 
-def load_model(config: Config, num_labels: int, seed: int) -> Pretrained:
-    """The pretrained encoder; the seed decides the head that it lacks.
+def load_model(config: Config, task: Task, seed: int) -> Pretrained:
+    """The pretrained encoder with a head for a task; the seed decides what the checkpoint lacks of it.
 
     Raises:
       UserError: if it cannot be loaded, or does not fit the config.
     """
     base = pretrained.load(
         config.model,
-        num_labels=num_labels,
+        num_labels=task.num_labels,
         key=jax.random.key(seed),
         dtype=config.train.dtype,
         remat=config.train.remat,
+        by_token=task.answers.by_token,
     )
     if config.train.max_length > base.config.max_length:
         longest = base.config.max_length

@@ -14,6 +14,7 @@ from jpeft.core.errors import UserError, nearest
 from jpeft.core.transform import Chain, instances, merge
 from jpeft.core.tree import flatten, union
 from jpeft.data.batching import Batch
+from jpeft.data.kinds import KINDS
 from jpeft.models import Bert, BertConfig, pretrained
 from jpeft.plans.plan import build
 from jpeft.report import tables
@@ -30,7 +31,7 @@ __all__ = ["DTYPES", "FORMATS", "Drift", "export", "find_modules"]
 
 DTYPES = ("float32", "bfloat16")
 FORMATS = {
-    "hf": "a plain model with the modules merged, for transformers' AutoModelForSequenceClassification",
+    "hf": "a plain model with the modules merged, for transformers' AutoModelFor...Classification",
     "peft": "an adapter beside the base model, for peft's PeftModel",
     "adapters": "an adapter beside the base model, for AdapterHub's adapters, plans of several kinds included",
     "stablehlo": "one program for CPU, CUDA and TPU that needs JAX and not jpeft, whatever the modules are",
@@ -46,8 +47,8 @@ class Drift(NamedTuple):
     Attributes:
       dtype: that the exported model computes in.
       largest: difference of a logit.
-      changed: rows with another answer; of a regression, None.
-      rows: of the split.
+      changed: rows, of tagging words, with another answer; of a regression, None.
+      rows: of the split; of tagging, its words.
     """
 
     dtype: str
@@ -132,7 +133,10 @@ def _write_merged(output: Path, saved: Saved) -> None:
     if merged.transform.members:
         names = ", ".join(instances(merged.transform))
         raise UserError(f"{names} cannot be merged into a plain model: what it does depends on the input")
-    pretrained.save(output, saved.model.config, merged.params, labels=saved.labels, tokenizer_from=saved.base)
+    problem = "multi_label_classification" if saved.kind == "multilabel" else None
+    pretrained.save(
+        output, saved.model.config, merged.params, labels=saved.labels, tokenizer_from=saved.base, problem=problem
+    )
 
 
 def _drift(folder: Path, form: str, output: Path, saved: Saved, console: Console) -> list[Drift]:
@@ -148,7 +152,9 @@ def _drift(folder: Path, form: str, output: Path, saved: Saved, console: Console
     found = []
     for dtype, opened in READERS[form](output, saved).items():
         logits = evaluate(opened, {}, {}, data.dev, data.eval_buckets)
-        changed = int((logits.argmax(1) != expected.argmax(1)).sum()) if saved.labels else None
+        decide = KINDS[saved.kind].decide
+        differs = (decide(logits) != decide(expected)).reshape(len(expected), -1).any(1)
+        changed = int(differs.sum()) if saved.labels else None
         found.append(Drift(dtype, float(np.abs(logits - expected).max()), changed, len(expected)))
         of = "" if changed is None else f", {changed} of {len(expected):,} answers"
         console.say(f"  in {dtype}, the exported model differs by at most {found[-1].largest:.1e} in a logit{of}")
@@ -159,7 +165,8 @@ Opened = dict[str, Callable[[Any, Any, Batch], Any]]  # by dtype, what gives the
 
 
 def _read_merged(output: Path, saved: Saved) -> Opened:
-    loaded = pretrained.load(output, num_labels=len(saved.labels) or 1, key=jax.random.key(0))
+    by_token = KINDS[saved.kind].by_token
+    loaded = pretrained.load(output, num_labels=len(saved.labels) or 1, key=jax.random.key(0), by_token=by_token)
     return _opened(saved, build([]), {"params": loaded.params, "peft": {}})
 
 
@@ -192,6 +199,10 @@ def _read_stablehlo(output: Path, saved: Saved) -> Opened:
 
 READERS: Mapping[str, Callable[[Path, Saved], Opened]]
 READERS = {"hf": _read_merged, "peft": _read_peft, "adapters": _read_adapters, "stablehlo": _read_stablehlo}
+ABOUT = {
+    "multilabel": ", each of them or not where its logit is above 0",
+    "tagging": ", one for the first token of each word",
+}
 USE = {
     "hf": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -233,13 +244,15 @@ def _card(
     """The model card: what it is, how it was made, how well it does, what the export changed, how to use it."""
     base, labels = _on_the_hub(description["base"]["name"]), saved.labels
     methods = ", ".join(f"{entry['method']} {json.dumps(entry['options'])}" for entry in description["modules"])
+    tagging = saved.kind == "tagging"
+    inputs = "words" if tagging else "pairs of sentences" if saved.num_texts == 2 else "sentences"
     lines = [
         "---", f"license: {json.dumps(license)}", f"base_model: {json.dumps(base)}",
-        "pipeline_tag: text-classification", f"library_name: {LIBRARY[form]}", "---", "",
+        f"pipeline_tag: {'token' if tagging else 'text'}-classification", f"library_name: {LIBRARY[form]}", "---", "",
         f"# {saved.task}, {base}", "",
         f"Trained with jpeft {description['jpeft']}. Modules: {methods or 'none'}.",
-        f"Inputs: {'pairs of sentences' if saved.num_texts == 2 else 'sentences'}, cut to {saved.max_length} tokens.",
-        f"Labels: {', '.join(labels)}." if labels else "It answers with a number.",
+        f"Inputs: {inputs}, in training cut to {saved.max_length} tokens.",
+        f"Labels: {', '.join(labels)}{ABOUT.get(saved.kind, '')}." if labels else "It answers with a number.",
         "",
     ]  # fmt: skip
     report = folder.parents[1] / "report.json"
@@ -264,4 +277,6 @@ def _card(
         lines += [f"Note: {PADDING}.", ""]
     example = '["a sentence"]' + (', ["and another"]' if saved.num_texts == 2 else "")
     use = USE[form].format(base=base, num_labels=len(labels) or 1, example=example, max_length=saved.max_length)
+    if tagging:
+        use = use.replace("ForSequenceClassification", "ForTokenClassification")
     return "\n".join([*lines, "```python", use, "```", ""])

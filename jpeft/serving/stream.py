@@ -1,11 +1,9 @@
 """Predictions for the rows of a file: streamed, in the order of the input, and resumed where they stopped."""
 
-import csv
-import io
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,14 +12,16 @@ import numpy as np
 
 from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
-from jpeft.data.batching import tokenize
-from jpeft.data.rows import ENDINGS, attempts, text_of
+from jpeft.data.kinds import KINDS
+from jpeft.data.rows import ENDINGS, attempts, text_of, words_of
 from jpeft.data.tasks import TASKS
 from jpeft.run import experiment, workdir
 from jpeft.run.config import CUSTOM, listed
 from jpeft.run.console import Console
 from jpeft.serving.answers import Answers, held
 from jpeft.serving.export import find_modules
+from jpeft.serving.lines import WRITES, lines
+from jpeft.serving.prediction import by_sentence, encode, longest
 from jpeft.store import modules
 from jpeft.store.modules import Saved
 from jpeft.training import step
@@ -33,9 +33,9 @@ __all__ = ["Counts", "answering", "predict"]
 CHUNK = 2048  # rows that are answered, written and noted together
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)  # that rows are padded to, up to the longest
 STDIN = "-"
-WRITES = (".jsonl", ".csv", ".tsv")
 
-Row = tuple[int, tuple[str, ...] | UserError]
+Row = tuple[int, tuple[Any, ...] | UserError]
+Read = Callable[[Mapping[str, Any], str, str], Any]
 
 
 class Counts(NamedTuple):
@@ -81,7 +81,7 @@ def predict(model: Path, source: str, output: Path, console: Console, text: Sequ
         "text": list(columns),
         "backend": jax.default_backend(),
     }
-    total = None if given else sum(1 for _ in _rows(file, None, columns))
+    total = None if given else sum(1 for _ in _rows(file, None, columns, reader(saved)))
     if total == 0:
         raise UserError(f"{file} has no rows")
     with held(output):
@@ -100,14 +100,18 @@ def _predict(
     done = answers.begin()
     if done:
         console.say(f"  resuming at row {done + 1:,}")
-    answer = answering(saved, columns)
-    rows = itertools.islice(_rows(file, given, columns), done, None)
+    answer = answering(saved)
+    rows = itertools.islice(_rows(file, given, columns, reader(saved)), done, None)
     with console.counting("predicting", total, done) as show:
         while chunk := list(itertools.islice(rows, CHUNK)):
             good = [(number, texts) for number, texts in chunk if not isinstance(texts, UserError)]
             bad = [(number, str(error)) for number, error in chunk if isinstance(error, UserError)]
             logits = answer([texts for _, texts in good])
-            written = _lines([number for number, _ in good], logits, saved.labels, answers.output.suffix, head=not done)
+            bad += [(n, str(own)) for (n, _), own in zip(good, logits, strict=True) if isinstance(own, UserError)]
+            bad.sort()
+            answered = [(n, own) for (n, _), own in zip(good, logits, strict=True) if not isinstance(own, UserError)]
+            numbers, own = [n for n, _ in answered], [own for _, own in answered]
+            written = lines(saved.kind, numbers, own, saved.labels, answers.output.suffix, head=not done)
             done += len(chunk)
             answers.add(written, "".join(json.dumps({"row": n, "error": e}) + "\n" for n, e in bad), done, len(bad))
             show(done)
@@ -141,7 +145,12 @@ def _columns(folder: Path, saved: Saved, text: Sequence[str] | None) -> tuple[st
     return found
 
 
-def _rows(file: Path, given: BinaryIO | None, columns: Sequence[str]) -> Iterator[Row]:
+def reader(saved: Saved) -> Read:
+    """What reads a column of a row: a text, or words."""
+    return words_of if KINDS[saved.kind].by_token else text_of
+
+
+def _rows(file: Path, given: BinaryIO | None, columns: Sequence[str], read: Read) -> Iterator[Row]:
     """The numbers of the rows, with their texts or why they have none.
 
     Raises:
@@ -155,64 +164,33 @@ def _rows(file: Path, given: BinaryIO | None, columns: Sequence[str]) -> Iterato
             if missing is not None:
                 raise UserError(f"{where}: no column {missing!r}; {nearest(missing, row)}")
             checked = True
-        yield number, _texts(row, columns, where)
+        yield number, _texts(row, columns, where, read)
 
 
-def _texts(row: Any, columns: Sequence[str], where: str) -> tuple[str, ...] | UserError:
+def _texts(row: Any, columns: Sequence[str], where: str, read: Read) -> tuple[Any, ...] | UserError:
     if isinstance(row, UserError):
         return row
     try:
-        return tuple(text_of(row, name, where) for name in columns)
+        return tuple(read(row, name, where) for name in columns)
     except UserError as error:
         return error
 
 
-def answering(saved: Saved, columns: Sequence[str]) -> Any:
-    """The function from texts to logits.
+def answering(saved: Saved) -> Any:
+    """The function from texts to the logits of each; of tagging, of its words, or a UserError for a sentence too long.
 
     Its padded lengths do not depend on the texts, or a run that resumes would answer in other digits.
     """
-    config = saved.model.config
     run = Compiled(step.eval_step(saved.model, saved.transform), 2)
-    longest = min(saved.max_length, config.max_length)
-    buckets = [length for length in LENGTHS if length < longest] + [longest]
+    buckets = [length for length in LENGTHS if length < longest(saved)] + [longest(saved)]
 
-    def answer(texts: Sequence[tuple[str, ...]]) -> np.ndarray:
+    def answer(texts: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
         if not texts:
-            return np.zeros((0, len(saved.labels) or 1), np.float32)
-        split: dict[str, Any] = {name: [row[i] for row in texts] for i, name in enumerate(columns)}
-        split |= {"label": [0] * len(texts)}
-        examples = tokenize(split, columns, saved.tokenizer, longest, np.int32)
+            return []
+        examples = encode(saved, texts)
         logits = evaluate(run, saved.variables, {"params": {}, "peft": {}}, examples, buckets)
         if not np.isfinite(logits).all():
             raise UserError("the model's answers are not finite")
-        return logits
+        return by_sentence(saved, texts, examples, logits) if KINDS[saved.kind].by_token else list(logits)
 
     return answer
-
-
-def _lines(rows: Sequence[int], logits: np.ndarray, labels: Sequence[str], ending: str, head: bool) -> str:
-    """The answers as text, in numbers of seven digits."""
-    shares = logits.astype(np.float64)
-    if labels:
-        shares = np.exp(shares - shares.max(1, keepdims=True))
-        shares /= shares.sum(1, keepdims=True)
-    names = [*labels] if labels else ["value"]
-    digits = [[float(f"{x:.7g}") for x in row] for row in shares.tolist()]
-    best = logits.argmax(1).tolist() if labels else []
-    if ending == ".jsonl":
-        if labels:
-            found: Iterator[Any] = (
-                {"row": n, "label": labels[i], "probabilities": dict(zip(names, own, strict=True))}
-                for n, i, own in zip(rows, best, digits, strict=True)
-            )
-        else:
-            found = ({"row": n, "value": own[0]} for n, own in zip(rows, digits, strict=True))
-        return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in found)
-    text = io.StringIO()
-    write = csv.writer(text, delimiter="," if ending == ".csv" else "\t", lineterminator="\n").writerow
-    if head:
-        write(["row", *(["label"] if labels else []), *names])
-    for i, (n, own) in enumerate(zip(rows, digits, strict=True)):
-        write([n, *([labels[best[i]]] if labels else []), *own])
-    return text.getvalue()

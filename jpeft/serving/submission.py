@@ -145,12 +145,12 @@ def _texts(file: File, data: str | None, console: Console) -> list[tuple[str, ..
 
 
 def _logits(saved: Saved, rows: Sequence[tuple[str, ...]], file: File, console: Console) -> np.ndarray:
-    answer, found = answering(saved, tasks.task(file.task).text), []
+    answer, found = answering(saved), []
     with console.counting(file.name, len(rows)) as show:
         for start in range(0, len(rows), CHUNK):
-            found.append(answer(rows[start : start + CHUNK]))
+            found += answer(rows[start : start + CHUNK])
             show(min(start + CHUNK, len(rows)))
-    return np.concatenate(found)
+    return np.stack(found)
 
 
 def _page(file: File, saved: Saved, logits: np.ndarray) -> str:

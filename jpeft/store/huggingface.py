@@ -78,7 +78,7 @@ def write(folder: Path, modules: Modules, config: BertConfig, base: str) -> None
             raise UserError(f"peft's {method} cannot hold {path}, which trained as well: export the merged model")
         tensors[f"{inner}{hf_module(module, config.model_type)}.{weight}"] = x.T if name == "kernel" else x
     about = {
-        "task_type": "SEQ_CLS",
+        "task_type": "TOKEN_CLS" if config.by_token else "SEQ_CLS",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "modules_to_save": sorted({path.split("/")[0] for path in flat}),
@@ -329,7 +329,8 @@ def _trained(tensors: Mapping[str, Any], used: set[str], config: BertConfig) -> 
     Raises:
       UserError: if their shapes are not those of the model.
     """
-    head = ("classifier/dense", "classifier/out_proj") if config.model_type == "roberta" else ("classifier",)
+    deep = config.model_type == "roberta" and not config.by_token
+    head = ("classifier/dense", "classifier/out_proj") if deep else ("classifier",)
     flat: dict[tuple[str, ...], Any] = {}
     rest = set(tensors) - used
     for path in (*head, "pooler"):

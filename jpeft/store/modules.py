@@ -22,6 +22,7 @@ from jpeft.core.files import file_hash, read_leaves, read_record, write_leaves, 
 from jpeft.core.transform import Chain, fold
 from jpeft.core.tree import flatten, split, union
 from jpeft.data import tokenizer as tokenizers
+from jpeft.data.kinds import KINDS
 from jpeft.models.bert import Bert
 from jpeft.plans.plan import Spec, build
 from jpeft.version import __version__
@@ -47,6 +48,7 @@ class Saved(NamedTuple):
       num_texts: 1 if it was trained on sentences, 2 if on pairs.
       base: folder of the base model.
       identity: of the base model: hashes of what did not train, of its shape and of its tokenizer.
+      kind: of answer, a key of `jpeft.data.kinds.KINDS`.
     """
 
     model: Bert
@@ -59,6 +61,7 @@ class Saved(NamedTuple):
     num_texts: int
     base: Path
     identity: Mapping[str, str]
+    kind: str = "classification"
 
 
 def save(
@@ -71,6 +74,7 @@ def save(
     identity: Mapping[str, str],
     task: str,
     labels: Sequence[str],
+    kind: str,
     max_length: int,
     num_texts: int,
 ) -> int:
@@ -85,6 +89,7 @@ def save(
       identity: of the base model's shape and tokenizer, from `jpeft.models.pretrained.identity`.
       task: the task's name.
       labels: class names; () for regression.
+      kind: of answer, a key of `jpeft.data.kinds.KINDS`.
       max_length: tokens that inputs were cut to.
       num_texts: 1 for sentences, 2 for pairs.
 
@@ -100,6 +105,7 @@ def save(
         "base": {"name": base, "fingerprint": fingerprint, **identity},
         "task": task,
         "labels": list(labels),
+        "answers": kind,
         "max_length": max_length,
         "num_texts": num_texts,
         "modules": modules,
@@ -161,11 +167,11 @@ def load(folder: str | Path, base: str | Saved | None = None) -> Saved:
         raise UserError(f"expected the name of a folder, got {folder!r:.60}")
     folder = Path(folder)
     description, kept = read(folder)
-    labels = tuple(description["labels"])
+    labels, kind = tuple(description["labels"]), _kind(description)
     if isinstance(base, Saved):
         return _beside(base, folder, description, kept)
-    name = base or description["base"]["name"]
-    loaded = pretrained.load(name, num_labels=len(labels) or 1, key=jax.random.key(0))
+    name, by_token = base or description["base"]["name"], KINDS[kind].by_token
+    loaded = pretrained.load(name, num_labels=len(labels) or 1, key=jax.random.key(0), by_token=by_token)
     trained = flatten(kept["params"])
     _, frozen = split(loaded.params, lambda path: path in trained)
     if pretrained.fingerprint(frozen) != description["base"]["fingerprint"]:
@@ -183,11 +189,19 @@ def load(folder: str | Path, base: str | Saved | None = None) -> Saved:
         labels,
         description["task"],
         description["max_length"],
-        tokenizers.load(loaded.folder, loaded.config.vocab_size),
+        tokenizers.load(loaded.folder, loaded.config.vocab_size, words=by_token),
         description["num_texts"],
         loaded.folder,
         _identity(description),
+        kind,
     )
+
+
+def _kind(description: Mapping[str, Any]) -> str:
+    kind = description.get("answers") or ("classification" if description["labels"] else "regression")
+    if kind not in KINDS:
+        raise UserError(f"the answers {kind!r} are unknown to jpeft {__version__}")
+    return kind
 
 
 def _identity(description: Mapping[str, Any]) -> dict[str, str]:
@@ -200,11 +214,18 @@ def _beside(other: Saved, folder: Path, description: Mapping[str, Any], kept: Ma
         raise UserError(f"{folder} was trained on another base than the loaded model, or with other parts of it frozen")
     trained, labels = flatten(kept["params"]), tuple(description["labels"])
     _, frozen = split(other.variables["params"], lambda path: path in trained)
+    kind = _kind(description)
+    by_token, config = KINDS[kind].by_token, other.model.config
+    tokenizer = other.tokenizer
+    if by_token != config.by_token:
+        tokenizer = tokenizers.load(other.base, config.vocab_size, words=by_token)
     return other._replace(
-        model=Bert(dataclasses.replace(other.model.config, num_labels=len(labels) or 1)),
+        model=Bert(dataclasses.replace(config, num_labels=len(labels) or 1, by_token=by_token)),
         transform=build(description["modules"]),
         variables={"params": union(frozen, kept["params"]), "peft": kept.get("peft", {})},
         labels=labels,
+        kind=kind,
+        tokenizer=tokenizer,
         task=description["task"],
         max_length=description["max_length"],
         num_texts=description["num_texts"],

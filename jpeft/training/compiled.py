@@ -119,7 +119,7 @@ def prepare(steps: Steps, state: State, frozen: Tree, data: Data, key: Array) ->
       data: whose lengths.
       key: see `state`.
     """
-    dev = [_shape(steps.eval_rows, length, data.train.labels.dtype) for length in _used(data.dev, data.eval_buckets)]
+    dev = [_shape(steps.eval_rows, length, data.train) for length in _used(data.dev, data.eval_buckets)]
     if isinstance(steps.train, Compiled):
         steps.train.prepare([(state, frozen, _parts(steps, data, key.shape, each), key) for each in data.layouts])
     if isinstance(steps.eval, Compiled):
@@ -139,15 +139,15 @@ def planned_memory(steps: Steps, state: State, frozen: Tree, data: Data, key: Ar
 
 
 def _parts(steps: Steps, data: Data, runs: tuple[int, ...], layout: Layout) -> tuple[Batch, ...]:
-    labels = data.train.labels.dtype
-    return tuple(_shape(filled(rows, steps.devices), length, labels, runs) for rows, length in layout)
+    return tuple(_shape(filled(rows, steps.devices), length, data.train, runs) for rows, length in layout)
 
 
 def _used(examples: Examples, buckets: Sequence[int]) -> list[int]:
     return sorted({min(b for b in buckets if b >= n) for n in set(examples.lengths.tolist())})
 
 
-def _shape(rows: int, length: int, labels: Any, runs: tuple[int, ...] = ()) -> Batch:
+def _shape(rows: int, length: int, like: Examples, runs: tuple[int, ...] = ()) -> Batch:
     ids = jax.ShapeDtypeStruct((*runs, rows, length), np.int32)
-    per_row = (*runs, rows)
-    return Batch(ids, ids, ids, jax.ShapeDtypeStruct(per_row, labels), jax.ShapeDtypeStruct(per_row, np.float32))
+    of_row = like.labels.shape[1:] if like.unlabelled is None else (length,)
+    labels = jax.ShapeDtypeStruct((*runs, rows, *of_row), like.labels.dtype)
+    return Batch(ids, ids, ids, labels, jax.ShapeDtypeStruct((*runs, rows), np.float32))

@@ -23,6 +23,7 @@ from jpeft.data.batching import Batch
 __all__ = ["features", "fit_head", "last_dense"]
 
 STRENGTHS = np.logspace(-3, 1, 5)  # of the regularisation; cross-validation chooses
+LEAST = 3  # examples of a class: one for each part of the cross-validation
 
 
 def last_dense(sites: Sites) -> Site:
@@ -38,7 +39,7 @@ def last_dense(sites: Sites) -> Site:
 
 
 def features(model: nn.Module, site: Site) -> Callable[[Params, Batch], Array]:
-    """The function (params, batch) -> [b, d]: what a layer of the head reads. Jit it."""
+    """The function (params, batch) -> [b, d], or [b, t, d]: what a layer of the head reads. Jit it."""
 
     def of(params: Params, batch: Batch) -> Array:
         seen: list[Array] = []
@@ -57,7 +58,7 @@ def features(model: nn.Module, site: Site) -> Callable[[Params, Batch], Array]:
 
 
 def fit_head(params: Params, site: Site, read: np.ndarray, labels: np.ndarray) -> Params:
-    """Parameters with the best linear head for these features: logistic regression, or ridge for float labels.
+    """Parameters with the best linear head for these features: logistic regression, or ridge for values.
 
     The strength of the regularisation is chosen by cross-validation.
 
@@ -65,24 +66,24 @@ def fit_head(params: Params, site: Site, read: np.ndarray, labels: np.ndarray) -
       params: of the model; not edited.
       site: from `last_dense`.
       read: [n, d], its inputs.
-      labels: [n] class ids, or values.
+      labels: [n] class ids, or values; [n, C] of 0 and 1 for any number of classes.
+
+    Raises:
+      UserError: if there are fewer than three examples of a class.
     """
-    from sklearn.linear_model import LogisticRegression, RidgeCV
-    from sklearn.model_selection import GridSearchCV
+    from sklearn.linear_model import RidgeCV
 
     own = tree.at(params, site.path)
     kernel, bias = (np.zeros(own[name].shape, np.float64) for name in ("kernel", "bias"))
     if np.issubdtype(labels.dtype, np.integer):
         classes, counts = np.unique(labels, return_counts=True)
-        if len(classes) < 2 or counts.min() < 3:
+        if len(classes) < 2 or counts.min() < LEAST:
             least = 0 if len(classes) < 2 else counts.min()
             raise UserError(
-                f"a head cannot be fitted on {len(labels)} examples with {least} of a class: expected 3 at least; give "
-                "more training data, or set config.fishpal.criterion=thesis, which needs no fitted head"
+                f"a head cannot be fitted on {len(labels)} examples with {least} of a class: expected {LEAST} or "
+                "more; give more training data, or set config.fishpal.criterion=thesis, which needs no fitted head"
             )
-        plain = LogisticRegression(max_iter=1000)
-        search = GridSearchCV(plain, {"C": STRENGTHS}, scoring="neg_log_loss", cv=3)
-        model = search.fit(read, labels).best_estimator_
+        model = _logistic(read, labels)
         if len(classes) == 2:  # one direction, which tells the second class from the first
             first, second = classes
             kernel[:, first], kernel[:, second] = -model.coef_[0] / 2, model.coef_[0] / 2
@@ -91,8 +92,24 @@ def fit_head(params: Params, site: Site, read: np.ndarray, labels: np.ndarray) -
             kernel[:, classes], bias[classes] = model.coef_.T, model.intercept_
         absent = np.setdiff1d(np.arange(len(bias)), classes)
         bias[absent] = bias.min() - 5
+    elif labels.ndim == 2:
+        for i, has in enumerate(labels.T.astype(np.int32)):
+            if min(has.sum(), len(has) - has.sum()) < LEAST:  # hardly any, or hardly any without: how often it occurs
+                bias[i] = np.log((has.sum() + 0.5) / (len(has) - has.sum() + 0.5))
+            else:
+                model = _logistic(read, has)
+                kernel[:, i], bias[i] = model.coef_[0], model.intercept_[0]
     else:
         model = RidgeCV(1 / STRENGTHS).fit(read, labels)
         kernel[:, 0], bias[0] = model.coef_, model.intercept_
     fitted = {"kernel": jnp.asarray(kernel, own["kernel"].dtype), "bias": jnp.asarray(bias, own["bias"].dtype)}
     return tree.replace(params, site.path, lambda old: {**old, **fitted})
+
+
+def _logistic(read: np.ndarray, labels: np.ndarray) -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+
+    plain = LogisticRegression(max_iter=1000)
+    search = GridSearchCV(plain, {"C": STRENGTHS}, scoring="neg_log_loss", cv=LEAST)
+    return search.fit(read, labels).best_estimator_

@@ -209,7 +209,10 @@ def evaluate(
     buckets: Sequence[int],
     batch_size: int = EVAL_BATCH,
 ) -> np.ndarray:
-    """Float32 logits [n, num_labels] of all examples, in their order; [runs, n, num_labels] of several runs."""
+    """Float32 logits [n, num_labels] of all examples, in their order; [runs, n, num_labels] of several runs.
+
+    Where labels are by token, those of the labelled tokens alone, [m, num_labels], row after row.
+    """
     found: list[Any] = []
     order: list[np.ndarray] = []
     for batch, index in eval_batches(examples, batch_size, buckets):
@@ -217,8 +220,23 @@ def evaluate(
         order.append(index)
         if len(found) > AHEAD:
             jax.block_until_ready(found[-1 - AHEAD])
-    rows = [x[..., : len(index), :] for x, index in zip(jax.device_get(found), order, strict=True)]
-    logits = np.concatenate(rows, axis=-2)
+    rows = [_of_rows(x, examples, index) for x, index in zip(jax.device_get(found), order, strict=True)]
+    logits, index = np.concatenate(rows, axis=-2), np.concatenate(order)
+    if examples.unlabelled is not None:  # from the order of the batches to that of the rows, words of a row together
+        index = np.argsort(np.repeat(index, _words(examples)[index]), kind="stable").argsort()
     restored = np.empty_like(logits)
-    restored[..., np.concatenate(order), :] = logits
+    restored[..., index, :] = logits
     return restored
+
+
+def _of_rows(logits: np.ndarray, examples: Examples, rows: np.ndarray) -> np.ndarray:
+    """Of a batch, the logits of its rows, without those that only fill it up; or of their labelled tokens."""
+    if examples.unlabelled is None:
+        return logits[..., : len(rows), :]
+    own = examples.labels[rows] != examples.unlabelled
+    row, token = np.nonzero(own)
+    return logits[..., row, token, :]
+
+
+def _words(examples: Examples) -> np.ndarray:
+    return (examples.labels != examples.unlabelled).sum(1)

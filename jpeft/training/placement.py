@@ -30,7 +30,7 @@ def rows(mesh: Mesh, batch: Any) -> Any:
     """The shardings of a batch, or its parts, whose rows are divided; the arrays are [b, ...], or [runs, b, ...]."""
 
     def of(part: Batch) -> Batch:
-        axis = len(part.labels.shape) - 1
+        axis = len(part.weights.shape) - 1
         return Batch(*(NamedSharding(mesh, P(*(None,) * axis, ROWS)) for _ in part))
 
     return jax.tree.map(of, batch, is_leaf=lambda x: isinstance(x, Batch))

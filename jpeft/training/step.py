@@ -24,6 +24,7 @@ from jpeft.core.partition import penalty
 from jpeft.core.transform import Chain, Transform
 from jpeft.core.tree import union
 from jpeft.data.batching import Batch
+from jpeft.data.kinds import over_words
 from jpeft.data.task import example_losses
 
 __all__ = [
@@ -116,7 +117,9 @@ def train_step(
                 return forward(model, transform, trainable, frozen, part, jax.random.fold_in(key, 1))
 
             logits = forward(model, transform, trainable, frozen, part, key)
-            return example_loss(logits, part.labels) + penalty(transform, logits, again)
+            more = penalty(transform, logits, again)
+            own = over_words(more, part.labels) if jnp.ndim(more) > 1 else more
+            return example_loss(logits, part.labels) + own
 
         def loss(trainable: Tree) -> Array:
             found = [losses(trainable, part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)]

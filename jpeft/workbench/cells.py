@@ -11,6 +11,7 @@ import numpy as np
 from jpeft.core import files
 from jpeft.core.errors import UserError
 from jpeft.core.tree import flatten
+from jpeft.data import kinds
 from jpeft.run import config as configs
 from jpeft.run import experiment
 from jpeft.run import workdir as workdirs
@@ -48,7 +49,11 @@ def write(folder: Path, config: Config, cell: Cell, report: Mapping[str, Any], w
     """
     arrays = files.read_leaves(workdir / f"seed_{cell.seed}" / experiment.PREDICTIONS)
     logits, labels = (np.asarray(arrays[name]) for name in ("logits", "labels"))
-    choice = report.get("choice")
+    choice, answers = report.get("choice"), configs.task_of(config).answers
+    predictions = answers.decide(logits)
+    if answers.by_token:  # where the labels of the words are
+        predictions, words = np.full_like(labels, kinds.IGNORED), predictions
+        predictions[labels != kinds.IGNORED] = words
     inputs = files.read_record(workdir / workdirs.INPUTS, workdirs.INPUTS_KIND)
     del inputs["source"]  # where the data lie is the machine's
     del inputs["others"]  # splits of which a cell has no scores
@@ -63,7 +68,7 @@ def write(folder: Path, config: Config, cell: Cell, report: Mapping[str, Any], w
         **({"choice": choice} if choice else {}),
         "versions": report["versions"],
         "inputs": inputs,
-        "predictions": _packed(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1)),
+        "predictions": _packed(predictions),
         "labels": _packed(labels),
     }
     files.write_record(folder / f"{cell.name}.json", KIND, row)
@@ -77,15 +82,17 @@ def _config(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps({"method": config.method, **found}))
 
 
-def _packed(values: np.ndarray) -> str | list[int] | list[float]:
-    """Class ids as one string of digits, where there are at most ten; values with six digits."""
+def _packed(values: np.ndarray) -> str | list[Any]:
+    """Class ids as one string of digits, where there are at most ten; values with six digits; lists of several."""
+    if values.ndim > 1:
+        return values.astype(int).tolist()
     if not np.issubdtype(values.dtype, np.integer):
         return [float(f"{x:.6g}") for x in values.tolist()]
     return "".join(map(str, values)) if values.max(initial=0) < 10 else values.tolist()
 
 
-def unpacked(values: str | list[int] | list[float]) -> np.ndarray:
-    """Predictions or labels as a cell's file has them, [n]."""
+def unpacked(values: str | list[Any]) -> np.ndarray:
+    """Predictions or labels as a cell's file has them, [n, ...]."""
     return np.array([int(x) for x in values]) if isinstance(values, str) else np.array(values)
 
 

@@ -54,7 +54,7 @@ def test_numbers_are_classes_in_their_order_and_values_in_a_regression(tmp_path)
     file = write(tmp_path / "train.csv", [("a", "b", i % 11) for i in range(30)])
     assert custom(file, ("one",), "answer").labels == tuple(map(str, range(11)))
     values = write(tmp_path / "values.csv", [("a", "b", i / 2) for i in range(30)])
-    task = custom(values, ("one",), "answer", regression=True)
+    task = custom(values, ("one",), "answer", kind="regression")
     assert (task.labels, task.primary) == ((), "pearson")
     splits = task.splits().splits
     assert sorted(splits["train"]["label"] + splits["validation"]["label"])[:3] == [0, 0.5, 1]
@@ -69,7 +69,7 @@ def test_numbers_are_classes_in_their_order_and_values_in_a_regression(tmp_path)
         ({"label": "anser"}, "row 1: no column 'anser'; did you mean 'answer'"),
         ({"labels": ("yes", "no")}, "row 3: label 'maybe' is unknown: expected one of 'yes', 'no'"),
         ({"labels": ("yes", "yes")}, "must be at least two distinct names"),
-        ({"regression": True}, "row 1: label 'yes' is not a number"),
+        ({"kind": "regression"}, "row 1: label 'yes' is not a number"),
         ({"validation_fraction": 1.5}, "validation_fraction must be above 0 and below 1"),
     ],
 )
@@ -82,7 +82,7 @@ def test_what_is_wrong_is_named(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([("a", "b", "0.5"), ("a", "b", "1.5")], "label 0.5 is not a class: set config.data.regression=True"),
+        ([("a", "b", "0.5"), ("a", "b", "1.5")], "label 0.5 is not a class: set config.data.kind=regression"),
         ([("a", "b", "x")], "has 1 different labels"),
         ([("a", "b", ""), ("a", "b", "x")], "row 1: the label is empty"),
         ([("a", "b", i) for i in range(1001)], "has 1,001 different labels in column 'answer': is it the right column"),
@@ -196,7 +196,7 @@ def test_a_value_that_is_not_finite_when_squared(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text("text,label\na,1\nb,1e30\n")
     with pytest.raises(UserError, match=r"label '1e30' is not a number up to 1e\+18"):
-        custom(str(path), ("text",), regression=True).splits()
+        custom(str(path), ("text",), kind="regression").splits()
 
 
 def test_true_and_false_are_classes(tmp_path):
@@ -225,3 +225,76 @@ def test_a_file_of_an_unknown_kind(tmp_path):
     (tmp_path / "train.txt").write_text("x")
     with pytest.raises(UserError, match=r"train.txt is of an unknown kind: expected \.jsonl"):
         custom(str(tmp_path / "train.txt"), ("one",))
+
+
+def many(path, labels, names=("text", "topics")):
+    path.write_text("".join(json.dumps({names[0]: "a dog", names[1]: own}) + "\n" for own in labels))
+    return str(path)
+
+
+def test_several_classes_a_row_as_lists_or_between_semicolons(tmp_path):
+    listed = many(tmp_path / "a.jsonl", [["red", "big"], [], ["big"], ["old"]])
+    table = write(tmp_path / "a.csv", [("x", "red; big"), ("x", ""), ("x", "big"), ("x", "old")], ("text", "topics"))
+    for file in (listed, table):
+        task = custom(file, ("text",), "topics", kind="multilabel", validation=file)
+        assert (task.labels, task.metrics, task.primary) == (
+            ("big", "old", "red"), ("micro_f1", "macro_f1", "exact_match"), "micro_f1",
+        )  # fmt: skip
+        assert task.splits().splits["train"]["label"] == [[1, 0, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0]]
+
+
+def test_words_with_tags_from_four_kinds_of_file(tmp_path):
+    words, tags = [["the", "big-dog", "runs"], ["a", "cat"]], [["O", "B-ANIMAL", "O"], ["O", "B-ANIMAL"]]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"words": w, "tags": t}) + "\n" for w, t in zip(words, tags, strict=True))
+    )
+    parquet.write_table(pyarrow.table({"words": words, "tags": tags}), tmp_path / "a.parquet")
+    (tmp_path / "a.tsv").write_text("words\ttags\nthe big-dog runs\tO B-ANIMAL O\na cat\tO B-ANIMAL\n")
+    (tmp_path / "a.conll").write_text(
+        "-DOCSTART- -X- O\n\nthe DET O\nbig-dog NOUN B-ANIMAL\nruns VERB O\n\n\na DET O\ncat NOUN B-ANIMAL\n"
+    )
+    for ending in ("jsonl", "parquet", "tsv", "conll"):
+        file = str(tmp_path / f"a.{ending}")
+        task = custom(file, ("words",), "tags", kind="tagging", validation=file)
+        assert (task.labels, task.primary) == (("B-ANIMAL", "O"), "entity_f1")
+        train = task.splits().splits["train"]
+        assert (train["words"], train["label"]) == (words, [[1, 0, 1], [1, 0]])
+
+
+def test_tags_that_are_no_entities_are_scored_word_by_word(tmp_path):
+    (tmp_path / "a.conll").write_text("the DET\ndog NOUN\n\na DET\n")
+    task = custom(str(tmp_path / "a.conll"), ("words",), "tags", kind="tagging")
+    assert (task.metrics, task.primary) == (("accuracy", "macro_f1"), "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "says"),
+    [
+        (
+            [{"words": ["a", "b"], "tags": ["O"]}, {"words": ["a"], "tags": ["X"]}],
+            "tagging",
+            "row 1: 1 tags for 2 words",
+        ),
+        ([{"words": [], "tags": ["O", "X"]}], "tagging", "row 1: 'words' has no words"),
+        ([{"words": ["a", " "], "tags": ["O", "X"]}], "tagging", "row 1: 'words' holds ' ', which is not a word"),
+        ([{"words": ["a", 1], "tags": ["O", "X"]}], "tagging", "row 1: 'words' holds 1, which is not a word"),
+        ([{"words": ["a"], "tags": {"x": 1}}], "tagging", "row 1: label {'x': 1} is neither a list of tags nor"),
+        ([{"words": ["a"], "tags": [["O"]]}], "tagging", r"row 1: label \['O'\] is neither a name nor a number"),
+        ([{"words": ["a"], "tags": []}], "tagging", "row 1: the label is empty"),
+        ([{"words": "a b", "tags": 3}], "multilabel", "row 1: label 3 is neither a list of names nor text"),
+        ([{"words": "a b", "tags": ["x", "x"]}], "multilabel", r"row 1: label \['x', 'x'\] has a name twice"),
+        ([{"words": "a b", "tags": ["x"]}], "multilabel", "has 1 different labels in column 'tags'"),
+        ([{"words": "a b", "tags": "x"}], "labelling", "config.data.kind 'labelling' is unknown: expected one of"),
+    ],
+)
+def test_what_words_and_sets_cannot_be(tmp_path, rows, kind, says):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=says):
+        custom(str(file), ("words",), "tags", kind=kind, validation=str(file)).splits()
+
+
+def test_a_conll_file_that_lacks_a_tag(tmp_path):
+    (tmp_path / "a.conll").write_text("the DET\ndog NOUN\n\na DET\ncat\n")
+    with pytest.raises(UserError, match=r"a\.conll, row 2: 'cat' has no tag"):
+        custom(str(tmp_path / "a.conll"), ("words",), "tags", kind="tagging")

@@ -86,3 +86,63 @@ def test_shapes_that_do_not_fit_are_refused(logits, n):
 def test_every_task_names_known_metrics(task):
     assert task.primary in task.metrics
     assert set(task.metrics) <= set(metrics.METRICS)
+
+
+def test_several_classes_equal_scikit_learn():
+    from sklearn.metrics import f1_score
+
+    rng = np.random.default_rng(3)
+    labels, logits = (rng.random((50, 4)) < [0.5, 0.2, 0.9, 0]).astype(float), rng.normal(size=(50, 4))
+    found = metrics.compute_many(metrics.MANY, logits, labels)
+    chosen = logits > 0
+    for average in ("micro", "macro"):
+        by_peer = f1_score(labels, chosen, average=average, zero_division=0)
+        assert found[f"{average}_f1"] == pytest.approx(by_peer, abs=1e-12)
+    rows = [all(a == b for a, b in zip(x, y, strict=True)) for x, y in zip(labels, chosen, strict=True)]
+    assert found["exact_match"] == np.mean(rows)
+    assert metrics.compute_many(["micro_f1", "macro_f1"], -np.ones((2, 3)), np.zeros((2, 3))) == {
+        "micro_f1": 0.0, "macro_f1": 0.0,
+    }  # fmt: skip
+
+
+# What seqeval 1.2.2 finds in these, in its default mode.
+SENTENCES = [
+    ("B-PER I-PER O B-LOC", {("PER", 0, 2), ("LOC", 3, 4)}),
+    ("I-PER I-PER I-LOC O", {("PER", 0, 2), ("LOC", 2, 3)}),
+    ("B-PER B-PER I-PER", {("PER", 0, 1), ("PER", 1, 3)}),
+    ("O I-ORG B-ORG I-PER", {("ORG", 1, 2), ("ORG", 2, 3), ("PER", 3, 4)}),
+    ("B-PER I-PER E-PER S-LOC", {("PER", 0, 3), ("LOC", 3, 4)}),
+    ("E-PER E-PER O S-PER I-PER", {("PER", 0, 1), ("PER", 1, 2), ("PER", 3, 4), ("PER", 4, 5)}),
+    ("O O", set()),
+]
+
+
+@pytest.mark.parametrize(("tags", "expected"), SENTENCES)
+def test_entities(tags, expected):
+    assert metrics.entities(tags.split()) == expected
+
+
+def test_entities_are_counted_over_all_sentences():
+    tags = ("O", "B-X", "I-X")
+    labels = np.array([[-100, 1, 2, 0], [-100, 1, -100, -100]])  # X of two words; X of one
+    chosen = [1, 2, 1, 1]  # in the first sentence X of two words, and X of one that is not there
+    names = ("entity_f1", "entity_precision", "entity_recall", "accuracy")
+    found = metrics.compute_tags(names, tags, one_hot(chosen, 3), labels, -100)
+    assert found == pytest.approx(
+        {"entity_f1": 4 / 5, "entity_precision": 2 / 3, "entity_recall": 1.0, "accuracy": 3 / 4}
+    )
+    nothing = metrics.compute_tags(names, tags, one_hot([0, 0, 0, 0], 3), labels, -100)
+    assert nothing == {"entity_f1": 0, "entity_precision": 0, "entity_recall": 0, "accuracy": 0.25}
+
+
+def test_entities_do_not_reach_into_the_next_sentence():
+    tags = ("O", "B-X", "I-X")
+    labels = np.array([[1], [2]])
+    assert metrics.compute_tags(("entity_f1",), tags, one_hot([1, 2], 3), labels, -100) == {"entity_f1": 1.0}
+    assert metrics.compute_tags(("entity_recall",), tags, one_hot([1, 0], 3), labels, -100) == {"entity_recall": 0.5}
+
+
+def test_schemes_of_entities():
+    assert metrics.is_entity_scheme(("O", "B-PER", "I-PER"))
+    assert not metrics.is_entity_scheme(("NOUN", "VERB"))
+    assert not metrics.is_entity_scheme(("O",))

@@ -44,7 +44,8 @@ def make(folder, base, kind, labels=("no", "yes")):
     size = saved.save(
         folder, moved, SPECS[kind], base=loaded.source, fingerprint=pretrained.fingerprint(frozen), task="mrpc",
         identity=pretrained.identity(loaded),
-        labels=labels, max_length=16, num_texts=2,
+        labels=labels, kind="classification" if labels else "regression", max_length=16,
+        num_texts=2,
     )  # fmt: skip
     assert size == (folder / "modules.safetensors").stat().st_size
     variables = {"params": tree.union(loaded.params, moved["params"]), "peft": moved["peft"]}

@@ -7,6 +7,7 @@ import pytest
 
 import jpeft
 from jpeft import UserError
+from jpeft.core import tree
 from jpeft.data.batching import Batch
 from jpeft.models import Bert, BertConfig
 from jpeft.training.head import features, fit_head, last_dense
@@ -23,6 +24,17 @@ def model(request):
     params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
     batch = Batch(ids, np.ones_like(ids), np.zeros_like(ids), ids[:, 1] % 3, np.ones(len(ids), np.float32))
     return model, params, batch, jpeft.sites(model, ids)
+
+
+def test_a_head_for_several_classes_is_a_logistic_regression_for_each(model):
+    _, params, _, sites = model
+    site, rng = last_dense(sites), np.random.default_rng(1)
+    read = rng.normal(size=(120, 8)).astype(np.float32)
+    labels = np.stack([read[:, 0] > 0, read[:, 1] + 0.5 * rng.normal(size=120) > 1, np.arange(120) == 0], 1)
+    fitted = tree.at(fit_head(params, site, read, labels.astype(np.float32)), site.path)
+    logits = read @ np.asarray(fitted["kernel"]) + np.asarray(fitted["bias"])
+    assert ((logits > 0) == labels).mean(0)[:2].min() > 0.85
+    np.testing.assert_allclose(logits[:, 2], np.log(1.5 / 119.5), rtol=1e-5)  # too few to fit: how often it occurs
 
 
 def test_the_fitted_head_lowers_the_loss_and_leaves_the_rest_alone(model):

@@ -4,11 +4,14 @@
     python third_party/parity/check_saved_folder.py check FOLDER   # in requirements-transformers.txt's environment
 
 `write` loads each encoder golden and, where its package is installed, MiniLM; saves it with `jpeft.models.pretrained`
-into FOLDER/<name>; and stores inputs and jpeft's logits beside it. `check` opens each with
-AutoModelForSequenceClassification, prints the largest difference, and exits with 1 if one is above the tolerance.
+into FOLDER/<name>, and with a head for each token into FOLDER/<name>_words; and stores inputs and jpeft's logits there.
+`check` opens each with AutoModelForSequenceClassification or AutoModelForTokenClassification, prints the largest
+difference, and exits with 1 if one is above the tolerance.
 """
 
 import argparse
+import dataclasses
+import json
 import pathlib
 import shutil
 import sys
@@ -57,12 +60,20 @@ def write(folder: pathlib.Path) -> int:
         if name == "minilm":
             head = {"kernel": parts["weights"]["classifier.weight"].T, "bias": parts["weights"]["classifier.bias"]}
             model = model._replace(params={**model.params, "classifier": head})
-        logits, _ = Bert(model.config).apply({"params": model.params}, **parts["inputs"])
         labels = tuple(f"class {i}" for i in range(num_labels))
         tokenizer = model.folder if name == "minilm" else None
-        pretrained.save(folder / name, model.config, model.params, labels=labels, tokenizer_from=tokenizer)
-        save_file({**parts["inputs"], "logits": np.asarray(logits)}, folder / name / "expected.safetensors")
-        print(f"{name}: saved, {np.abs(logits - parts['outputs']['logits']).max():.1e} from its golden")
+        kernel = np.random.default_rng(0).normal(size=(model.config.hidden_size, num_labels)).astype(np.float32)
+        head = {"kernel": kernel / 5, "bias": np.linspace(-1, 1, num_labels, dtype=np.float32)}
+        body = {group: x for group, x in model.params.items() if group not in ("classifier", "pooler")}
+        words = dataclasses.replace(model.config, by_token=True), {**body, "classifier": head}
+        for out, (config, params) in ((name, (model.config, model.params)), (f"{name}_words", words)):
+            logits, _ = Bert(config).apply({"params": params}, **parts["inputs"])
+            pretrained.save(folder / out, config, params, labels=labels, tokenizer_from=tokenizer)
+            save_file({**parts["inputs"], "logits": np.asarray(logits)}, folder / out / "expected.safetensors")
+            off = (
+                "" if config.by_token else f", {np.abs(logits - parts['outputs']['logits']).max():.1e} from its golden"
+            )
+            print(f"{out}: saved{off}")
     return 0
 
 
@@ -72,7 +83,10 @@ def check(folder: pathlib.Path) -> int:
 
     worst = 0.0
     for saved in sorted(path.parent for path in folder.glob("*/expected.safetensors")):
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(saved, output_loading_info=True)
+        (architecture,) = json.loads((saved / "config.json").read_text())["architectures"]
+        kind = "Token" if "Token" in architecture else "Sequence"
+        opens = getattr(transformers, f"AutoModelFor{kind}Classification")
+        model, report = opens.from_pretrained(saved, output_loading_info=True)
         faults = {fault: names for fault, names in report.items() if names}
         inputs = load_file(saved / "expected.safetensors")
         logits = inputs.pop("logits")

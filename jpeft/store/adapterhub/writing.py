@@ -68,6 +68,8 @@ def write(
     Raises:
       UserError: if `adapters` has no such modules.
     """
+    if config.by_token:
+        raise UserError(f"heads for words are not written for adapters: {INSTEAD}")
     if not modules.spec:
         raise UserError("adapters cannot hold a head without modules: export the whole model, --format hf")
     atoms = list(_atoms(modules.spec))
