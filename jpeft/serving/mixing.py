@@ -6,8 +6,9 @@ for factors, and all others have a switch.
 """
 
 import dataclasses
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jpeft.core.hook import apply
 from jpeft.core.site import Site, Sites, sites
 from jpeft.core.transform import SHARED, Call, Context, Leaves, Transform, fold, instances
 from jpeft.core.tree import flatten
-from jpeft.models.bert import Bert
+from jpeft.models.bert import Bert, BertConfig
 from jpeft.models.pretrained import fingerprint
 from jpeft.store.modules import Saved
 from jpeft.transforms.parts.low_rank import flat
@@ -29,7 +30,7 @@ __all__ = ["MIXED", "Module", "Path", "Wrap", "mixed", "own_parts"]
 MIXED = "mixed_0"  # the instance of `mixed`
 LOW_RANK = "low rank"
 FROZEN = ("embeddings", "encoder")  # of the base: what all rows share, except for vectors
-EXAMPLE = 8  # tokens of the row on which modules are tried
+ROW = jax.ShapeDtypeStruct((1, 8), "int32")  # on which modules are tried
 INSTEAD = "serve it by itself with jpeft.predict"
 
 Path = tuple[str, ...]
@@ -52,8 +53,14 @@ class Module(NamedTuple):
     leaves: dict[str, Any]
 
 
-def own_parts(name: str, saved: Saved, base: Saved) -> tuple[dict[Path, Array], list[Module]]:
-    """What a task has of its own: parameters, and modules in the order in which they act.
+def own_parts(name: str, saved: Saved, base: Saved, known: Collection[str]) -> tuple[dict[Path, Array], list[Module]]:
+    """What a task has of its own: its row of the stacks without modules, and modules in the order in which they act.
+
+    Args:
+      name: of the task.
+      saved: the task.
+      base: another task, for what all share.
+      known: kinds that were mixed before, and need not be tried.
 
     Raises:
       UserError: if the task cannot be mixed with others on this base.
@@ -70,11 +77,16 @@ def own_parts(name: str, saved: Saved, base: Saved) -> tuple[dict[Path, Array], 
                 raise _refusal(name, member, "rewrites weights of the base in the forward pass")
             own |= changed
     wraps = [(instance, member) for instance, member in named.items() if member.wrap is not None]
-    ids = jax.ShapeDtypeStruct((1, min(EXAMPLE, saved.max_length)), "int32")
-    where = sites(saved.model, ids, ids, ids) if any(member.factors is None for _, member in wraps) else {}
-    modules = [module for instance, member in wraps for module in _modules(name, member, leaves[instance], where, ids)]
-    _try(saved, modules, ids)
+    config = saved.model.config
+    modules = [module for instance, member in wraps for module in _modules(name, member, leaves[instance], config)]
+    if not {LOW_RANK, *known}.issuperset(module.kind for module in modules):
+        _try(saved, modules)
     return {("params", *path): x for path, x in own.items()}, modules
+
+
+@functools.lru_cache(maxsize=16)
+def _sites(config: BertConfig) -> Sites:
+    return sites(Bert(config), ROW, ROW, ROW)
 
 
 def _different(name: str, saved: Saved, base: Saved) -> dict[Path, Array]:
@@ -104,7 +116,7 @@ def _refusal(name: str, member: Transform, why: str) -> UserError:
     return UserError(f"task {name!r} cannot be mixed with others: {member.name} {why}: {INSTEAD}")
 
 
-def _modules(name: str, member: Transform, leaves: Leaves, where: Sites, mask: Any) -> list[Module]:
+def _modules(name: str, member: Transform, leaves: Leaves, config: BertConfig) -> list[Module]:
     """The modules of one instance, site by site."""
     if member.reads_params:
         raise _refusal(name, member, "computes with weights of the base in the forward pass")
@@ -118,11 +130,11 @@ def _modules(name: str, member: Transform, leaves: Leaves, where: Sites, mask: A
             raise _refusal(name, member, "acts on the head, which differs from task to task")
         else:
             on = {"on": jnp.ones((), bool), "own": own, "shared": shared}
-            made.append(Module(path, _kind(member, own, shared, where[path], mask), _switched(name, member), on))
+            made.append(Module(path, _kind(member, own, shared, _sites(config)[path]), _switched(name, member), on))
     return made
 
 
-def _kind(member: Transform, own: Leaves, shared: Leaves, site: Site, mask: Any) -> str:
+def _kind(member: Transform, own: Leaves, shared: Leaves, site: Site) -> str:
     """What a wrap computes at a site, as text: the names of its leaves and its program, with all constants in it."""
     assert member.wrap is not None
     wrap = member.wrap
@@ -135,11 +147,11 @@ def _kind(member: Transform, own: Leaves, shared: Leaves, site: Site, mask: Any)
         return wrap(own, site, call, args, Context(False, None, mask, {}, shared))
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (own, shared))
-    program = jax.jit(run, keep_unused=True).lower(*shapes, site.args, mask).as_text()
+    program = jax.jit(run, keep_unused=True).lower(*shapes, site.args, ROW).as_text()
     return f"{jax.tree.structure(shapes)}\n{program}"
 
 
-def _try(saved: Saved, modules: Sequence[Module], ids: Any) -> None:
+def _try(saved: Saved, modules: Sequence[Module]) -> None:
     """Traces the modules of one task on one row, so that a wrap which cannot be switched off says so."""
     levels: dict[str, list[Wrap]] = defaultdict(list)
     leaves: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -150,8 +162,7 @@ def _try(saved: Saved, modules: Sequence[Module], ids: Any) -> None:
     def run(params: Any, leaves: Leaves, ids: Array) -> Any:
         return apply(saved.model, mixed(levels), {"params": params, "peft": {MIXED: leaves}}, ids, ids, mask=ids)[0]
 
-    if any(module.kind != LOW_RANK for module in modules):
-        jax.eval_shape(run, saved.variables["params"], dict(leaves), ids)
+    jax.eval_shape(run, saved.variables["params"], dict(leaves), ROW)
 
 
 def mixed(levels: Mapping[str, Sequence[Wrap]]) -> Transform:

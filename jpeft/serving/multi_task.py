@@ -87,7 +87,7 @@ class MultiTask:
         if not isinstance(saved, Saved):
             raise UserError(f"task {name!r}: expected what jpeft.load returns, got {type(saved).__name__}")
         base = self._base or saved
-        row, modules = own_parts(name, saved, base)
+        row, modules = own_parts(name, saved, base, self._wraps)
         levels, at = dict(self._levels), defaultdict(int)
         for module in modules:
             have, start = levels.get(module.site, ()), at[module.site]
@@ -141,9 +141,10 @@ class MultiTask:
         rows_of: dict[str, list[int]] = defaultdict(list)
         for i, name in enumerate(tasks):
             rows_of[name].append(i)
-        parts = []
+        parts, widths = [], []
         for name, rows in rows_of.items():
             task = self._known(name)
+            widths += [len(task.saved.labels) or 1] * len(rows)
             part = tokenized(task.saved, [texts[i] for i in rows], rows)
             # The labels, which nothing else reads here, carry the slots through the batching.
             parts.append(part._replace(labels=np.full_like(part.labels, task.slot)))
@@ -153,9 +154,8 @@ class MultiTask:
         answers: list[np.ndarray] = [np.zeros(0)] * len(texts)
         for batch, rows in batches(examples, model.config.max_length):
             logits = np.asarray(_answer(model, self._transform, base, stacks, batch))
-            for row, own in zip(rows, logits, strict=False):  # after those of `rows` come copies that fill up the batch
-                i = where[row]
-                answers[i] = own[: len(self._tasks[tasks[i]].saved.labels) or 1]
+            for row, own in zip(rows, logits[: len(rows)], strict=True):  # copies fill up the batch
+                answers[where[row]] = own[: widths[row]]
         return answers
 
     def _known(self, name: str) -> _Task:
