@@ -35,6 +35,7 @@ from jpeft.importance.fisher import fisher
 from jpeft.importance.masks import packed, read_mask, top, write_mask
 from jpeft.plans import fishpal
 from jpeft.plans.plan import Entry, Plan, build
+from jpeft.serving.multi_task import MultiTask
 from jpeft.serving.prediction import predict
 from jpeft.store.modules import Saved, load
 from jpeft.transforms.adamix import adamix
@@ -72,6 +73,7 @@ __all__ = [
     "Context",
     "Entry",
     "Merged",
+    "MultiTask",
     "Partition",
     "Plan",
     "Probes",

@@ -129,6 +129,8 @@ class Transform(NamedTuple):
         of another training pass over the batch with fresh randomness, for AdaMix to compare. None adds nothing.
       reads_params: whether `wrap` reads the site's own parameters, as DoRA does for their norms. `merge` then leaves
         them unchanged wherever another member comes before it.
+      factors: (site path, leaves of the site) -> (a [in, r], b [r, out]), if outside training `wrap` computes
+        call(x) + (x a) b and nothing else, as LoRA does. None if it does not.
     """
 
     name: str
@@ -141,6 +143,7 @@ class Transform(NamedTuple):
     penalty: Callable[[Array, Callable[[], Array]], Array] | None = None
     decay: Callable[[tuple[str, ...], Any], bool] | None = None
     reads_params: bool = False
+    factors: Callable[[str, Any], tuple[Array, Array]] | None = None
 
 
 class Chain(NamedTuple):

@@ -15,7 +15,7 @@ from jpeft.store.modules import Saved
 from jpeft.training.loop import evaluate
 from jpeft.training.step import forward
 
-__all__ = ["by_sentence", "encode", "longest", "predict"]
+__all__ = ["by_sentence", "check_list", "checked", "encode", "longest", "predict", "shapes"]
 
 BATCH_SIZE = 32
 
@@ -44,20 +44,16 @@ def predict(saved: Saved, texts: Sequence[Any]) -> Any:
     if not isinstance(saved, Saved):
         raise UserError(f"expected what jpeft.load returns, got {type(saved).__name__}")
     by_token = KINDS[saved.kind].by_token
-    if not isinstance(texts, Sequence | np.ndarray) or (isinstance(texts, np.ndarray) and not texts.ndim):
-        what = "of lists of words" if by_token else "of sentences or pairs"
-        raise UserError(f"expected a list {what}, got {type(texts).__name__}")
-    if not len(texts):
+    rows = checked(saved, texts)
+    if not rows:
         return [] if by_token else np.zeros((0, len(saved.labels) or 1), np.float32)
-    rows = _sentences(texts) if by_token else _rows(texts, saved.num_texts)
     examples = encode(saved, rows)
-    buckets = tuple(min(bucket, saved.model.config.max_length) for bucket in length_buckets(examples.lengths))
 
     def run(variables: Any, nothing: Any, batch: Batch) -> Any:
         return _forward(saved.model, saved.transform, nothing, variables, batch)
 
-    size, nothing = min(BATCH_SIZE, len(texts)), {"params": {}, "peft": {}}
-    logits = evaluate(run, saved.variables, nothing, examples, buckets, size)
+    size, buckets = shapes(examples, saved.model.config.max_length)
+    logits = evaluate(run, saved.variables, {"params": {}, "peft": {}}, examples, buckets, size)
     if not by_token:
         return logits
     found = by_sentence(saved, rows, examples, logits)
@@ -65,6 +61,12 @@ def predict(saved: Saved, texts: Sequence[Any]) -> Any:
         if isinstance(own, UserError):
             raise UserError(f"text {i}: {own}")
     return found
+
+
+def shapes(examples: Examples, longest: int) -> tuple[int, tuple[int, ...]]:
+    """The rows of a batch and its few padded lengths, none of them longer than the model takes."""
+    buckets = tuple(min(bucket, longest) for bucket in length_buckets(examples.lengths))
+    return min(BATCH_SIZE, examples.size), buckets
 
 
 def longest(saved: Saved) -> int:
@@ -108,21 +110,34 @@ def by_sentence(
     return found
 
 
-def _rows(texts: Sequence[Any], wanted: int) -> list[tuple[str, ...]]:
-    if isinstance(texts, str):
-        raise UserError(f"expected a list of sentences or pairs, got one string: predict(saved, [{texts[:40]!r}])")
-    rows = [tuple(row) if isinstance(row, tuple | list) else (row,) for row in texts]
-    for i, row in enumerate(rows):
-        if len(row) != wanted or not all(isinstance(text, str) and is_unicode(text) for text in row):
-            what = "a sentence" if wanted == 1 else "a pair of sentences"
-            raise UserError(f"text {i}: expected {what}, as in training, got {texts[i]!r:.60}")
-    return rows
+def checked(saved: Saved, texts: Any, numbers: Sequence[int] | None = None) -> list[tuple[Any, ...]]:
+    """The rows of texts for `encode`.
 
+    Args:
+      saved: see `predict`.
+      texts: likewise.
+      numbers: of the texts, for error messages, if they are part of a longer list.
 
-def _sentences(texts: Sequence[Any]) -> list[tuple[list[str]]]:
+    Raises:
+      UserError: as `predict`.
+    """
+    by_token = KINDS[saved.kind].by_token
+    check_list(texts, "lists of words" if by_token else "sentences or pairs")
+    what = "a list of words" if by_token else "a sentence" if saved.num_texts == 1 else "a pair of sentences"
+    found: list[tuple[Any, ...]] = []
     for i, row in enumerate(texts):
-        if not isinstance(row, tuple | list) or not row:
-            raise UserError(f"text {i}: expected a list of words, as in training, got {row!r:.60}")
-        if not all(isinstance(word, str) and word.strip() and is_unicode(word) for word in row):
-            raise UserError(f"text {i}: expected a list of words, got {row!r:.60}")
-    return [(list(row),) for row in texts]
+        several = isinstance(row, tuple | list)
+        parts = tuple(row) if several else (row,)
+        right = several and len(parts) > 0 if by_token else len(parts) == saved.num_texts
+        if not right or not all(isinstance(x, str) and is_unicode(x) and (x.strip() or not by_token) for x in parts):
+            raise UserError(f"text {numbers[i] if numbers else i}: expected {what}, as in training, got {row!r:.60}")
+        found.append((list(parts),) if by_token else parts)
+    return found
+
+
+def check_list(texts: object, of: str = "sentences or pairs") -> None:
+    """Raises a UserError if texts do not come in a list."""
+    if isinstance(texts, str):
+        raise UserError(f"expected a list of {of}, got one string: predict(saved, [{texts[:40]!r}])")
+    if not isinstance(texts, Sequence | np.ndarray) or (isinstance(texts, np.ndarray) and not texts.ndim):
+        raise UserError(f"expected a list of {of}, got {type(texts).__name__}")

@@ -132,7 +132,11 @@ def _lora(name: str, spec: LowRank, learning_rate_ratio: float, gate: bool) -> T
 
         return merge_sites(leaves, params, merged)
 
-    return Transform(name, init, wrap, None if gate else merge, rate=faster_b(learning_rate_ratio))
+    def factors(path: str, own: Leaves) -> tuple[Array, Array]:
+        return own["a"], scale_at(spec, path, own) * own["b"]
+
+    method = Transform(name, init, wrap, rate=faster_b(learning_rate_ratio))
+    return method if gate else method._replace(merge=merge, factors=factors)
 
 
 def _fresh_gate(key: Array, site: Site) -> Leaves:

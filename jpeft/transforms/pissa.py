@@ -92,8 +92,13 @@ def pissa(
 
         return merge_sites(leaves, params, merged)
 
+    def factors(path: str, own: Leaves) -> tuple[Array, Array]:
+        a, b = _difference(own)
+        return a, scale_at(spec, path, own) * b
+
+    method = Transform("pissa", init, wrap, merge, rate=faster_b(learning_rate_ratio), factors=factors)
     # Decay would pull A and B to zero, and so the function away from the base.
-    return Transform("pissa", init, wrap, merge, rate=faster_b(learning_rate_ratio), decay=lambda path, leaf: False)
+    return method._replace(decay=lambda path, leaf: False)
 
 
 def _difference(leaves: Leaves) -> tuple[Array, Array]:

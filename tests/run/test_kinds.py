@@ -204,7 +204,9 @@ def test_words_come_as_lists(trained):
     if kind == "tagging":
         with pytest.raises(UserError, match="text 0: expected a list of words, as in training, got 'the dog'"):
             jpeft.predict(saved, ["the dog"])
-        with pytest.raises(UserError, match=r"text 1: expected a list of words, got \['the', ' '\]"):
+        with pytest.raises(UserError, match="task 'ner' has a head for words"):
+            jpeft.MultiTask({"ner": saved})
+        with pytest.raises(UserError, match=r"text 1: expected a list of words, as in training, got \['the', ' '\]"):
             jpeft.predict(saved, [["dog"], ["the", " "]])
     else:
         with pytest.raises(UserError, match="text 0: expected a sentence, as in training"):
