@@ -1,7 +1,7 @@
-"""From text to batches: tokenise once, pad to a few lengths, and make the order a pure function of seed and epoch."""
+"""From examples to batches: padded to a few lengths, in an order that is a pure function of seed and epoch."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from jpeft.data.padding import Layout, padded_lengths, tops
 
 __all__ = [
     "Batch", "Examples", "by_length", "drawn", "eval_batches", "filled", "num_batches", "sample", "take", "together",
-    "tokenize", "tokenize_words", "train_batches",
+    "train_batches",
 ]  # fmt: skip
 
 
@@ -58,72 +58,6 @@ class Examples(NamedTuple):
     def lengths(self) -> np.ndarray:
         """The number of tokens of every row."""
         return np.fromiter(map(len, self.input_ids), np.int64, self.size)
-
-
-def tokenize(
-    split: Mapping[str, Sequence[Any]] | Any, text: Sequence[str], tokenizer: Any, max_length: int, label_type: type
-) -> Examples:
-    """Tokenises a split of a task.
-
-    Args:
-      split: a `datasets.Dataset`, or columns by name.
-      text: the columns with text, one or two.
-      tokenizer: a Hugging Face tokenizer.
-      max_length: longer rows are cut, the longer text of a pair first.
-      label_type: the type of the column "label", np.int32 or np.float32.
-
-    Returns:
-      The rows in their order. Token types are 0 where the tokenizer has none, as RoBERTa's.
-    """
-    texts = [list(split[column]) for column in text]
-    encoded = tokenizer(*texts, truncation="longest_first", max_length=max_length) if texts[0] else {"input_ids": []}
-    return _examples(encoded, np.asarray(list(split["label"]), label_type), tokenizer)
-
-
-def _examples(encoded: Mapping[str, Any], labels: np.ndarray, tokenizer: Any) -> Examples:
-    ids = tuple(np.asarray(row, np.int32) for row in encoded["input_ids"])
-    if "token_type_ids" in encoded:
-        types = tuple(np.asarray(row, np.int32) for row in encoded["token_type_ids"])
-    else:
-        types = tuple(np.zeros_like(row) for row in ids)
-    return Examples(ids, types, labels, tokenizer.pad_token_id or 0)
-
-
-def tokenize_words(split: Any, words: str, tokenizer: Any, max_length: int, unlabelled: int) -> Examples:
-    """Tokenises sentences of words that have a label each, which goes to the first token of its word.
-
-    Args:
-      split: a `datasets.Dataset`, or columns by name; "label" holds lists of ids.
-      words: the column with lists of words.
-      tokenizer: a fast Hugging Face tokenizer, since it has to say which token is of which word.
-      max_length: longer rows are cut.
-      unlabelled: the label of all other tokens, and of padding.
-
-    Returns:
-      The rows in their order; labels are int32 [size, t], t the tokens of the longest row.
-    """
-    rows = [list(row) for row in split[words]]
-    encoded = tokenizer(rows, is_split_into_words=True, truncation=True, max_length=max_length)
-    labels = np.full((len(rows), max(map(len, encoded["input_ids"]))), unlabelled, np.int32)
-    for i, (row, own) in enumerate(zip(rows, split["label"], strict=True)):
-        if not isinstance(own, int):  # a hidden label
-            at = first_tokens(encoded.word_ids(i), len(row))
-            labels[i, at[at >= 0]] = np.asarray(own, np.int32)[at >= 0]
-    return _examples(encoded, labels, tokenizer)._replace(unlabelled=unlabelled)
-
-
-def first_tokens(words: Sequence[int | None], n: int) -> np.ndarray:
-    """The number of the first token of each of n words, [n]; -1 for a word without one.
-
-    Args:
-      words: the number of the word of each token, None for special tokens.
-      n: how many words there are.
-    """
-    found = np.full(n, -1)
-    for token, word in enumerate(words):
-        if word is not None and found[word] < 0:
-            found[word] = token
-    return found
 
 
 def num_batches(size: int, batch_size: int) -> int:

@@ -22,7 +22,8 @@ from jax import Array
 
 from jpeft.core.errors import UserError
 from jpeft.data import kinds
-from jpeft.data.batching import Examples, tokenize, tokenize_words
+from jpeft.data.batching import Examples
+from jpeft.data.encoding import tokenize, tokenize_words
 from jpeft.data.kinds import KINDS, Kind
 from jpeft.data.padding import Layout
 

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from jpeft.core.errors import UserError
-from jpeft.data.batching import Batch, Examples, tokenize, tokenize_words
+from jpeft.data.batching import Batch, Examples
+from jpeft.data.encoding import tokenize, tokenize_words
 from jpeft.data.kinds import IGNORED, KINDS
 from jpeft.data.padding import length_buckets
 from jpeft.data.rows import is_unicode

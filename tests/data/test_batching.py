@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jpeft.data import batching, padding
-from jpeft.data import tokenizer as tokenizers
 from jpeft.data.padding import Part
 from jpeft.data.tasks import TASKS
 
@@ -222,24 +221,3 @@ def test_by_length_has_one_batch_a_bucket_and_every_row_once(examples):
         assert (lengths <= batch.input_ids.shape[1]).all()
     with pytest.raises(ValueError, match="fits no bucket"):
         batching.by_length(examples, (8, 24))
-
-
-def test_labels_of_words_lie_at_their_first_tokens(tiny_model):
-    tokenizer = tokenizers.load(tiny_model, 18, words=True)
-    split = {"words": [["the", "big-dog", "runs"], ["a"]], "label": [[3, 4, 5], [6]]}
-    found = batching.tokenize_words(split, "words", tokenizer, 8, -100)
-    # [CLS] the big - dog runs [SEP]
-    assert found.labels.tolist() == [[-100, 3, 4, -100, -100, 5, -100], [-100, 6, *[-100] * 5]]
-    cut = batching.tokenize_words(split, "words", tokenizer, 5, -100)
-    assert cut.labels.tolist() == [[-100, 3, 4, -100, -100], [-100, 6, -100, -100, -100]]
-    (batch,) = next(batching.train_batches(found, [(Part(2, 10),)], seed=0, epoch=0))
-    assert (batch.labels.shape, (batch.labels != -100).sum()) == ((2, 10), 4)
-    for row, ids in zip(batch.labels, batch.input_ids, strict=True):
-        (i,) = (i for i in range(2) if len(found.input_ids[i]) == (ids > 0).sum())
-        assert row[row != -100].tolist() == split["label"][i]
-    taken = batching.take(found, [1])
-    assert next(batching.eval_batches(taken, 1, (4,)))[0].labels.tolist() == [[-100, 6, -100, -100]]
-
-
-def test_first_tokens_of_words():
-    assert batching.first_tokens([None, 0, 0, 2, None], 4).tolist() == [1, -1, 3, -1]
