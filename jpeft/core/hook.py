@@ -109,7 +109,8 @@ def apply(
         own_params = _without_held(module.variables.get("params", {}))
         args, kwargs = in_order(module, args, kwargs)
         site = site_of(path, module, args)._replace(params=own_params)
-        ctx = Context("key" in held.ambient, held.ambient.get("key"), held.ambient.get("mask"), own_params, {})
+        ambient = held.ambient
+        ctx = Context("key" in ambient, ambient.get("key"), ambient.get("mask"), own_params, {}, model)
 
         def inner(*a: Any) -> Any:
             return call(*a, **kwargs)
