@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jpeft.plans.plan import build
 from jpeft.report import tables
 from jpeft.run import experiment, workdir
 from jpeft.run.console import Console
-from jpeft.store import adapterhub, huggingface, stablehlo
+from jpeft.store import adapterhub, huggingface, onnx, stablehlo
 from jpeft.store import modules as modules_on_disk
 from jpeft.store.modules import Saved
 from jpeft.training import step
@@ -34,8 +35,9 @@ FORMATS = {
     "peft": "an adapter beside the base model, for peft's PeftModel",
     "adapters": "an adapter beside the base model, for AdapterHub's adapters, plans of several kinds included",
     "stablehlo": "one program for CPU, CUDA and TPU that needs JAX and not jpeft, whatever the modules are",
+    "onnx": "one file for ONNX Runtime, which needs neither JAX nor jpeft, whatever the modules are",
 }
-LIBRARY = {"hf": "transformers", "peft": "peft", "adapters": "adapters", "stablehlo": "jax"}
+LIBRARY = {"hf": "transformers", "peft": "peft", "adapters": "adapters", "stablehlo": "jax", "onnx": "onnx"}
 CARD = "README.md"
 PADDING = "the gates of adapters also average over padding, so rows with padding have other logits there"
 
@@ -84,6 +86,8 @@ def export(model: Path, form: str, output: Path, console: Console, license: str 
         _write_merged(output, saved)
     elif form == "stablehlo":
         stablehlo.write(output, saved)
+    elif form == "onnx":
+        onnx.write(output, saved)
     else:
         modules = huggingface.Modules(description["modules"], kept.get("peft", {}), kept["params"])
         base = _on_the_hub(description["base"]["name"])
@@ -185,13 +189,14 @@ def _opened(saved: Saved, transform: Chain, variables: dict[str, Any]) -> Opened
     return {dtype: of(dtype) for dtype in DTYPES}
 
 
-def _read_stablehlo(output: Path, saved: Saved) -> Opened:
-    program, dtype = stablehlo.read(output), saved.model.config.dtype
+def _read_program(library: Any, output: Path, saved: Saved) -> Opened:
+    program, dtype = library.read(output), saved.model.config.dtype
     return {dtype: lambda _, __, batch: program(batch.input_ids, batch.attention_mask, batch.token_type_ids)}
 
 
 READERS: Mapping[str, Callable[[Path, Saved], Opened]]
-READERS = {"hf": _read_merged, "peft": _read_peft, "adapters": _read_adapters, "stablehlo": _read_stablehlo}
+READERS = {"hf": _read_merged, "peft": _read_peft, "adapters": _read_adapters}
+READERS |= {"stablehlo": partial(_read_program, stablehlo), "onnx": partial(_read_program, onnx)}
 USE = {
     "hf": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -224,6 +229,16 @@ rows = tokenizer({example}, padding=True, truncation=True, max_length={max_lengt
 ids, mask = (np.int32(rows[name]) for name in ("input_ids", "attention_mask"))
 types = np.int32(rows["token_type_ids"]) if "token_type_ids" in rows else np.zeros_like(ids)
 logits = model.call(weights, ids, mask, types)""",
+    "onnx": """import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+model = onnxruntime.InferenceSession("this folder/model.onnx")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+rows = tokenizer({example}, padding=True, truncation=True, max_length={max_length}, return_tensors="np")
+ids, mask = (np.int32(rows[name]) for name in ("input_ids", "attention_mask"))
+types = np.int32(rows["token_type_ids"]) if "token_type_ids" in rows else np.zeros_like(ids)
+(logits,) = model.run(None, {{"input_ids": ids, "attention_mask": mask, "token_type_ids": types}})""",
 }
 
 
