@@ -2,7 +2,7 @@
 
 Started by prediction.py with the folder of a merged model, a file of pairs, the most tokens of a row, the rows of a
 batch and the threads. Answers each line on standard input, "order" or "sorted", with the seconds that all pairs took
-and those of the processors, and writes the probabilities [n, labels] of a pass to the file that the line names after it.
+and those of the processors, and writes the probabilities [n, labels] of a pass to the file that the line names.
 """
 
 import json
