@@ -16,7 +16,8 @@ def run(argv: list[str]) -> None:
     """Parses the command line and exports."""
     # Said again here, so that the help needs no imports; a test holds it against `jpeft.serving.export.FORMATS`.
     formats = "hf: a plain model with the modules merged; peft: an adapter for Hugging Face peft;\n"
-    formats += "adapters: one for AdapterHub's adapters; stablehlo: a program that needs JAX alone"
+    formats += "adapters: one for AdapterHub's adapters; stablehlo: a program that needs JAX alone;\n"
+    formats += "onnx: a file for ONNX Runtime"
     parser = command.Parser(
         "python -m jpeft.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jpeft.core.errors import UserError, nearest
@@ -109,7 +110,8 @@ def apply(
         own_params = _without_held(module.variables.get("params", {}))
         args, kwargs = in_order(module, args, kwargs)
         site = site_of(path, module, args)._replace(params=own_params)
-        ctx = Context("key" in held.ambient, held.ambient.get("key"), held.ambient.get("mask"), own_params, {})
+        ambient = held.ambient
+        ctx = Context("key" in ambient, ambient.get("key"), ambient.get("mask"), own_params, {}, model)
 
         def inner(*a: Any) -> Any:
             return call(*a, **kwargs)
@@ -140,7 +142,7 @@ def _held(path: str, at_site: Mapping[str, Any], named: Mapping[str, Transform],
         depth = 0
         while STACKED in own:
             own, depth = own[STACKED], depth + 1
-        found = {jnp.shape(x)[:depth] for x in jax.tree.leaves(own)}
+        found = {np.shape(x)[:depth] for x in jax.tree.leaves(own)}
         if len(found) > 1 or (stack and found and found != {stack}):
             raise UserError(f"the leaves at site {path!r} are stacked unevenly: {sorted(found | {stack})}")
         stack = found.pop() if found else stack
@@ -149,7 +151,7 @@ def _held(path: str, at_site: Mapping[str, Any], named: Mapping[str, Transform],
     if stack:
 
         def copied(x: Any) -> Array:
-            return jnp.broadcast_to(x, (*stack, *jnp.shape(x)))
+            return jnp.broadcast_to(x, (*stack, *np.shape(x)))
 
         leaves = {name: (own, jax.tree.map(copied, shared)) for name, (own, shared) in leaves.items()}
         if mask is not None:

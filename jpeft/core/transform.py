@@ -72,6 +72,8 @@ class Context(NamedTuple):
       mask: the `mask` given to `apply`, such as [b, t] segment numbers with 0 for padding; None if none was given.
       params: the site's own frozen parameters.
       shared: the leaves that this instance's sites share; {} if there are none.
+      model: the model that `apply` was given, for what a site does not know, such as its longest input; None if the
+        wrap was called by hand.
     """
 
     train: bool
@@ -79,6 +81,7 @@ class Context(NamedTuple):
     mask: Array | None
     params: Params
     shared: Params
+    model: Any = None
 
 
 Call = Callable[..., Any]

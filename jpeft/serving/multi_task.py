@@ -26,7 +26,7 @@ from jpeft.data.batching import Batch, Examples, eval_batches
 from jpeft.data.kinds import KINDS
 from jpeft.models.bert import Bert
 from jpeft.serving.mixing import INSTEAD, MIXED, Path, Wrap, mixed, own_parts
-from jpeft.serving.prediction import check_list, checked, encode, shapes
+from jpeft.serving.prediction import check_list, checked, encode, longest, shapes
 from jpeft.store.modules import Saved
 from jpeft.training.step import single_logits
 
@@ -155,7 +155,8 @@ class MultiTask:
         where = [i for rows in rows_of.values() for i in rows]
         model, base, stacks = self._stacked()
         answers: list[np.ndarray] = [np.zeros(0)] * len(texts)
-        for batch, rows in eval_batches(examples, *shapes(examples, model.config.max_length)):
+        most = max(longest(self._tasks[name].saved) for name in rows_of)
+        for batch, rows in eval_batches(examples, *shapes(examples, most)):
             logits = np.asarray(_answer(model, self._transform, base, stacks, batch))
             for row, own in zip(rows, logits[: len(rows)], strict=True):  # copies fill up the batch
                 answers[where[row]] = own[: widths[row]]

@@ -53,7 +53,7 @@ def predict(saved: Saved, texts: Sequence[Any]) -> Any:
     def run(variables: Any, nothing: Any, batch: Batch) -> Any:
         return _forward(saved.model, saved.transform, nothing, variables, batch)
 
-    size, buckets = shapes(examples, saved.model.config.max_length)
+    size, buckets = shapes(examples, longest(saved))
     logits = evaluate(run, saved.variables, {"params": {}, "peft": {}}, examples, buckets, size)
     if not by_token:
         return logits

@@ -3,8 +3,8 @@
     adapter_config.json         the kind of module, its sizes, and where it sits
     adapter_model.safetensors   its tensors and the head's, kernels as [out, in]
 
-LoRA and its relatives, (IA)3, prompts and P-tuning, on BERT and RoBERTa. Checked against peft 0.21.2. What peft has no
-words for is an error that says so; a merged model (`jpeft.export --format hf`) always opens there.
+LoRA and its relatives, (IA)3, prefixes, prompts and P-tuning, on BERT and RoBERTa. Checked against peft 0.21.2. What
+peft has no words for is an error that says so; a merged model (`jpeft.export --format hf`) always opens there.
 """
 
 import inspect
@@ -31,7 +31,9 @@ __all__ = ["Modules", "read", "write"]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LOW_RANK = ("lora", "rslora", "dora", "pissa")
 BODY, VIRTUAL = "base_model.model.", "base_model."  # before the names of modules; peft nests prompts less deeply
-EMBEDDING = "embeddings/inputs"  # our site of virtual tokens
+INSTEAD = "export the merged model, --format hf, if it merges"
+EMBEDDING = "embeddings/inputs"  # our site of virtual tokens, and of positions
+CORE = "encoder/layer_{}/attention/core"  # of prefixes
 
 
 class Modules(NamedTuple):
@@ -65,11 +67,12 @@ def write(folder: Path, modules: Modules, config: BertConfig, base: str) -> None
         raise UserError(f"peft cannot hold {names} in one adapter: export the merged model, --format hf")
     (entry,) = modules.spec
     method, (leaves,) = entry["method"], modules.leaves.values()
-    writers = {**dict.fromkeys(LOW_RANK, _low_rank), "ia3": _ia3, "prompt": _virtual, "p_tuning": _virtual}
+    writers = {**dict.fromkeys(LOW_RANK, _low_rank), "ia3": _ia3, "prefix": _prefix}
+    writers |= {"prompt": _virtual, "p_tuning": _virtual}
     if method not in writers:
-        raise UserError(f"peft has no {method} that computes the same: {_instead(method)}")
+        raise UserError(f"peft has no {method} that computes the same: {INSTEAD}")
     own, tensors = writers[method](entry, leaves, config)
-    inner = VIRTUAL if writers[method] is _virtual else BODY
+    inner = VIRTUAL if "prompt_embeddings" in tensors else BODY
     flat = {"/".join(path): np.asarray(x, np.float32) for path, x in flatten(modules.params).items()}
     for path, x in flat.items():
         module, _, name = path.rpartition("/")
@@ -85,12 +88,6 @@ def write(folder: Path, modules: Modules, config: BertConfig, base: str) -> None
     }
     write_safetensors(folder / WEIGHTS, {k: np.asarray(x, np.float32) for k, x in tensors.items()}, {"format": "pt"})
     write_json(folder / CONFIG, {**own, **about})
-
-
-def _instead(method: str) -> str:
-    if method == "prefix":
-        return "its prefixes count the positions of the text from their own length on; export another format"
-    return "export the merged model, --format hf, if it merges"
 
 
 def _low_rank(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -149,12 +146,32 @@ def _virtual(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> tu
     if set(leaves) != {EMBEDDING} or set(leaves[EMBEDDING]) != {name} or entry["options"].get("template") is not None:
         raise UserError(f"peft has no such {entry['method']}: it puts virtual tokens before the words only")
     rows = np.asarray(leaves[EMBEDDING][name])
-    about = {
-        "peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(rows), "token_dim": rows.shape[1],
-        "num_transformer_submodules": 1, "num_attention_heads": config.num_attention_heads,
-        "num_layers": config.num_hidden_layers, "prompt_tuning_init": "RANDOM",
+    return {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"} | _tokens(rows, config), {
+        "prompt_embeddings": rows
+    }
+
+
+def _prefix(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not entry["options"].get("shift_positions"):
+        raise UserError(
+            "peft has no such prefix: it counts the positions of the text from the prefix's length on, which jpeft "
+            "does only where a prefix was trained with shift_positions=True"
+        )
+    cores = [CORE.format(i) for i in range(config.num_hidden_layers)]
+    if set(leaves) != {EMBEDDING, *cores} or any(set(leaves[path]) != {"key", "value"} for path in cores):
+        raise UserError("peft has no such prefix: it puts keys and values into every layer, without gates")
+    columns = [np.asarray(leaves[path][name]) for path in cores for name in ("key", "value")]
+    rows = np.concatenate(columns, axis=1)
+    about = {"peft_type": "PREFIX_TUNING", "prefix_projection": False, "encoder_hidden_size": config.hidden_size}
+    return about | _tokens(rows, config), {"prompt_embeddings": rows}
+
+
+def _tokens(rows: Any, config: BertConfig) -> dict[str, Any]:
+    """What peft wants to know about virtual tokens."""
+    return {
+        "num_virtual_tokens": len(rows), "token_dim": config.hidden_size, "num_transformer_submodules": 1,
+        "num_attention_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers,
     }  # fmt: skip
-    return about, {"prompt_embeddings": rows}
 
 
 def read(folder: Path, config: BertConfig) -> Modules:
@@ -173,7 +190,8 @@ def read(folder: Path, config: BertConfig) -> Modules:
     about = read_json(folder / CONFIG)
     kind = about.get("peft_type") if isinstance(about, dict) else None
     readers: dict[str, Callable[..., tuple[dict[str, Any], Leaves, set[str]]]]
-    readers = {"LORA": _read_low_rank, "IA3": _read_ia3, "PROMPT_TUNING": _read_virtual, "P_TUNING": _read_virtual}
+    readers = {"LORA": _read_low_rank, "IA3": _read_ia3, "PREFIX_TUNING": _read_prefix}
+    readers |= dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), _read_virtual)
     if not isinstance(kind, str) or kind not in readers:
         raise UserError(f"{folder / CONFIG}: peft_type {kind!r:.60} is not supported: {nearest(str(kind), readers)}")
     tensors, _ = read_safetensors(folder / WEIGHTS)
@@ -296,6 +314,16 @@ def _read_virtual(
         raise UserError(f"{WEIGHTS} holds no prompt_embeddings of width {config.hidden_size}")
     options = {"num_virtual_tokens": len(rows), "start_from": "random"}
     return {"method": "prompt", "options": options}, {EMBEDDING: {"embedding": rows}}, {"prompt_embeddings"}
+
+
+def _read_prefix(about: Mapping[str, Any], tensors: Any, config: BertConfig) -> tuple[dict[str, Any], Leaves, set[str]]:
+    rows, d, n = tensors.get("prompt_embeddings"), config.hidden_size, config.num_hidden_layers
+    if rows is None or rows.ndim != 2 or not len(rows) or rows.shape[1] != 2 * n * d:
+        raise UserError(f"{WEIGHTS} holds no prompt_embeddings of width {2 * n * d}, keys and values of {n} layers")
+    columns = np.split(rows, 2 * n, axis=1)
+    leaves: Leaves = {CORE.format(i): {"key": columns[2 * i], "value": columns[2 * i + 1]} for i in range(n)}
+    options = {"num_virtual_tokens": len(rows), "mlp_hidden": None, "shift_positions": True}
+    return {"method": "prefix", "options": options}, {**leaves, EMBEDDING: {}}, {"prompt_embeddings"}
 
 
 def _alpha_of(about: Mapping[str, Any], path: str) -> float:

@@ -85,8 +85,13 @@ def test_prefix_at_the_positions_that_peft_shifts(base, name, hidden, leaves):
     """Past keys make peft count positions from P. Ours count from 0, as AdapterHub's do, unless told otherwise."""
     method, peer = prefix(P, hidden), golden("peft", base.architecture, name)
     shape = peer.inputs["input_ids"].shape
-    shifted = {**peer.inputs, "positions": np.broadcast_to(P + np.arange(shape[1]), shape)}
-    check(base, method, leaves, PROMPT_HEAD, peer, inputs=shifted)
+    told = {**peer.inputs, "positions": np.broadcast_to(P + np.arange(shape[1]), shape)}
+    check(base, method, leaves, PROMPT_HEAD, peer, inputs=told)
+
+    def shifted(tensors):
+        return {"prefix_0": {**leaves(tensors)["prefix_0"], "embeddings/inputs": {}}}
+
+    check(base, prefix(P, hidden, shift_positions=True), shifted, PROMPT_HEAD, peer)
     unshifted = peers.logits(base, method, *peers.mapped(leaves, PROMPT_HEAD, peer), peer.inputs)
     assert np.abs(unshifted - peer.logits).max() > 1e-2
 

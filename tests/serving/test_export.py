@@ -17,7 +17,7 @@ from jpeft.models import Bert, pretrained
 from jpeft.run import experiment
 from jpeft.run import workdir as workdirs
 from jpeft.run.console import Console
-from jpeft.serving import export
+from jpeft.serving import card, drift, export
 from jpeft.store import adapterhub, huggingface, stablehlo
 from jpeft.transforms.registry import METHODS
 
@@ -149,7 +149,7 @@ def test_what_changed_is_measured_by_dtype(trained, tmp_path):
     tensors, metadata = files.read_safetensors(written)
     files.write_safetensors(written, {**tensors, "classifier.bias": np.array([9, -9], np.float32)}, metadata)
     saved = export.modules_on_disk.load(folder)
-    assert export._drift(folder, "hf", tmp_path / "out", saved, QUIET)[0].largest > 1
+    assert drift.measure(folder, "hf", tmp_path / "out", saved, QUIET)[0].largest > 1
 
 
 def test_a_regression_has_no_answers_that_change(trained, tmp_path):
@@ -211,5 +211,5 @@ def test_gates_of_adapterhub_average_over_padding_and_the_card_says_so(trained, 
     console = Console(quiet=True)
     workdir = trained("unipelt", num_virtual_tokens=2, mlp_hidden=4, reduction_factor=4, rank=2)
     export.export(workdir, "adapters", tmp_path / "out", console)
-    assert export.PADDING in console.warnings
-    assert f"Note: {export.PADDING}.\n" in (tmp_path / "out/README.md").read_text()
+    assert card.PADDING in console.warnings
+    assert f"Note: {card.PADDING}.\n" in (tmp_path / "out/README.md").read_text()

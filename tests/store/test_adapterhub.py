@@ -291,6 +291,10 @@ def test_folders_without_a_head(tmp_path, bert):
         (plan([Entry("ia3", {"placement": "before"})], [LORA]), "room for one LoRA or"),
         ([entry("prompt", placement="states")] * 2, "one prompt_tuning in a layer, and there are two"),
         (
+            [entry("prefix", mlp_hidden=4, shift_positions=True)],
+            "adapters counts positions from 0, a prefix with shift_positions does not: export --format peft",
+        ),
+        (
             [entry("prefix", mlp_hidden=4, layers=[0]), entry("prefix", mlp_hidden=5, layers=[1])],
             "one prefix, of one length",
         ),

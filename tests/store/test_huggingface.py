@@ -20,7 +20,7 @@ from jpeft.core.transform import FIXED
 from jpeft.store import huggingface
 from jpeft.store.huggingface import Modules
 
-METHODS = ["lora", "rslora", "dora", "ia3", "ia3_inner", "prompt", "p_tuning_mlp"]
+METHODS = ["lora", "rslora", "dora", "ia3", "ia3_inner", "prompt", "p_tuning_mlp", "prefix", "prefix_flat"]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -36,7 +36,8 @@ def saved_by_peft(folder, base, method):
     if method.startswith("p"):  # the encoder of the prompt is not saved, but what it gives
         rows = peer.trained["prompt_encoder.default.embedding.weight"]
         stored = {name: x for name, x in stored.items() if "classifier" in name}
-        stored["prompt_embeddings"] = rows if method == "prompt" else encoded(peer.trained, rows)
+        made = {"p_tuning_mlp": encoded, "prefix": projected}.get(method, lambda tensors, rows: rows)
+        stored["prompt_embeddings"] = made(peer.trained, rows)
     folder.mkdir(exist_ok=True)
     save_file({name: np.ascontiguousarray(x) for name, x in stored.items()}, folder / huggingface.WEIGHTS)
     config = json.loads((GOLDEN / f"peft_{base.architecture}.json").read_text())[method]
@@ -50,6 +51,12 @@ def encoded(tensors, rows):
         rows = rows @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
         rows = rows if i == 4 else np.maximum(rows, 0)
     return rows
+
+
+def projected(tensors, rows):
+    name = "prompt_encoder.default.transform"
+    rows = np.tanh(rows @ tensors[f"{name}.0.weight"].T + tensors[f"{name}.0.bias"])
+    return rows @ tensors[f"{name}.2.weight"].T + tensors[f"{name}.2.bias"]
 
 
 def logits(base, modules, inputs):
@@ -70,7 +77,8 @@ def test_what_peft_wrote_has_its_logits_here_and_goes_back_as_it_came(tmp_path, 
     for name, x in one.items():
         np.testing.assert_array_equal(x, two[name], err_msg=name)
     theirs, ours = (json.loads((tmp_path / name / huggingface.CONFIG).read_text()) for name in ("peft", "ours"))
-    for field in ("r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens", "task_type"):
+    fields = ("r", "lora_alpha", "use_rslora", "use_dora", "task_type", "num_virtual_tokens", "token_dim", "num_layers")
+    for field in fields:
         assert theirs.get(field) == ours.get(field), field
     assert ours["base_model_name_or_path"] == "some/base"
     again = huggingface.read(tmp_path / "ours", base.model.config)
@@ -84,18 +92,20 @@ def test_what_peft_wrote_has_its_logits_here_and_goes_back_as_it_came(tmp_path, 
         {"method": "lora", "options": {"rank": 2, "rank_pattern": {".*0.*query": 5}, "alpha_pattern": {"value": 3}}},
         {"method": "pissa", "options": {"rank": 2, "targets": "query|ffn/output"}},
         {"method": "dora", "options": {"rank": 3, "layers": [1]}},
+        {"method": "prefix", "options": {"num_virtual_tokens": 3, "mlp_hidden": 5, "shift_positions": True}},
+        {"method": "prefix", "options": {"num_virtual_tokens": 3, "mlp_hidden": None, "shift_positions": True}},
     ],
-    ids=["patterns", "pissa", "layers"],
+    ids=["patterns", "pissa", "layers", "prefix", "flat prefix"],
 )  # fmt: skip
 def test_what_is_written_is_read_to_the_same_logits(tmp_path, base, entry):
-    """With sizes that differ by site, in some layers only; PiSSA as a LoRA of twice the rank."""
+    """With sizes that differ by site, in some layers only; PiSSA as a LoRA of twice the rank, prefixes folded."""
     method = jpeft.build([entry])
     ((name, leaves),) = jpeft.init(method, jax.random.key(0), base.sites, base.params).items()
     trained, fixed = jpeft.core.partition.split(leaves)
     trained = jax.tree.map(lambda x, y: x + y, trained, randomised(trained, scale=0.1))
     leaves = jpeft.union(fixed, trained)
     head = randomised(base.params["classifier"])
-    modules = Modules([entry], {name: leaves}, {"classifier": head})
+    modules = Modules([entry], jpeft.fold(method, {name: leaves}), {"classifier": head})
     huggingface.write(tmp_path, modules, base.model.config, "base")
     again = huggingface.read(tmp_path, base.model.config)
     assert FIXED not in str(again.leaves)
@@ -113,7 +123,9 @@ def entry_of(method, **options):
         ([entry_of("lora"), entry_of("pfeiffer")], "peft cannot hold lora and pfeiffer in one adapter: .*merged"),
         ([], "peft cannot hold no modules"),
         ([entry_of("pfeiffer")], "peft has no pfeiffer that computes the same"),
-        ([entry_of("prefix", mlp_hidden=None)], "prefixes count the positions of the text from their own length on"),
+        ([entry_of("prefix", mlp_hidden=None)], "no such prefix: it counts .* trained with shift_positions=True$"),
+        ([entry_of("prefix", mlp_hidden=None, shift_positions=True, layers=[1])], "keys and values into every layer"),
+        ([entry_of("prefix", mlp_hidden=None, shift_positions=True, gate=True)], "into every layer, without gates"),
         ([entry_of("lora", gate=True)], "peft has no gated LoRA"),
         ([entry_of("prompt", placement="states")], "no such prompt: it puts virtual tokens before the words only"),
     ],
@@ -239,7 +251,16 @@ def test_a_pooler_is_that_of_the_model(tmp_path, base):
         huggingface.read(folder, config)
 
 
-@pytest.mark.parametrize("method", ["rslora", "dora", "ia3", "prompt"])
+@pytest.mark.parametrize("shape", [(), (4,), (0, 64), (4, 63), (4, 16)])
+def test_prefixes_that_do_not_fit(tmp_path, base, shape):
+    folder = _folder(tmp_path, base, "prefix_flat")
+    tensors = load_file(folder / huggingface.WEIGHTS)
+    save_file({**tensors, "prompt_embeddings": np.ones(shape, np.float32)}, folder / huggingface.WEIGHTS)
+    with pytest.raises(UserError, match="no prompt_embeddings of width 64, keys and values of 2 layers"):
+        huggingface.read(folder, base.model.config)
+
+
+@pytest.mark.parametrize("method", ["rslora", "dora", "ia3", "prompt", "prefix_flat"])
 def test_damaged_folders_are_read_or_refused_in_one_line(tmp_path, base, method):
     folder = _folder(tmp_path, base, method)
     for path in sorted(folder.iterdir()):

@@ -236,6 +236,79 @@ def test_a_target_that_is_not_there():
         jpeft.init(jpeft.prefix(layers=[2]), jax.random.key(0), SITES)
 
 
+ROBERTA = BertConfig(**SHAPE, model_type="roberta", type_vocab_size=1, pad_token_id=1)
+
+
+@pytest.mark.parametrize("config", [MODEL.config, ROBERTA], ids=["bert", "roberta"])
+@pytest.mark.parametrize("hidden", [8, None])
+def test_shifted_positions_are_those_that_start_behind_the_prefix(config, hidden):
+    """The model is told so, row by row, by explicit positions; on padded rows, in training, and after folding."""
+    model, told, shifted = Bert(config), jpeft.prefix(3, hidden), jpeft.prefix(3, hidden, shift_positions=True)
+    sites = jpeft.sites(model, IDS)
+    params = randomise(jax.eval_shape(lambda: model.init(jax.random.key(0), IDS)["params"]), 1)
+    leaves = randomise(jpeft.init(told, jax.random.key(1), sites), 2, 0.8)["prefix_0"]
+    fresh = jpeft.init(shifted, jax.random.key(1), sites)["prefix_0"]
+    assert fresh["embeddings/inputs"] == {}
+    assert set(fresh) == {*leaves, "embeddings/inputs"}
+    mask = jnp.asarray(np.arange(6) < np.array([[6], [3], [4]]), jnp.int32)
+
+    @jax.jit
+    def run(leaves):
+        def logits(method, own, *args, **kwargs):
+            variables = {"params": params, "peft": {"prefix_0": own}}
+            return jpeft.apply(model, method, variables, IDS, mask, None, *args, **kwargs)[0]
+
+        positions = jnp.broadcast_to(3 + jnp.arange(6)[None], IDS.shape)
+        training = {"train": True, "rngs": {"dropout": jax.random.key(3)}}
+        own = {**leaves, "embeddings/inputs": {}}
+        folded = jpeft.fold(shifted, {"prefix_0": own})["prefix_0"]
+        return {
+            "plain": logits(told, leaves),
+            "wanted": (logits(told, leaves, positions), logits(told, leaves, positions, **training)),
+            "now": (logits(shifted, own), logits(shifted, own, **training)),
+            "folded": logits(shifted, folded),
+        }
+
+    out = jax.tree.map(np.asarray, run(leaves))
+    for now, wanted in zip(out["now"], out["wanted"], strict=True):
+        np.testing.assert_allclose(now, wanted, atol=2e-6)
+    np.testing.assert_allclose(out["folded"], out["wanted"][0], atol=2e-6)
+    assert np.abs(out["plain"] - out["now"][0]).max() > 1e-2
+
+
+@pytest.mark.parametrize(("config", "longest"), [(MODEL.config, 12), (ROBERTA, 10)], ids=["bert", "roberta"])
+def test_shifted_positions_leave_room_for_fewer_tokens(config, longest):
+    model, method = Bert(config), jpeft.prefix(3, None, shift_positions=True)
+    leaves = jax.eval_shape(lambda: jpeft.init(method, jax.random.key(0), jpeft.sites(model, IDS)))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), IDS)["params"])
+
+    def run(tokens, positions=None):
+        ids = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
+        variables = {"params": params, "peft": leaves}
+        return jax.eval_shape(lambda v, ids: jpeft.apply(model, method, v, ids, positions=positions), variables, ids)
+
+    run(longest - 3)
+    for tokens in (longest - 2, longest):
+        with pytest.raises(UserError, match=rf"^input of {tokens} tokens; .* this model takes {longest - 3} at most"):
+            run(tokens)
+    with pytest.raises(UserError, match=f"{longest + 1} tokens; this model takes {longest} at most"):
+        run(longest + 1)
+    several = np.broadcast_to(np.tile(np.arange(8), 2)[None], (2, 16))
+    run(16, several)  # texts in a row have positions of their own
+
+
+def test_shifted_positions_of_packed_rows():
+    """Every text of a row starts behind the prefix."""
+    method = jpeft.prefix(3, None, shift_positions=True)
+    leaves = {"prefix_0": {**LEAVES["flat"]["prefix_0"], "embeddings/inputs": {}}}
+    packed = jnp.concatenate([IDS[0, :5], IDS[1, :3]])[None]
+    segments, positions = jnp.array([[1] * 5 + [2] * 3]), jnp.concatenate([jnp.arange(5), jnp.arange(3)])[None]
+    states = run(method, leaves, packed, segments, None, positions)[1].hidden_states[-1]
+    for row, at, n in ((0, 0, 5), (1, 5, 3)):
+        alone = run(method, leaves, IDS[row : row + 1, :n])[1].hidden_states[-1]
+        np.testing.assert_allclose(states[0, at : at + n], alone[0], atol=3e-6)
+
+
 def test_it_cannot_be_merged():
     merged = jpeft.merge(METHODS["mlp"], LEAVES["mlp"], PARAMS)
     assert merged.params is PARAMS

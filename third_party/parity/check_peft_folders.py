@@ -31,8 +31,11 @@ SPECS = {
     "ia3_before": ("ia3", {"placement": "before"}),
     "prompt": ("prompt", {"num_virtual_tokens": 4}),
     "p_tuning": ("p_tuning", {"num_virtual_tokens": 4, "hidden": 6}),
+    "prefix": ("prefix", {"num_virtual_tokens": 4, "mlp_hidden": 6, "shift_positions": True}),
+    "prefix_flat": ("prefix", {"num_virtual_tokens": 5, "mlp_hidden": None, "shift_positions": True}),
 }
-SAVED = ("lora", "rslora", "dora", "ia3", "ia3_inner", "prompt", "p_tuning_lstm", "p_tuning_mlp")
+BESIDE_WEIGHTS = ("lora", "rslora", "dora", "ia3", "ia3_inner")
+SAVED = (*BESIDE_WEIGHTS, "prompt", "p_tuning_lstm", "p_tuning_mlp", "prefix", "prefix_flat")
 
 
 def main() -> int:

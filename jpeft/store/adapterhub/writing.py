@@ -268,6 +268,10 @@ def _ia3_parts(leaves: Leaves) -> list[Part]:
 
 
 def _prefix_parts(options: Mapping[str, Any], leaves: Leaves) -> list[Part]:
+    if options["shift_positions"]:
+        raise UserError(
+            "adapters counts positions from 0, a prefix with shift_positions does not: export --format peft"
+        )
     shared = leaves.get(SHARED)
     layers = _by_layer("prefix", {path: own for path, own in leaves.items() if path != SHARED}, (CORE,))
     rows = len(shared["embedding"]) if shared else len(next(iter(layers.values()))[CORE]["key"])

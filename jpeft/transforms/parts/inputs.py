@@ -1,13 +1,14 @@
-"""Extends a model's input: adds vectors before the text, with matching positions and mask."""
+"""Changes a model's input: adds vectors before the text, with matching positions and mask, or moves the positions."""
 
 import jax.numpy as jnp
 from jax import Array
 
+from jpeft.core.errors import UserError
 from jpeft.core.site import Site, Sites
-from jpeft.core.transform import Params
+from jpeft.core.transform import Context, Params
 from jpeft.core.tree import at
 
-__all__ = ["around_words", "before_states", "before_words", "width", "word_embeddings"]
+__all__ = ["around_words", "before_states", "before_words", "behind", "width", "word_embeddings"]
 
 
 def before_words(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -67,6 +68,33 @@ def before_states(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:
     """
     hidden, mask = args
     return _join(vectors, hidden), _longer(mask, len(vectors))
+
+
+def behind(p: int, args: tuple[Array, ...], ctx: Context) -> tuple[Array, ...]:
+    """The arguments of the site "embeddings/inputs" with the positions of the text counted from `p` on.
+
+    That is where Hugging Face models count from when `p` tokens are in their cache. Padding stays where it is.
+
+    Args:
+      p: tokens that stand before the text without being in the input.
+      args: word vectors [b, t, d], token types, positions, mask [b, t].
+      ctx: of the wrap.
+
+    Returns:
+      The same four, with the same shapes.
+
+    Raises:
+      UserError: the model has positions for the t tokens, but not for `p` more.
+    """
+    words, token_types, positions, mask = args
+    longest, tokens = getattr(getattr(ctx.model, "config", None), "max_length", None), words.shape[1]
+    # More tokens than the model has positions are several texts in a row, each with positions of its own. A length that
+    # is a symbol belongs to a program that says itself how long its inputs may be.
+    if longest is not None and isinstance(tokens, int) and longest - p < tokens <= longest:
+        raise UserError(
+            f"input of {tokens} tokens; with the positions shifted by {p}, this model takes {longest - p} at most"
+        )
+    return words, token_types, jnp.where(mask > 0, positions + p, positions), mask
 
 
 def _join(vectors: Array, rows: Array) -> Array:

@@ -1,0 +1,128 @@
+"""The model card of an exported model."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jpeft.core import files
+from jpeft.core.tree import flatten
+from jpeft.report import tables
+from jpeft.serving.drift import Drift
+from jpeft.store.modules import Saved
+
+__all__ = ["PADDING", "gated", "on_the_hub", "write"]
+
+LIBRARY = {"hf": "transformers", "peft": "peft", "adapters": "adapters", "stablehlo": "jax", "onnx": "onnx"}
+PADDING = "the gates of adapters also average over padding, so rows with padding have other logits there"
+ABOUT = {
+    "multilabel": ", each of them or not where its logit is above 0",
+    "tagging": ", one for the first token of each word",
+}
+USE = {
+    "hf": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")""",
+    "peft": """from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={num_labels})
+model = PeftModel.from_pretrained(base, "this folder")
+tokenizer = AutoTokenizer.from_pretrained({base!r})""",
+    "adapters": """import adapters
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={num_labels})
+adapters.init(model)
+model.load_adapter("this folder", set_active=True, use_safetensors=True)
+tokenizer = AutoTokenizer.from_pretrained({base!r})""",
+    "stablehlo": """from pathlib import Path
+
+import numpy as np
+from jax import export
+from safetensors.flax import load_file
+from transformers import AutoTokenizer
+
+model = export.deserialize(bytearray(Path("this folder/model.stablehlo").read_bytes()))
+weights = load_file("this folder/weights.safetensors")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+rows = tokenizer({example}, padding=True, truncation=True, max_length={max_length}, return_tensors="np")
+ids, mask = (np.int32(rows[name]) for name in ("input_ids", "attention_mask"))
+types = np.int32(rows["token_type_ids"]) if "token_type_ids" in rows else np.zeros_like(ids)
+logits = model.call(weights, ids, mask, types)""",
+    "onnx": """import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+model = onnxruntime.InferenceSession("this folder/model.onnx")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+rows = tokenizer({example}, padding=True, truncation=True, max_length={max_length}, return_tensors="np")
+ids, mask = (np.int32(rows[name]) for name in ("input_ids", "attention_mask"))
+types = np.int32(rows["token_type_ids"]) if "token_type_ids" in rows else np.zeros_like(ids)
+(logits,) = model.run(None, {{"input_ids": ids, "attention_mask": mask, "token_type_ids": types}})""",
+}
+
+
+def gated(leaves: Mapping[str, Any]) -> bool:
+    """Whether any of these modules has a gate."""
+    return any("gate" in path for path in flatten(leaves))
+
+
+def on_the_hub(base: str) -> str:
+    """The name by which others find the base model."""
+    return {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}.get(base, base)
+
+
+def write(
+    folder: Path, form: str, description: Mapping[str, Any], saved: Saved, drift: Sequence[Drift], license: str
+) -> str:
+    """The page: what the model is, how it was made, how well it does, what the export changed, how to use it.
+
+    Args:
+      folder: of the modules, maybe in the workdir of their run.
+      form: that they are exported as, a key of `USE`.
+      description: of the modules.
+      saved: what `folder` holds.
+      drift: what the export changed.
+      license: of the model.
+    """
+    base, labels = on_the_hub(description["base"]["name"]), saved.labels
+    methods = ", ".join(f"{entry['method']} {json.dumps(entry['options'])}" for entry in description["modules"])
+    tagging = saved.kind == "tagging"
+    inputs = "words" if tagging else "pairs of sentences" if saved.num_texts == 2 else "sentences"
+    lines = [
+        "---", f"license: {json.dumps(license)}", f"base_model: {json.dumps(base)}",
+        f"pipeline_tag: {'token' if tagging else 'text'}-classification", f"library_name: {LIBRARY[form]}", "---", "",
+        f"# {saved.task}, {base}", "",
+        f"Trained with jpeft {description['jpeft']}. Modules: {methods or 'none'}.",
+        f"Inputs: {inputs}, in training cut to {saved.max_length} tokens.",
+        f"Labels: {', '.join(labels)}{ABOUT.get(saved.kind, '')}." if labels else "It answers with a number.",
+        "",
+    ]  # fmt: skip
+    report = folder.parents[1] / "report.json"
+    if report.is_file():
+        read = files.read_record(report, tables.REPORT)
+        lines += [
+            f"| seed | {' | '.join(read['metrics']['mean'])} |",
+            "| --- |" + " ---: |" * len(read["metrics"]["mean"]),
+        ]
+        for row in read["metrics"]["per_seed"]:
+            own = f"{row['seed']}, this model" if f"seed_{row['seed']}" == folder.parent.name else str(row["seed"])
+            lines.append(f"| {own} | {' | '.join(f'{x:.4f}' for x in row['last'].values())} |")
+        lines += ["", f"On {read['examples']['evaluation']:,} rows of {read['split']}.", ""]
+        if read["command"]:
+            lines += ["Made by", "", f"    {read['command']}", ""]
+    if drift:
+        lines += ["What the export changed, on the same rows, against the run's own logits in float32:", ""]
+        lines += ["| computed in | largest difference of a logit | other answers |", "| --- | ---: | ---: |"]
+        lines += [f"| {d.dtype} | {d.largest:.1e} | {'-' if d.changed is None else d.changed} |" for d in drift]
+        lines.append("")
+    if form == "adapters" and gated(saved.variables["peft"]):
+        lines += [f"Note: {PADDING}.", ""]
+    example = '["a sentence"]' + (', ["and another"]' if saved.num_texts == 2 else "")
+    example = '[["some", "words"]], is_split_into_words=True' if tagging else example
+    use = USE[form].format(base=base, num_labels=len(labels) or 1, example=example, max_length=saved.max_length)
+    if tagging:
+        use = use.replace("ForSequenceClassification", "ForTokenClassification")
+    return "\n".join([*lines, "```python", use, "```", ""])
