@@ -148,6 +148,7 @@ def test_version(capsys):
 
 def test_the_config_is_missing(failing):
     assert "--config is missing: for example" in failing()
+    assert "--config is empty: for example" in failing("--config=")
 
 
 def test_a_config_file_that_does_not_exist(failing, config):

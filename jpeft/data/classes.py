@@ -3,6 +3,7 @@
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from decimal import Context, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 from jpeft.core.errors import UserError, nearest
 from jpeft.data.rows import rows
 
-__all__ = ["classes", "of_row"]
+__all__ = ["alike", "classes", "of_row"]
 
 MAX_CLASSES = 1000  # more than these are a column of the wrong kind
+EXACT = Context(prec=200)  # numbers of as many digits as a name can have are not rounded
 MISSING = "nan"  # as other programs write it; "none" and "null" may well be classes
 
 
@@ -43,7 +45,7 @@ def classes(file: Path, label: str, kind: str, given: Sequence[str] | None = Non
             raise UserError(
                 f"{file}: label {fractions[0]} is not a class: set config.data.kind=regression if labels are values"
             )
-        names.sort(key=float)
+        names.sort(key=Decimal)
     else:
         names.sort()
     alike = Counter(map(_read_as, names))
@@ -115,10 +117,15 @@ def _name(value: Any, where: str) -> str:
     return text
 
 
+def alike(first: str, second: str) -> bool:
+    """Whether a reader takes two names for one."""
+    return _read_as(first) == _read_as(second)
+
+
 def _read_as(name: str) -> str:
     """What a reader takes a class name for: numbers by value, words whatever their case, spaces or encoding."""
     text = unicodedata.normalize("NFC", name).strip().casefold()
-    return repr(float(text)) if _is_number(text) else text
+    return str(Decimal(text).normalize(EXACT)) if _is_number(text) else text
 
 
 def _is_number(text: str) -> bool:

@@ -53,7 +53,10 @@ class Files(Task):
             names = classes.of_row(row, self.label, self.kind, file, i + 1, hidden)
             for name in names or ():
                 if name not in numbers:
-                    raise UserError(f"{file}, row {i + 1}: label {name!r} is unknown: {nearest(name, numbers)}")
+                    twin = next((x for x in numbers if classes.alike(x, name)), None)
+                    told = nearest(name, numbers) if twin is None else f"did you mean {twin!a}?"
+                    shown = repr(name) if twin is None else ascii(name)
+                    raise UserError(f"{file}, row {i + 1}: label {shown} is unknown: {told}")
             if names is not None and self.answers.by_token and len(names) != len(found[self.text[0]][i]):
                 raise UserError(f"{file}, row {i + 1}: {len(names)} tags for {len(found[self.text[0]][i])} words")
             found["label"].append(HIDDEN if names is None else self._number([numbers[name] for name in names]))

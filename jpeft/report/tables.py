@@ -131,7 +131,8 @@ def _recipe(report: Mapping[str, Any]) -> list[str]:
     recipe, examples = report["recipe"], report["examples"]
     lines = ["## How it was made", "", "| | |", "| --- | ---: |"]
     lines += [f"| {kind} examples | {n:,} |" for kind, n in examples.items()]
-    lines += [f"| learning rate | {report['learning_rate']:g} |"]
+    rates = report.get("learning_rates") or {"": report["learning_rate"]}
+    lines += [f"| learning rate{f' of {name}' if name else ''} | {rate:g} |" for name, rate in rates.items()]
     lines += [f"| {name.replace('_', ' ')} | {value} |" for name, value in recipe.items()]
     lines += [f"| device | {report['device']} |"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())

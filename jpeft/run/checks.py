@@ -187,6 +187,9 @@ def _check_read(config: Config) -> None:
         reason = _unread(config, names[0])
         if names[0] in ("factors", "learning_rates") and config.fishpal.plan is None and names[1] not in read:
             reason = reason or f"{names[1]!r} is not one of config.fishpal.candidates"
+        if names[0] == "learning_rates" and value is not None and config.fishpal.plan is not None:
+            kinds = {entry.method for entries in plans.read(config.fishpal.plan).values() for entry in entries}
+            reason = reason or (None if names[1] in kinds else f"{names[1]!r} is not in config.fishpal.plan")
         if value != standard[names] and reason:
             raise UserError(f"config.fishpal.{'.'.join(names)} is set, but {reason}: drop it")
 

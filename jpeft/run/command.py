@@ -75,8 +75,8 @@ def parse(
         raise SystemExit(0)
     given = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))]
     given += [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg in ("--config", "-config")]
-    if not given:
-        raise UserError(f"--config is missing: for example --config {example}")
+    if not given or not given[0]:
+        raise UserError(f"--config is {'empty' if given else 'missing'}: for example --config {example}")
     path = Path(given[0].split(":")[0])
     if not path.is_file():
         have = [str(other) for other in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
@@ -95,6 +95,9 @@ def parse(
         raise UserError(f"unknown flag --{error.flagname}: {nearest(error.flagname, ['config', *own])}") from None
     except (flags.Error, AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"--config: {' '.join(str(error).split())}") from None
+    for name, help in own.items():
+        if values[name].value == "":
+            raise UserError(f"--{name} is empty: {help[0].lower()}{help[1:]}")
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: values are given as --config.train.num_epochs=3")
     stem, _, variant = Path(config_flags.get_config_filename(values["config"])).name.partition(":")

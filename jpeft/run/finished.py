@@ -150,6 +150,9 @@ def write(
             plots.choice(workdir / PICTURE, {seed: _scores(found) for seed, found in choices.items()}, kept, title)
         costs = {name: statistics.fmean(found[name] for found in choices.values()) for name in ("passes", "share")}
         report["choice"] = {"criterion": criterion, **costs, "seconds": sum(c["seconds"] for c in choices.values())}
+    if factors := configs.rates(config):  # each kind of module has its own
+        kinds = sorted({entry.method for plan in chosen.values() for entries in plan.values() for entry in entries})
+        report["learning_rates"] = {name: report["learning_rate"] * factors[name] for name in kinds}
     files.write_record(workdir / "report.json", tables.REPORT, report)
     summaries = {seed: result.summary for seed, result in results.items()}
     maps = [f"{f.name}/{path.name}" for f in folders.values() for path in sorted(f.glob("fisher*.png"))]

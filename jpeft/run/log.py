@@ -1,5 +1,6 @@
 """The log of a run: `metrics.jsonl`, one line for each epoch and for some steps of each seed."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ LOG_EVERY = 50  # steps
 
 
 def mend(workdir: Path, seed: int, history: Sequence[dict[str, Any]], reached: int) -> bool:
-    """Drops what `metrics.jsonl` has of a seed beyond a step or against its history, and adds what it lacks of it.
+    """Drops what `metrics.jsonl` has of a seed twice, beyond a step or against its history, and adds what it lacks.
 
     Returns:
       Whether it lacked an epoch, or had another one in its place.
@@ -31,16 +32,24 @@ def mend(workdir: Path, seed: int, history: Sequence[dict[str, Any]], reached: i
     epochs = [{"seed": seed, **each} for each in history]
 
     def keep(row: Any) -> bool:
-        kept = row["seed"] != seed or (row["step"] <= reached and ("train_loss" not in row or row in epochs))
+        of_run = row["step"] <= reached and ("train_loss" not in row or row in epochs)
+        kept = row["seed"] != seed or (of_run and row not in found)
         if kept:
             found.append(row)
         return kept
 
     files.keep_lines(path, keep)
     lacking = [row for row in epochs if row not in found]
-    for row in lacking:
-        files.append_json(path, row)
+    if lacking:  # each in its place
+        own = sorted([*(row for row in found if row["seed"] == seed), *lacking], key=_place)
+        rows = [*(row for row in found if row["seed"] != seed), *own]
+        files.write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     return bool(lacking)
+
+
+def _place(row: dict[str, Any]) -> tuple[int, bool]:
+    """Of a line among those of its seed: the row of an epoch comes after that of its last step."""
+    return row["step"], "train_loss" in row
 
 
 class Log:

@@ -18,7 +18,7 @@ import numpy as np
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.files import read_json, read_safetensors, write_json, write_safetensors
-from jpeft.core.site import matches
+from jpeft.core.site import layer_of, matches
 from jpeft.core.transform import FIXED, Leaves, instances
 from jpeft.core.tree import flatten, unflatten
 from jpeft.models.bert import BertConfig
@@ -29,6 +29,11 @@ from jpeft.transforms.registry import METHODS
 __all__ = ["Modules", "read", "write"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Options of peft's LoRA that nothing here corresponds to.
+OTHERS = (
+    "use_qalora", "lora_bias", "alora_invocation_tokens", "trainable_token_indices", "megatron_config",
+    "layer_replication",
+)  # fmt: skip
 LOW_RANK = ("lora", "rslora", "dora", "pissa")
 BODY, VIRTUAL = "base_model.model.", "base_model."  # before the names of modules; peft nests prompts less deeply
 INSTEAD = "export the merged model, --format hf, if it merges"
@@ -234,7 +239,7 @@ def _by_site(tensors: Mapping[str, Any], ends: tuple[str, ...], config: BertConf
 def _read_low_rank(
     about: Mapping[str, Any], tensors: Any, config: BertConfig
 ) -> tuple[dict[str, Any], Leaves, set[str]]:
-    for name in ("use_qalora", "lora_bias", "alora_invocation_tokens", "trainable_token_indices", "megatron_config"):
+    for name in OTHERS:
         if about.get(name):
             raise UserError(f"{CONFIG}: {name} has no counterpart here")
     if about.get("bias", "none") != "none" or about.get("fan_in_fan_out"):
@@ -258,7 +263,10 @@ def _read_low_rank(
         _check_shapes(path, config, a, b, own.get(ends[2]))
         leaves[path] = {"a": a, "b": b} | ({"magnitude": own[ends[2]]} if method == "dora" else {})
         ranks[path] = a.shape[1]
-        alphas[path] = _alpha_of(about, path)
+        if (said := _patterned(about, "r", "rank_pattern", path)) != ranks[path]:
+            raise UserError(f"{WEIGHTS}: {path} has rank {ranks[path]}, {CONFIG} says {said:g}")
+        alphas[path] = _patterned(about, "lora_alpha", "alpha_pattern", path)
+    _check_targets(about, leaves)
     if not leaves:
         raise UserError(f"{WEIGHTS} holds no LoRA of a BERT or RoBERTa encoder")
     rank, alpha = (max(set(x.values()), key=[*x.values()].count) for x in (ranks, alphas))
@@ -326,18 +334,37 @@ def _read_prefix(about: Mapping[str, Any], tensors: Any, config: BertConfig) -> 
     return {"method": "prefix", "options": options}, {**leaves, EMBEDDING: {}}, {"prompt_embeddings"}
 
 
-def _alpha_of(about: Mapping[str, Any], path: str) -> float:
-    """A site's alpha: of the first pattern that matches the end of peft's name, a regular expression."""
-    patterns, found = about.get("alpha_pattern") or {}, about.get("lora_alpha", 8)
+def _check_targets(about: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    """Raises a UserError if there are modules where peft makes none, and so ignores the tensors."""
+    targets, layers = about.get("target_modules"), about.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    for path in leaves:
+        name = hf_module(path)
+        try:
+            if isinstance(targets, str):
+                there = targets == "all-linear" or re.fullmatch(targets, name) is not None
+            else:
+                there = any(name == each or name.endswith(f".{each}") for each in targets or ())
+            there = there and (not layers or layer_of(path) in layers)
+        except (TypeError, OverflowError, RecursionError, re.error) as error:
+            told = "target_modules or layers_to_transform is not as peft writes it"
+            raise UserError(f"{CONFIG}: {told}: {str(error)!r:.160}") from None
+        if not there:
+            raise UserError(f"{WEIGHTS} has tensors of {path}, which is not among the targets of {CONFIG}")
+
+
+def _patterned(about: Mapping[str, Any], usual: str, name: str, path: str) -> float:
+    """A site's rank or alpha: of the first pattern that matches the end of peft's name, a regular expression."""
+    patterns, found = about.get(name) or {}, about.get(usual, 8)
     try:
         for pattern, value in patterns.items():
             if re.match(rf"(.*\.)?({pattern})$", hf_module(path)):
                 found = value
                 break
     except (AttributeError, OverflowError, RecursionError, re.error) as error:
-        raise UserError(f"{CONFIG}: alpha_pattern is not {{pattern: alpha}}: {str(error)!r:.160}") from None
+        raise UserError(f"{CONFIG}: {name} is not {{pattern: number}}: {str(error)!r:.160}") from None
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= sys.float_info.max:
-        raise UserError(f"{CONFIG}: lora_alpha and alpha_pattern must be positive numbers, got {found!r:.60}")
+        raise UserError(f"{CONFIG}: {usual} and {name} must be positive numbers, got {found!r:.60}")
     return float(found)
 
 

@@ -298,3 +298,16 @@ def test_a_conll_file_that_lacks_a_tag(tmp_path):
     (tmp_path / "a.conll").write_text("the DET\ndog NOUN\n\na DET\ncat\n")
     with pytest.raises(UserError, match=r"a\.conll, row 2: 'cat' has no tag"):
         custom(str(tmp_path / "a.conll"), ("words",), "tags", kind="tagging")
+
+
+def test_numbers_of_many_digits_are_classes_of_their_own(tmp_path):
+    numbers = ["1234567890123456781", "1234567890123456780", "100000000000000000001", "100000000000000000000"]
+    file = write(tmp_path / "a.csv", [("x", "y", number) for number in numbers * 2])
+    assert custom(file, ("one",), "answer").labels == (numbers[1], numbers[0], numbers[3], numbers[2])
+
+
+def test_a_label_that_only_looks_like_a_class_is_shown_as_what_it_is(tmp_path):
+    train = write(tmp_path / "train.csv", [("x", "y", "\xe9"), ("x", "y", "b")])
+    dev = write(tmp_path / "dev.csv", [("x", "y", "e\u0301")])
+    with pytest.raises(UserError, match=r"label 'e\\u0301' is unknown: did you mean '\\xe9'\?"):
+        custom(train, ("one",), "answer", validation=dev).splits()

@@ -252,7 +252,7 @@ def test_left_out_fields_have_hugging_face_defaults(tmp_path, kind, theirs):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     config = hf_config.read(tmp_path, 2, {})
     defaults = getattr(transformers, theirs)().to_dict()
-    skipped = {"num_labels", "dtype", "remat"}
+    skipped = {"num_labels", "dtype", "remat", "by_token"}
     assert {k: v for k, v in vars(config).items() if k not in skipped} == {
         k: defaults[k] for k in vars(config) if k not in skipped
     }

@@ -74,6 +74,10 @@ from jpeft.run import config as configs
             {"fishpal__learning_rates__krona": 0.1},
             "config.fishpal.learning_rates.krona is set, but 'krona' is not one of config.fishpal.candidates",
         ),
+        (
+            {"fishpal__plan": '{"0": [{"method": "lora"}]}', "fishpal__learning_rates__prefix": 0.1},
+            "config.fishpal.learning_rates.prefix is set, but 'prefix' is not in config.fishpal.plan",
+        ),
         ({"fishpal__sizes": (0,)}, "config.fishpal.sizes must be above 0 and below 1,000,000, got 0"),
         ({"fishpal__sizes": (0.3,)}, "config.fishpal.sizes: lora has rank 8, which cannot be made 0.3 times as large"),
         ({"fishpal__sizes": (2,), "fishpal__candidates": ("ia3",)}, "config.fishpal.sizes: ia3 comes in one size only"),
