@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import nnx
 
 from jpeft.core.errors import UserError, nearest
@@ -248,7 +249,7 @@ def find(
 
     Raises:
       UserError: if nothing matches, overall or in one of the layers, or if a match is not suitable: the message lists
-        the suitable sites of this model. A mistyped path is never silently a no-op.
+        the suitable sites of this model. A mistyped path is never silently a no-op. Also if a layer is no integer.
     """
     hits = [site for path, site in sites.items() if matches(pattern, path)]
     suitable = [site for site in sites.values() if fits is None or fits(site)]
@@ -266,6 +267,9 @@ def find(
     if layers is None:
         return tuple(hits)
     given = tuple(layers)
+    for layer in given:  # True is not layer 1, nor is 1.0
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
+            raise UserError(f"layers must be integers, got {layer!r:.60}")
     wanted_layers = set(given)
     if len(wanted_layers) < len(given):
         raise UserError(f"layers names a layer twice: {given}")

@@ -55,10 +55,10 @@ def fisher_average(
     if not models or not len(models) == len(fishers) == len(weights):
         raise UserError(f"expected a Fisher and a weight per model, got {len(models)} models, {len(fishers)} Fishers "
                         f"and {len(weights)} weights")  # fmt: skip
-    if not all(0 <= x and finite(x) for x in (*weights, floor)) or not weights[0] > 0 or not floor > 0:
+    if not all(x >= 0 and finite(x) for x in (*weights, floor)) or not weights[0] > 0 or not floor > 0:
         raise UserError(
-            f"weights must be 0 or more and finite, the first weight and floor above 0, got weights {weights!r:.100} and "
-            f"floor {floor!r:.40}"
+            f"weights must be 0 or more and finite, the first weight and floor above 0, got weights {weights!r:.100} "
+            f"and floor {floor!r:.40}"
         )
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (*models, *fishers)]
     if any(shape != shapes[0] for shape in shapes):

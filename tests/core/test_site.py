@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from nets import SITES, D, X
 
@@ -115,6 +116,16 @@ def test_find_where_a_layer_is_missing():
         UserError, match=r"layer 0 has no site that matches 'out': its matches are not in numbered layers"
     ):
         find(SITES, "out", [0])
+
+
+@pytest.mark.parametrize("layers", [(True,), (0.0,), (0, None), ("0",)])
+def test_layers_that_are_no_integers(layers):
+    with pytest.raises(UserError, match="layers must be integers, got"):
+        find(SITES, "proj", layers)
+
+
+def test_layers_may_be_numpy_integers():
+    assert [site.path for site in find(SITES, "proj", np.arange(1, 2))] == ["blocks_1/proj"]
 
 
 def test_find_with_a_bad_regular_expression():
