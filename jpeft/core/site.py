@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 ALL = ".*"  # the pattern for every suitable site
+_ESCAPED = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)  # what has no meaning as a bracket or repeat
+_REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
 _LAYER = re.compile(r"(?:^|/)(?:layers?|blocks?|h)_(\d+)(?:/|$)")
 
 
@@ -220,7 +222,13 @@ def _one_stack(sites: Iterable[Site]) -> None:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a path, or a suffix of whole parts, matches a regular expression; a UserError if that is invalid."""
+    """Whether a path, or a suffix of whole parts, matches a regular expression.
+
+    Raises:
+      UserError: if it is not one, or repeats a group, as in "(a.*)*": that may take longer than anyone waits.
+    """
+    if _REPEATED_GROUP.search(_ESCAPED.sub("x", pattern)):
+        raise UserError(f"pattern {pattern!r:.100} repeats a group, which may take for ever: write .* in its place")
     try:
         return re.fullmatch(rf"(?:.*/)?(?:{pattern})", path) is not None
     except (re.error, RecursionError, OverflowError) as error:

@@ -133,6 +133,17 @@ def test_find_with_a_bad_regular_expression():
         find(SITES, "(proj")
 
 
+@pytest.mark.parametrize("pattern", ["(.*)*(.*)*(.*)*query!", "(a|a)+b", "((a.*)?b){3,}", r"\)(x[)]){9}", "[]](a)*"])
+def test_a_pattern_that_would_take_for_ever(pattern):
+    with pytest.raises(UserError, match="repeats a group"):
+        matches(pattern, "encoder/layer_0/attention/query")
+
+
+@pytest.mark.parametrize("pattern", [r"a\)*", "[(b)*]+", "(?:a|b)?", "(a.*)(b*)?", r"[\])]*x", "(a)b*"])
+def test_repeats_that_are_not_of_a_group(pattern):
+    assert matches(pattern, "x") in (True, False)
+
+
 def test_a_pattern_too_deep_for_the_parser():
     with pytest.raises(UserError, match="is not a regular expression"):
         matches("(" * 5000, "a/b")
