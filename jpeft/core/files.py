@@ -57,7 +57,7 @@ def write_text(path: Path, text: str) -> None:
 def _beside(path: Path) -> Path:
     """The temporary name of a file, in its folder, which is made if need be."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder: expected the name of a file")
+        raise UserError(f"{path} is a folder, where a file is to be written: delete it or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.part")
 

@@ -136,7 +136,7 @@ def test_a_folder_is_no_file_to_write(tmp_path):
     folder = tmp_path / "x"
     folder.mkdir()
     for write in (lambda: files.write_leaves(folder, {"a": np.ones(1)}), lambda: files.write_text(folder, "text")):
-        with pytest.raises(UserError, match="is a folder: expected the name of a file"):
+        with pytest.raises(UserError, match="is a folder, where a file is to be written"):
             write()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
