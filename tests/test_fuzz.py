@@ -121,7 +121,7 @@ def test_records(tmp_path, kind, capsys):
     path = tmp_path / ("report.json" if kind == "report" else "x.json")
     if kind == "result":
         row = {"epoch": 1, "step": 3, "train_loss": 0.3, "accuracy": 0.5}
-        result = finished.Result([row], "| a |", {"base": 3}, {"train": 1.0}, 3, 3, 10, [], "o", {}, {})
+        result = finished.Result([row], "| a |", {"base": 3}, {"train": 1.0, "evaluate": 1}, 3, 3, 10, [], "o", {}, {})
         finished.save(path, result)
         read = lambda: finished.read(path)._asdict()
     elif kind == "inputs":
@@ -172,7 +172,7 @@ def test_model_folders(tmp_path, tiny_model, name):
         [],
         base="x",
         fingerprint="y",
-        identity={},
+        identity={"config": "c", "tokenizer": "t"},
         task="mrpc",
         labels=("a", "b"),
         max_length=8,

@@ -7,34 +7,59 @@ that was damaged, cut short or edited is refused with one line.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jpeft.core.errors import UserError
+from jpeft.core.schema import misfit
 from jpeft.core.tree import empty_paths, flatten, unflatten
 
 __all__ = [
-    "append_json", "file_hash", "keep_lines", "read_json", "read_leaves", "read_record", "read_safetensors",
+    "Kind", "append_json", "file_hash", "keep_lines", "read_json", "read_leaves", "read_record", "read_safetensors",
     "read_tensors", "write_json", "write_leaves", "write_record", "write_safetensors", "write_text",
 ]  # fmt: skip
 
 FORMAT = "jpeft"  # the metadata entry of our safetensors files: JSON with all of the following
 EMPTY = "empty"  # the paths of empty dicts, which safetensors cannot hold
+RESERVED = "__metadata__"  # the name in safetensors files that no array can have
 HASH = "sha256"  # the entry, of a record or of metadata, with the hash of all the rest
 CHANGED = f"was changed or damaged after it was written, its contents do not match its {HASH}: restore or delete it"
 KIND = "kind"  # the entry that says what a record is of
 
 
+class Kind(NamedTuple):
+    """What a record is of.
+
+    Attributes:
+      name: in words, as the record has it.
+      fields: what it has to hold, a kind of `jpeft.core.schema.misfit`.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text atomically, creating the folder if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
+    """Writes UTF-8 text atomically, creating the folder if needed.
+
+    Raises:
+      UserError: if the path is a folder.
+    """
+    beside = _beside(path)
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
+
+
+def _beside(path: Path) -> Path:
+    """The temporary name of a file, in its folder, which is made if need be."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, where a file is to be written: delete it or choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.part")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -71,25 +96,30 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def write_record(path: Path, kind: str, fields: Mapping[str, Any]) -> None:
+def write_record(path: Path, kind: str | Kind, fields: Mapping[str, Any]) -> None:
     """Writes a JSON object with its kind and a hash of its contents, for `read_record`."""
-    named = json.loads(json.dumps({KIND: kind, **fields}, allow_nan=False))  # as it will be read: keys are strings
+    name = kind if isinstance(kind, str) else kind.name
+    named = json.loads(json.dumps({KIND: name, **fields}, allow_nan=False))  # as it will be read: keys are strings
     write_json(path, {**named, HASH: _json_hash(named)})
 
 
-def read_record(path: Path, kind: str) -> dict[str, Any]:
+def read_record(path: Path, kind: str | Kind) -> dict[str, Any]:
     """The fields that `write_record` wrote.
 
     Raises:
-      UserError: if the file does not exist, is not such a record, or was changed since it was written.
+      UserError: if the file does not exist, is not such a record, was changed since it was written, or lacks what its
+        kind has to hold, as after a change by a program that knows the hash.
     """
+    name, fields = (kind, {}) if isinstance(kind, str) else kind
     record = read_json(path)
-    if not isinstance(record, dict) or record.get(KIND) != kind or not isinstance(record.get(HASH), str):
-        raise UserError(f"{path} is not a {kind} of this version of jpeft")
+    if not isinstance(record, dict) or record.get(KIND) != name or not isinstance(record.get(HASH), str):
+        raise UserError(f"{path} is not a {name} of this version of jpeft")
     written = record.pop(HASH)
     if written != _json_hash(record):
         raise UserError(f"{path} {CHANGED}")
     del record[KIND]
+    if wrong := misfit(record, fields):
+        raise UserError(f"{path} is not a {name} of this version of jpeft: {wrong}")
     return record
 
 
@@ -126,29 +156,67 @@ def write_leaves(path: str | Path, leaves: Mapping[str, Any], about: Mapping[str
 
     Args:
       path: the file to write; its folder is created if needed.
-      leaves: the arrays. Empty dicts are stored too, as names in the metadata.
+      leaves: the arrays. Empty dicts are stored too, as names in the metadata. Keys are joined by ":", so {"a:b": x}
+        is read as {"a": {"b": x}}.
       about: additional metadata.
+
+    Raises:
+      UserError: if it is not a nested dict of numbers with text as keys, two leaves have one name, or the path is a
+        folder.
     """
     if not isinstance(leaves, Mapping):
         raise UserError(f"expected a nested dict of arrays, got {type(leaves).__name__}")
-    tensors = {":".join(keys): np.asarray(x, order="C") for keys, x in flatten(leaves).items()}
+    flat, empty = flatten(leaves), empty_paths(leaves)
+    _check_names([*flat, *empty])
+    tensors = {":".join(keys): _plain(x) for keys, x in flat.items()}
     for name, x in tensors.items():
         if x.dtype.kind not in "biufV":
             raise UserError(f"{name} is not an array of numbers: {x!r:.60}")
-    described = {"about": dict(about or {}), EMPTY: [":".join(keys) for keys in empty_paths(leaves)]}
+    described = {"about": dict(about or {}), EMPTY: [":".join(keys) for keys in empty]}
     described[HASH] = _tensor_hash(tensors, described)
     # In one entry: safetensors writes several in any order, and equal leaves should give equal files.
     write_safetensors(path, tensors, {FORMAT: json.dumps(described, sort_keys=True)})
 
 
+def _check_names(paths: Sequence[tuple[Any, ...]]) -> None:
+    """Raises a UserError if paths, joined by ":", are not the names of the leaves of one tree."""
+    names: set[str] = set()
+    for keys in paths:
+        for key in keys:
+            if not isinstance(key, str):
+                raise UserError(f"the keys of leaves must be text, got {key!r:.60}")
+        name = ":".join(keys)
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the key {name!r:.60} cannot be written as UTF-8") from None
+        if name == RESERVED:
+            raise UserError(f"the key {name!r} has a meaning of its own in safetensors files: choose another")
+        if name in names:
+            raise UserError(f"two leaves have the name {name!r:.60} once their keys are joined by ':': rename one")
+        names.add(name)
+    inner = {name[:at] for name in names for at, letter in enumerate(name) if letter == ":"}
+    if both := next((name for name in names if name in inner), None):
+        raise UserError(f"{both!r:.60} is a leaf and holds others, once keys are joined by ':': rename one")
+
+
+def _plain(x: Any) -> np.ndarray:
+    """A contiguous NumPy array in the byte order of the machine, as a file has it."""
+    x = np.asarray(x, order="C")
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes arrays by name as a safetensors file, atomically; its folder is created if needed."""
+    """Writes arrays by name as a safetensors file, atomically; its folder is created if needed.
+
+    Raises:
+      UserError: if the path is a folder.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
+    beside = _beside(path)
     beside.touch()
     mode = beside.stat().st_mode
     try:
@@ -161,7 +229,9 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray], metad
 
 
 def read_leaves(path: str | Path) -> dict[str, Any]:
-    """The inverse of `write_leaves`; returns JAX arrays, and NumPy's where a number needs 64 bits.
+    """The inverse of `write_leaves`; returns JAX arrays, and NumPy's where JAX would cut 64 bits down to 32.
+
+    Those are float64, and integers that 32 bits cannot hold.
 
     Raises:
       UserError: as `read_tensors`.
@@ -175,14 +245,12 @@ def read_leaves(path: str | Path) -> dict[str, Any]:
 
 
 def _as_jax(x: np.ndarray) -> Any:
-    """A JAX array, but where JAX would cut 64 bits down to 32 that cannot hold the number: those stay NumPy's."""
-    with np.errstate(over="ignore"):
-        y = jax.numpy.asarray(x)
-    if y.dtype == x.dtype:
-        return y
-    kept = np.asarray(y)
-    exact = np.isfinite(kept) == np.isfinite(x) if x.dtype.kind == "f" else kept == x
-    return y if np.all(exact) else x
+    """A JAX array, but where JAX would cut 64 bits down to 32: those stay NumPy's, unless they are small integers."""
+    whole = jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
+    if not whole and x.dtype.kind == "f":  # by type and not by value: the leaves of one tree should be alike
+        return x
+    y = jax.numpy.asarray(x)
+    return y if whole or np.array_equal(y, x) else x
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -10,7 +10,7 @@ from jax import Array
 
 from jpeft.core import tree
 from jpeft.core.errors import UserError, nearest
-from jpeft.core.transform import FIXED, STACKED, Chain, Leaves, Params, Transform, instances, members
+from jpeft.core.transform import FIXED, STACKED, Chain, Leaves, Params, Transform, checked, instances, members
 
 __all__ = ["Partition", "decays", "is_matrix", "map_leaves", "partition", "penalty", "rates", "split"]
 
@@ -53,8 +53,9 @@ def partition(transform: Transform | Chain, params: Params, leaves: Leaves, trai
       The parts. Arrays are not copied: an optimiser step that donates them needs a copy.
 
     Raises:
-      UserError: if a name in `trains` is not in `params`.
+      UserError: if a name in `trains` is not in `params`, or the leaves are not those of the transform.
     """
+    checked(transform, leaves)
     trains = [trains] if isinstance(trains, str) else list(trains)
     for name in trains:
         if name not in params:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import nnx
 
 from jpeft.core.errors import UserError, nearest
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 ALL = ".*"  # the pattern for every suitable site
+_ESCAPED = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)  # what has no meaning as a bracket or repeat
+_REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
 _LAYER = re.compile(r"(?:^|/)(?:layers?|blocks?|h)_(\d+)(?:/|$)")
 
 
@@ -219,7 +222,13 @@ def _one_stack(sites: Iterable[Site]) -> None:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a path, or a suffix of whole parts, matches a regular expression; a UserError if that is invalid."""
+    """Whether a path, or a suffix of whole parts, matches a regular expression.
+
+    Raises:
+      UserError: if it is not one, or repeats a group, as in "(a.*)*": that may take longer than anyone waits.
+    """
+    if _REPEATED_GROUP.search(_ESCAPED.sub("x", pattern)):
+        raise UserError(f"pattern {pattern!r:.100} repeats a group, which may take for ever: write .* in its place")
     try:
         return re.fullmatch(rf"(?:.*/)?(?:{pattern})", path) is not None
     except (re.error, RecursionError, OverflowError) as error:
@@ -248,7 +257,7 @@ def find(
 
     Raises:
       UserError: if nothing matches, overall or in one of the layers, or if a match is not suitable: the message lists
-        the suitable sites of this model. A mistyped path is never silently a no-op.
+        the suitable sites of this model. A mistyped path is never silently a no-op. Also if a layer is no integer.
     """
     hits = [site for path, site in sites.items() if matches(pattern, path)]
     suitable = [site for site in sites.values() if fits is None or fits(site)]
@@ -266,6 +275,9 @@ def find(
     if layers is None:
         return tuple(hits)
     given = tuple(layers)
+    for layer in given:  # True is not layer 1, nor is 1.0
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer):
+            raise UserError(f"layers must be integers, got {layer!r:.60}")
     wanted_layers = set(given)
     if len(wanted_layers) < len(given):
         raise UserError(f"layers names a layer twice: {given}")

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
+from jpeft.core.errors import UserError, nearest
+
 __all__ = ["at", "count", "empty_paths", "flatten", "num_bytes", "replace", "split", "unflatten", "union"]
 
 
@@ -30,14 +32,27 @@ def empty_paths(tree: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def at(tree: Mapping[str, Any], path: str) -> Any:
-    """The leaf or subtree at "a/b/c"."""
+    """The leaf or subtree at "a/b/c".
+
+    Raises:
+      UserError: if there is none.
+    """
+    found = tree
     for part in path.split("/"):
-        tree = tree[part]
-    return tree
+        if not isinstance(found, Mapping) or part not in found:
+            have = nearest(part, found) if isinstance(found, Mapping) and found else "expected those of the whole model"
+            raise UserError(f"the parameters have no {path!r}: {have}")
+        found = found[part]
+    return found
 
 
 def replace(tree: Mapping[str, Any], path: str, fn: Callable[[Any], Any]) -> dict[str, Any]:
-    """A new tree with fn applied to the leaf or subtree at "a/b/c"; everything else is shared."""
+    """A new tree with fn applied to the leaf or subtree at "a/b/c"; everything else is shared.
+
+    Raises:
+      UserError: if there is none.
+    """
+    at(tree, path)  # names the whole path where it is missing
     head, _, rest = path.partition("/")
     return {**tree, head: replace(tree[head], rest, fn) if rest else fn(tree[head])}
 

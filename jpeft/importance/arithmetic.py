@@ -10,6 +10,7 @@ start is what `jpeft.init` gave, and all must come from one key: factors of LoRA
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from jax import Array
 
 from jpeft.core.errors import UserError
 
-__all__ = ["dare", "task_arithmetic", "ties"]
+__all__ = ["check_alike", "dare", "finite", "in_range", "task_arithmetic", "ties"]
 
 
 def task_arithmetic(start: Any, models: Sequence[Any], weights: Sequence[float] | None = None) -> Any:
@@ -35,12 +36,16 @@ def task_arithmetic(start: Any, models: Sequence[Any], weights: Sequence[float] 
       A pytree like `start`. Leaves that are not floats, such as indices, are its own.
 
     Raises:
-      UserError: if there are no models, one is not like the start or not finite, leaves that are not floats differ, or
-        the number of weights does.
+      UserError: if there are no models, one is not like the start or not finite, leaves that are not floats differ, the
+        number of weights does, or the result is not finite.
     """
     weights = _weights(models, weights)
     vectors = [_vector(start, model, f"model {i}") for i, model in enumerate(models)]
-    return _moved(start, lambda *parts: sum(w * x for w, x in zip(weights, parts, strict=True)), *vectors)
+
+    def added(*parts: np.ndarray) -> Any:
+        return sum(w * x for w, x in zip(weights, parts, strict=True))
+
+    return _moved(start, added, f"weights {weights}", *vectors)
 
 
 def ties(start: Any, models: Sequence[Any], density: float = 0.2, scale: float = 1.0) -> Any:
@@ -59,10 +64,11 @@ def ties(start: Any, models: Sequence[Any], density: float = 0.2, scale: float =
       A pytree like `start`.
 
     Raises:
-      UserError: as `task_arithmetic`, or if `density` is not above 0 and at most 1, or `scale` is not finite.
+      UserError: as `task_arithmetic`, or if there are no entries, `density` is not above 0 and at most 1, or `scale` is
+        not finite.
     """
     _check_density(density)
-    if not math.isfinite(scale):
+    if not finite(scale):
         raise UserError(f"scale must be a finite number, got {scale}")
     _weights(models, None)
     vectors = [_trimmed(_vector(start, model, f"model {i}"), density) for i, model in enumerate(models)]
@@ -72,7 +78,7 @@ def ties(start: Any, models: Sequence[Any], density: float = 0.2, scale: float =
         agree = (np.sign(stacked) == np.sign(stacked.sum(0))) & (stacked != 0)
         return scale * np.where(agree, stacked, 0).sum(0) / np.maximum(agree.sum(0), 1)
 
-    return _moved(start, agreed, *vectors)
+    return _moved(start, agreed, f"scale {scale}", *vectors)
 
 
 def dare(key: Array, start: Any, model: Any, density: float = 0.1) -> Any:
@@ -88,19 +94,82 @@ def dare(key: Array, start: Any, model: Any, density: float = 0.1) -> Any:
       A pytree like `start`, to be given to `task_arithmetic` or `ties` in the place of the model.
 
     Raises:
-      UserError: as `task_arithmetic`, or if `density` is not above 0 and at most 1.
+      UserError: as `task_arithmetic`, or if `density` is not above 0 and at most 1, or `key` is several keys.
     """
     _check_density(density)
-    drawn = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    seed = np.asarray(jax.random.key_data(key))
+    if seed.ndim != 1:
+        raise UserError(f"expected one key, got an array of keys of shape {seed.shape[:-1]}")
+    drawn = np.random.default_rng(seed)
     vector = _vector(start, model, "the model")
-    return _moved(start, lambda x: np.where(drawn.random(x.shape, np.float32) < density, x / density, 0), vector)
+
+    def thinned(x: np.ndarray) -> np.ndarray:
+        return np.where(drawn.random(x.shape, np.float32) < density, x / density, 0)
+
+    return _moved(start, thinned, f"density {density}", vector)
+
+
+def check_alike(start: Any, model: Any, name: str, first: str = "the start", dtypes: bool = True) -> None:
+    """Checks that two pytrees can be combined.
+
+    Args:
+      start: a pytree of arrays.
+      model: another one.
+      name: of the model, for the message.
+      first: of the start, likewise.
+      dtypes: whether floats of different dtypes are refused.
+
+    Raises:
+      UserError: if their structures, shapes or dtypes differ, leaves that are not floats do, or one is not finite.
+    """
+    if jax.tree.structure(start) != jax.tree.structure(model):
+        raise UserError(f"{name} has other leaves than {first}: expected both of one method, or both merged")
+
+    def check(path: tuple[Any, ...], a: Any, b: Any) -> None:
+        at = _at(path)
+        (old, new), floats = (jnp.result_type(a), jnp.result_type(b)), _is_float(a) and _is_float(b)
+        if np.shape(a) != np.shape(b) or (old != new and (dtypes or not floats)):
+            raise UserError(f"{name}, {at}: expected {np.shape(a)} of {old}, got {np.shape(b)} of {new}")
+        if not floats and not np.array_equal(a, b):
+            raise UserError(f"{name}, {at}: {old} leaves must be those of {first}")
+        for whose, x in ((first, a), (name, b)) if floats else ():
+            if not np.isfinite(np.asarray(x)).all():
+                raise UserError(f"{whose}, {at} is not finite")
+
+    jax.tree_util.tree_map_with_path(check, start, model)
+
+
+def in_range(path: tuple[Any, ...], wide: np.ndarray, dtype: Any, told: str) -> Array:
+    """An array in a dtype; `told` is what it was computed with.
+
+    Raises:
+      UserError: if it is not finite there.
+    """
+    with np.errstate(over="ignore"):
+        found = jnp.asarray(wide, dtype)
+    if not bool(jnp.isfinite(found).all()):
+        raise UserError(f"{_at(path)}, with {told}: the result is not finite in {found.dtype}")
+    return found
+
+
+def finite(x: float) -> bool:
+    """Whether a number is finite as a float; an integer may be too large for one."""
+    return abs(x) <= sys.float_info.max
+
+
+def _at(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "the only leaf"
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
 def _weights(models: Sequence[Any], weights: Sequence[float] | None) -> list[float]:
     if not len(models):
         raise UserError("expected at least one model, got none")
     found = [1 / len(models)] * len(models) if weights is None else list(weights)
-    if len(found) != len(models) or not all(map(math.isfinite, found)):
+    if len(found) != len(models) or not all(map(finite, found)):
         raise UserError(f"expected a finite weight for each of {len(models)} models, got {found}")
     return found
 
@@ -112,21 +181,15 @@ def _check_density(density: float) -> None:
 
 def _vector(start: Any, model: Any, name: str) -> Any:
     """Model less start in float32; zeros for leaves that are not floats."""
-    if jax.tree.structure(start) != jax.tree.structure(model):
-        raise UserError(f"{name} has other leaves than the start: expected both of one method, or both merged")
+    check_alike(start, model, name)
 
     def less(path: tuple[Any, ...], a: Any, b: Any) -> np.ndarray:
-        where = f"{name}, {jax.tree_util.keystr(path, simple=True, separator='/')}"
-        if (np.shape(a), jnp.result_type(a)) != (np.shape(b), jnp.result_type(b)):
-            raise UserError(f"{where}: expected {np.shape(a)} of {jnp.result_type(a)}, got {np.shape(b)} of "
-                            f"{jnp.result_type(b)}")  # fmt: skip
-        if not jnp.issubdtype(jnp.result_type(a), jnp.floating):
-            if not np.array_equal(a, b):
-                raise UserError(f"{where}: {jnp.result_type(a)} leaves must be those of the start")
+        if not _is_float(a):
             return np.zeros(np.shape(a), np.float32)
-        added = np.asarray(b, np.float32) - np.asarray(a, np.float32)
+        with np.errstate(over="ignore"):
+            added = np.asarray(b, np.float32) - np.asarray(a, np.float32)
         if not np.isfinite(added).all():
-            raise UserError(f"{where} is not finite")
+            raise UserError(f"{name}, {_at(path)} is so far from the start that float32 cannot hold the difference")
         return added
 
     return jax.tree_util.tree_map_with_path(less, start, model)
@@ -134,16 +197,22 @@ def _vector(start: Any, model: Any, name: str) -> Any:
 
 def _trimmed(vector: Any, density: float) -> Any:
     """The largest entries of a whole task vector, 0 in the place of the others."""
-    sizes = np.concatenate([np.abs(x).ravel() for x in jax.tree.leaves(vector)])
+    sizes = np.concatenate([np.zeros(0, np.float32), *(np.abs(x).ravel() for x in jax.tree.leaves(vector))])
+    if not sizes.size:
+        raise UserError("expected models with entries to choose from, got none")
     kept = math.ceil(density * sizes.size)
     least = np.partition(sizes, sizes.size - kept)[sizes.size - kept]
     return jax.tree.map(lambda x: np.where(np.abs(x) >= least, x, 0), vector)
 
 
-def _moved(start: Any, by: Callable[..., Any], *vectors: Any) -> Any:
-    def move(a: Any, *parts: np.ndarray) -> Any:
-        if not jnp.issubdtype(jnp.result_type(a), jnp.floating):
-            return a
-        return jnp.asarray(np.asarray(a, np.float32) + by(*parts), jnp.result_type(a))
+def _moved(start: Any, by: Callable[..., Any], told: str, *vectors: Any) -> Any:
+    """The start plus a function of the vectors; `told` is what that depends on, for messages."""
 
-    return jax.tree.map(move, start, *vectors)
+    def move(path: tuple[Any, ...], a: Any, *parts: np.ndarray) -> Any:
+        if not _is_float(a):
+            return a
+        with np.errstate(over="ignore", invalid="ignore"):
+            moved = np.asarray(a, np.float32) + by(*parts)
+        return in_range(path, moved, jnp.result_type(a), told)
+
+    return jax.tree_util.tree_map_with_path(move, start, *vectors)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.core.errors import UserError
+from jpeft.importance.arithmetic import check_alike, finite, in_range
 
 __all__ = ["fisher_average"]
 
@@ -37,45 +38,57 @@ def fisher_average(
         share, such as the head. The first one is the target.
       fishers: the Fisher information of each, from `jpeft.fisher` at the trained parameters.
       weights: the weight of each model: above 0 for the target, 0 or more for the others. None means 1 each.
-      floor: the lower bound on the target's information, as a fraction of the norm of that information.
+      floor: the lower bound on the target's information, above 0, as a fraction of the norm of that information.
       normalize: whether the information of each model is divided by its norm first.
 
     Returns:
-      A pytree like the models, with the dtypes of the first.
+      A pytree like the models, with the dtypes of the first; computed in float64. Leaves that are not floats, such as
+      indices, are its own.
 
     Raises:
-      UserError: if there are no models, their shapes differ, the numbers of models, Fishers and weights differ, or the
-        information of a model is all zero or not finite.
+      UserError: if there are no models, their shapes differ, the numbers of models, Fishers and weights differ, a model
+        is not finite, leaves that are not floats differ, or the information of a model is all zero, or negative or not
+        finite somewhere.
     """
     models, fishers = list(models), list(fishers)
     weights = [1.0] * len(models) if weights is None else list(weights)
     if not models or not len(models) == len(fishers) == len(weights):
         raise UserError(f"expected a Fisher and a weight per model, got {len(models)} models, {len(fishers)} Fishers "
                         f"and {len(weights)} weights")  # fmt: skip
-    if not all(0 <= weight < math.inf for weight in weights) or not weights[0] > 0 or not floor > 0:
+    if not all(x >= 0 and finite(x) for x in (*weights, floor)) or not weights[0] > 0 or not floor > 0:
         raise UserError(
-            f"weights must be 0 or more, the first weight and floor above 0, got weights {weights} and floor {floor}"
+            f"weights must be 0 or more and finite, the first weight and floor above 0, got weights {weights!r:.100} "
+            f"and floor {floor!r:.40}"
         )
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (*models, *fishers)]
     if any(shape != shapes[0] for shape in shapes):
         raise UserError("the models and their Fisher information must all have the same structure and shapes")
-    norms = [_norm(information) for information in fishers]
-    for i, norm in enumerate(norms):
-        if not 0 < norm < math.inf:
-            raise UserError(f"the Fisher information of model {i} has norm {norm}: expected a positive finite number")
+    for i, model in enumerate(models):
+        check_alike(models[0], model, f"model {i}", "model 0", dtypes=False)
+    norms = [_norm(information, i) for i, information in enumerate(fishers)]
     scales = [weight / norm if normalize else weight for weight, norm in zip(weights, norms, strict=True)]
+    least = floor * norms[0]
 
-    def merged(*leaves: Any) -> Any:
-        own, information = leaves[: len(models)], list(leaves[len(models) :])
-        information[0] = jnp.maximum(information[0], floor * norms[0])
-        shares = [scale * f for scale, f in zip(scales, information, strict=True)]
-        total = sum(share * x for share, x in zip(shares, own, strict=True)) / sum(shares)
-        return jnp.asarray(total, own[0].dtype)
+    def merged(path: tuple[Any, ...], *leaves: Any) -> Any:
+        own, information = leaves[: len(models)], leaves[len(models) :]
+        if not jnp.issubdtype(jnp.result_type(own[0]), jnp.floating):
+            return own[0]
+        total, weight = np.zeros(np.shape(own[0])), np.zeros(np.shape(own[0]))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for i, (scale, x, f) in enumerate(zip(scales, own, information, strict=True)):
+                share = scale * np.maximum(np.asarray(f, np.float64), 0.0 if i else least)
+                total, weight = total + share * np.asarray(x, np.float64), weight + share
+            return in_range(path, total / weight, jnp.result_type(own[0]), f"weights {weights} and floor {floor}")
 
-    return jax.tree.map(merged, *models, *fishers)
+    return jax.tree_util.tree_map_with_path(merged, *models, *fishers)
 
 
-def _norm(information: Any) -> float:
+def _norm(information: Any, i: int) -> float:
     """The norm over all entries, in float64: the square of a small entry is 0 in float32."""
-    flat = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(information)]
-    return float(np.linalg.norm(np.concatenate(flat))) if flat else 0.0
+    flat = np.concatenate([np.zeros(0), *(np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(information))])
+    if not (flat >= 0).all() or not np.isfinite(flat).all():
+        raise UserError(f"the Fisher information of model {i} has entries that are negative or not finite")
+    norm = float(np.linalg.norm(flat))
+    if not 0 < norm < math.inf:
+        raise UserError(f"the Fisher information of model {i} has norm {norm}: expected a positive finite number")
+    return norm

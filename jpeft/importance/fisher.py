@@ -183,7 +183,7 @@ def accumulate(
     n, devices = sum(counts), 1 if mesh is None else mesh.size
     mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)  # axes whose sharding XLA works out
     done = 0 if start is None else start.done
-    _check(n, tree, labels, values, key, ids, microbatch, done)
+    _check(n, tree, labels, values, key, ids, microbatch, memory_limit_bytes, done)
     lead = (2,) if values == "moments" else ()
     total = jax.tree.map(
         lambda x: jnp.asarray(np.zeros((*lead, *x.shape), jnp.promote_types(x.dtype, jnp.float32))), tree
@@ -243,10 +243,12 @@ def _count(group: Any) -> int:
 
 def _check(
     n: int, tree: Any, labels: str, values: str, key: Array | None, ids: Sequence[int] | None, microbatch: int | None,
-    done: int,
+    limit: int | None, done: int,
 ) -> None:  # fmt: skip
-    if n == 0 or (microbatch is not None and microbatch < 1):
+    if n == 0 or (microbatch is not None and (microbatch < 1 or microbatch % 1)):
         raise UserError(f"Fisher information needs examples and a microbatch of at least 1, got {n} and {microbatch}")
+    if limit is not None and not limit >= 0:
+        raise UserError(f"memory_limit_bytes must be 0 or more, got {limit}")
     for name, value, known in (("labels", labels, LABELS), ("values", values, VALUES)):
         if value not in known:
             raise UserError(f"{name} {value!r} is unknown: {nearest(str(value), known)}")
@@ -269,7 +271,7 @@ def _check_output(out: Any, labels: str) -> None:
     """Checks that the output is what the labels need: a loss, or logits."""
     wanted, dims = ("a scalar loss", 0) if labels == "empirical" else ("logits [num_labels]", 1)
     shape, kind = getattr(out, "shape", None), getattr(out, "dtype", None)
-    if shape is None or kind is None or len(shape) != dims or not jnp.issubdtype(kind, jnp.floating):
+    if shape is None or kind is None or len(shape) != dims or 0 in shape or not jnp.issubdtype(kind, jnp.floating):
         found = type(out).__name__ if shape is None else f"{kind} {list(shape)}"
         raise UserError(f"with labels {labels!r}, fn must return {wanted} of one example as floats, got {found}")
 

@@ -41,7 +41,7 @@ def top(scores: Any, k: int) -> Any:
       A pytree like `scores` with int32 arrays of sorted flat indices, empty where nothing is selected.
 
     Raises:
-      UserError: if k is out of range or not an integer, or a score is NaN.
+      UserError: if k is out of range or not an integer, or a score is NaN or complex.
 
     >>> import jax.numpy as jnp
     >>> mask = top({"a": jnp.array([[3.0, 1.0], [4.0, 1.0]]), "b": jnp.array([5.0, 1.0])}, k=4)
@@ -51,6 +51,8 @@ def top(scores: Any, k: int) -> Any:
     leaves, treedef = jax.tree.flatten(scores)
     _check_budget(k, [math.prod(x.shape) for x in leaves])
     leaves = [np.asarray(x) for x in leaves]
+    if any(np.iscomplexobj(x) for x in leaves):
+        raise UserError("the scores are complex, which have no order: expected real numbers")
     if any(np.isnan(x).any() for x in leaves):
         raise UserError("the scores contain NaN")
     if k == 0:

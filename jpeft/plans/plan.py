@@ -54,6 +54,9 @@ def make(method: str, **options: Any) -> Transform | Chain:
         if not any(_is(value, kind) for kind in kinds):
             wanted = " or ".join(_WORDS.get(kind, _WORDS.get(get_origin(kind) or kind, str(kind))) for kind in kinds)
             raise UserError(f"{name} must be {wanted}, got {value!r:.60}")
+    layers = options.get("layers") or ()
+    if len(set(layers)) < len(layers):
+        raise UserError(f"layers names a layer twice: {layers!r:.60}")
     return factory(**options)
 
 
@@ -151,28 +154,32 @@ def build(modules: Plan | Spec, rates: Mapping[str, float] | None = None) -> Cha
     """The transform of a plan, or of its `spec`.
 
     Args:
-      modules: the plan.
+      modules: the plan. An empty spec, [], is the plain model.
       rates: {method: factor}, which multiplies the learning rates of the method's leaves, so that modules of different
         kinds can each train at their own rate. 1 for any other method.
 
     Raises:
-      UserError: if a layer, an entry or a rate is not one, or an option does not fit.
+      UserError: if a layer, an entry or a rate is not one, no layer has a module, or an option does not fit.
     """
     if isinstance(modules, dict):
         for layer, entries in modules.items():
             _check_layer(layer, entries)
+        if not any(modules.values()):
+            raise UserError("the plan has no module in any layer: for the plain model, build the empty list []")
         groups = spec(modules)
-    else:
+    elif isinstance(modules, list | tuple):
         groups = modules
         for group in groups:
-            if not isinstance(group, Mapping) or not {"method", "options"} <= set(group):
+            if not isinstance(group, Mapping) or set(group) != {"method", "options"} or not _is_module(**group):
                 shape = '{"method": ..., "options": {...}}'
                 raise UserError(f"expected groups {shape}, as of jpeft.plans.plan.spec, got {group!r:.80}")
+    else:
+        raise UserError(f"expected a plan, {{layer: [jpeft.Entry, ...]}}, or its spec, got {modules!r:.60}")
     factors = {} if rates is None else rates
     if not isinstance(factors, Mapping):
         raise UserError(f"rates must be {{method: positive factor}}, got {factors!r:.60}")
     for name, factor in factors.items():
-        if name not in METHODS or not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+        if name not in METHODS or not _is(factor, float) or not factor > 0:
             raise UserError(f"rates must be {{method: positive factor}}, got {name!r:.40}: {factor!r:.40}")
     made = ((make(group["method"], **group["options"]), factors.get(group["method"], 1.0)) for group in groups)
     return chain(*(_faster(member, factor) for transform, factor in made for member in members(transform)))
@@ -186,11 +193,18 @@ def _check_layer(layer: Any, entries: Any) -> None:
         raise UserError(f"a plan maps layers, counted from 0, to their modules: got layer {layer!r:.40}")
     if not isinstance(entries, Sequence) or not all(isinstance(entry, Entry) for entry in entries):
         raise UserError(f"layer {layer}: expected a list of jpeft.Entry, got {entries!r:.80}")
+    odd = next((entry for entry in entries if not _is_module(*entry)), None)
+    if odd is not None:
+        raise UserError(f"layer {layer}: expected the name of a method and {{option: value}}, got {odd!r:.80}")
     if len(entries) > MOST:
         raise UserError(f"layer {layer} has {len(entries):,} modules: expected at most {MOST}")
     for entry in entries:
         if "layers" in entry.options:
             raise UserError(f"layer {layer}: the plan sets the layers, so drop the option 'layers' of {entry.method}")
+
+
+def _is_module(method: Any, options: Any) -> bool:
+    return isinstance(method, str) and isinstance(options, Mapping) and all(isinstance(name, str) for name in options)
 
 
 def _faster(member: Transform, factor: float) -> Transform:
@@ -265,7 +279,7 @@ def loads(text: str, source: str = "plan") -> Plan:
 def _is_entry(raw: Any) -> bool:
     if not isinstance(raw, dict) or not {"method"} <= set(raw) <= {"method", "options"}:
         return False
-    return isinstance(raw["method"], str) and isinstance(raw.get("options", {}), dict)
+    return _is_module(raw["method"], raw.get("options", {}))
 
 
 def read(name_or_path: str) -> Plan:

@@ -5,9 +5,27 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jpeft.core.files import Kind
+
 __all__ = ["REPORT", "average", "compare", "markdown", "no_better", "plan_lines", "spread"]
 
-REPORT = "report of a run"  # the kind of the record report.json
+# The record report.json. An entry that only the page shows need not be here: the page is made with the report.
+REPORT = Kind(
+    "report of a run",
+    {
+        "task": str, "method": str, "model": str, "split": str, "primary_metric": str, "command": str | None,
+        "metrics": {
+            "mean": dict[str, float], "std": dict[str, float | None],
+            "per_seed": [{"seed": int, "last": dict[str, float]}],
+        },
+        "baseline": {"answer": str, "metrics": dict[str, float]},
+        "examples": {"train": int, "evaluation": int},
+        "recipe": {"num_epochs": int},
+        "data": dict[str, str] | None,
+        "parameters": {"trainable_percent": float, "added_percent": float},
+        "examples_per_second": float,
+    },
+)  # fmt: skip
 
 _COUNTS = {
     "base": "base parameters (encoder and pooler)",
@@ -202,7 +220,7 @@ def _differences(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     # Of the same task and size, and yet others: the user's own files may all be called "custom".
     data: dict[str, set[tuple[str, ...]]] = {}
     for report in reports:
-        if "data" in report:  # which earlier versions left out
+        if report.get("data"):  # which earlier versions left out
             data.setdefault(report["task"], set()).add(tuple(report["data"].values()))
     other = [task for task, seen in data.items() if len(seen) > 1]
     told = [f"the data of {task}" for task in other]

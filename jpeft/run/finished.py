@@ -5,7 +5,7 @@ import platform
 import resource
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import flax
 import jax
@@ -31,7 +31,6 @@ __all__ = ["Result", "count", "peak_memory", "read", "save", "write"]
 
 PICTURE, CURVES = "choice.png", "curves.png"
 RECIPE = ("num_epochs", "batch_size", "max_length", "dtype", "warmup_ratio", "weight_decay", "export")
-RESULT = "result of one seed"  # the kind of the record
 
 
 class Result(NamedTuple):
@@ -64,6 +63,17 @@ class Result(NamedTuple):
     others: dict[str, dict[str, float]]
 
 
+RESULT = files.Kind(
+    "result of one seed",
+    {
+        **get_type_hints(Result),
+        "history": [{"step": int, "epoch": int}],
+        "parameters": dict[str, float],
+        "seconds": {"train": float, "evaluate": float},
+    },
+)
+
+
 def save(path: Path, result: Result) -> None:
     """Writes the result of one seed."""
     files.write_record(path, RESULT, result._asdict())
@@ -76,8 +86,8 @@ def read(path: Path) -> Result:
       UserError: if the file is not such a result, or was changed.
     """
     found = files.read_record(path, RESULT)
-    if set(found) != set(Result._fields):
-        raise UserError(f"{path} is not a result of this version of jpeft")
+    if set(found) != set(Result._fields) or not found["history"]:
+        raise UserError(f"{path} is not a {RESULT.name} of this version of jpeft")
     return Result(**found)
 
 

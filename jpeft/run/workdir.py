@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -27,7 +27,6 @@ __all__ = ["Inputs", "begin", "check", "check_config", "inputs", "locked", "owne
 
 SHOWN = 4  # differences in a message
 MOST_PATH = 3000  # bytes; systems take 4,096, and the names of the files below need some
-KIND, INPUTS_KIND = "config of a run", "list of a run's inputs"
 CONFIG, INPUTS, LOCK = "config.json", "inputs.json", ".lock"
 WRITTEN = (CONFIG, INPUTS, "report.json", "report.md", "metrics.jsonl", "curves.png", "choice.png")
 
@@ -60,6 +59,9 @@ class Inputs(NamedTuple):
     base: str
     init_from: str
     results: int
+
+
+KIND, INPUTS_KIND = "config of a run", files.Kind("list of a run's inputs", get_type_hints(Inputs))
 
 
 def inputs(data: Data, base: Pretrained, source: str, task: str = "", init_from: str | None = None) -> Inputs:
@@ -154,7 +156,7 @@ def locked(workdir: Path, warn: Callable[[str], None] = lambda text: None) -> It
 def _is_ours(path: Path) -> bool:
     """Whether a file is the list of a run's inputs, as a copied workdir has it."""
     try:
-        files.read_record(path, INPUTS_KIND)
+        files.read_record(path, INPUTS_KIND.name)  # also that of another version
     except UserError:
         return False
     return True

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from jpeft.core.errors import UserError
-from jpeft.core.files import file_hash, read_leaves, read_record, write_leaves, write_record
-from jpeft.core.transform import Chain, fold
+from jpeft.core.files import Kind, file_hash, read_leaves, read_record, write_leaves, write_record
+from jpeft.core.transform import Chain, checked, fold
 from jpeft.core.tree import flatten, split, union
 from jpeft.data import tokenizer as tokenizers
 from jpeft.data.kinds import KINDS
@@ -30,7 +30,16 @@ from jpeft.version import __version__
 __all__ = ["Saved", "load", "read", "save", "verify"]
 
 WEIGHTS, DESCRIPTION = "modules.safetensors", "jpeft.json"
-KIND = "description of trained modules"
+HEADS = (("classifier", "bias"), ("classifier", "out_proj", "bias"))  # the last leaf of a head, by its path
+KIND = Kind(
+    "description of trained modules",
+    {
+        "format": int, "jpeft": str, "weights": str, "task": str, "labels": list[str], "max_length": int,
+        "num_texts": int, "answers": str | None, "modules": [{"method": str, "options": dict}],
+        "base": {"name": str, "fingerprint": str, "config": str, "tokenizer": str},
+    },
+)  # fmt: skip
+MOST_TOKENS = 2**16  # as `config.train.max_length` has it
 FORMAT = 1  # of the folder; raised when what an earlier version writes cannot be read any more
 
 
@@ -127,22 +136,42 @@ def verify(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} was written by jpeft {description.get('jpeft')}, in a format unknown to {__version__}"
         )
+    _check(folder / DESCRIPTION, description)
     if file_hash(folder / WEIGHTS) != description["weights"]:
         raise UserError(f"{folder / WEIGHTS} was changed or damaged, or belongs to another {DESCRIPTION}")
     return description
+
+
+def _check(path: Path, description: Mapping[str, Any]) -> None:
+    """Raises a UserError if an entry is of the right type, but no trained model can have it."""
+    labels, most = description["labels"], MOST_TOKENS
+    wrong = {
+        "labels": len(set(labels)) < len(labels) and "a name occurs twice",
+        "max_length": not 1 <= description["max_length"] <= most and f"expected a number from 1 to {most:,}",
+        "num_texts": description["num_texts"] not in (1, 2) and "expected 1 for sentences or 2 for pairs",
+    }
+    for name, told in wrong.items():
+        if told:
+            raise UserError(f"{path} is not a {KIND.name}: its {name} is {description[name]!r:.60}, {told}")
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The description of a folder, and its arrays: {"params": the head and what else trained, "peft": folded leaves}.
 
     Raises:
-      UserError: if the folder is not as `save` wrote it, or holds numbers that are not finite.
+      UserError: if the folder is not as `save` wrote it, its description is of other weights, or it holds numbers that
+        are not finite.
     """
     description = verify(folder)
     kept = read_leaves(folder / WEIGHTS)
     bad = next((path for path, x in flatten(kept).items() if not np.isfinite(np.asarray(x)).all()), None)
     if bad is not None:
         raise UserError(f"{folder / WEIGHTS}: {':'.join(bad)} is not finite")
+    checked(build(description["modules"]), kept.get("peft", {}))
+    params, outputs = flatten(kept["params"]) if "params" in kept else {}, len(description["labels"]) or 1
+    bias = next((params[path] for path in HEADS if path in params), np.zeros(0))
+    if bias.shape != (outputs,):
+        raise UserError(f"{folder / DESCRIPTION} has labels for {outputs} outputs, but the head has {bias.size}")
     return description, kept
 
 

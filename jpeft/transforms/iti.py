@@ -109,7 +109,8 @@ def probe(train: np.ndarray, train_labels: np.ndarray, held_out: np.ndarray, hel
       held_out_labels: [m].
 
     Raises:
-      UserError: if the labels are not two classes, or the shapes do not fit.
+      UserError: if the labels are not two classes, the shapes do not fit, no rows are held out, or an activation is not
+        finite.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -121,6 +122,11 @@ def probe(train: np.ndarray, train_labels: np.ndarray, held_out: np.ndarray, hel
         or len(held_out) != len(held_out_labels)
     ):
         raise UserError(f"activations {train.shape} and {held_out.shape} do not fit each other or their labels")
+    if not len(held_out):
+        raise UserError("expected held-out rows to measure the accuracy of the probes on, got none")
+    for name, x in (("train", train), ("held_out", held_out)):
+        if not np.isfinite(x).all():
+            raise UserError(f"the activations in {name} are not finite")
     accuracy = np.zeros(train.shape[1:3])
     for layer, head in np.ndindex(*accuracy.shape):
         fitted = LogisticRegression(max_iter=1000).fit(train[:, layer, head], train_labels)

@@ -99,10 +99,46 @@ def test_leaves_keep_their_types_and_shapes(tmp_path):
 
 def test_numbers_of_64_bits_are_not_cut_down(tmp_path):
     path = tmp_path / "x.safetensors"
-    files.write_leaves(path, {"a": np.array([2**40 + 1]), "b": np.array([1e300])})
+    files.write_leaves(path, {"a": np.array([2**40 + 1]), "b": np.array([1e300]), "c": np.array([0.1, 1.0, np.nan])})
     found = files.read_leaves(path)
     assert (found["a"].dtype, int(found["a"][0])) == (np.int64, 2**40 + 1)
     assert float(found["b"][0]) == 1e300
+    assert found["c"].dtype == np.float64
+    np.testing.assert_array_equal(found["c"], [0.1, 1.0, np.nan])
+
+
+def test_arrays_of_the_other_byte_order(tmp_path):
+    files.write_leaves(tmp_path / "x", {"a": np.array([1.5, -2.0], ">f4"), "b": np.array([3], ">i8")})
+    back = files.read_leaves(tmp_path / "x")
+    assert (back["a"].tolist(), back["b"].tolist()) == ([1.5, -2.0], [3])
+
+
+@pytest.mark.parametrize(
+    ("leaves", "says"),
+    [
+        ({"a:b": np.ones(1), "a": {"b": np.zeros(1)}}, "two leaves have the name 'a:b'"),
+        ({"a:b": {}, "a": {"b": np.zeros(1)}}, "two leaves have the name 'a:b'"),
+        ({"a:b": np.ones(1), "a": np.zeros(1)}, "'a' is a leaf and holds others"),
+        ({"a": {1: np.ones(1)}}, "the keys of leaves must be text, got 1"),
+        ({"a": {None: {}}}, "the keys of leaves must be text, got None"),
+        ({"__metadata__": np.ones(1)}, "has a meaning of its own"),
+        ({"\ud800": np.ones(1)}, "cannot be written as UTF-8"),
+    ],
+)
+def test_keys_that_a_file_cannot_hold(tmp_path, leaves, says):
+    with pytest.raises(UserError, match=says) as caught:
+        files.write_leaves(tmp_path / "x.safetensors", leaves)
+    str(caught.value).encode()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for write in (lambda: files.write_leaves(folder, {"a": np.ones(1)}), lambda: files.write_text(folder, "text")):
+        with pytest.raises(UserError, match="is a folder, where a file is to be written"):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize("leaves", [None, [1], {"a": "text"}, {"a": {"b": None}}])
@@ -158,3 +194,14 @@ def test_lines_of_no_row_are_dropped(tmp_path):
     path.write_bytes(b'{"a": 1}\n[]\n3\n\xff\n{"b": 1}\n{"a": 2}\n')
     files.keep_lines(path, lambda row: row["a"] > 0)
     assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+
+
+def test_a_record_that_lacks_what_its_kind_has_to_hold(tmp_path):
+    path, kind = tmp_path / "x.json", files.Kind("thing", {"name": str, "sizes": list[int], "note": str | None})
+    files.write_record(path, kind, {"name": "a", "sizes": [1, 2], "more": None})
+    assert files.read_record(path, kind) == {"name": "a", "sizes": [1, 2], "more": None}
+    for fields, says in (({"name": "a"}, "it has no sizes"), ({"name": "a", "sizes": [True]}, r"its sizes\.0 is True")):
+        files.write_record(path, kind, fields)
+        with pytest.raises(UserError, match=rf"x\.json is not a thing of this version of jpeft: {says}"):
+            files.read_record(path, kind)
+        assert files.read_record(path, "thing") == fields

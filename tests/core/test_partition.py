@@ -40,6 +40,13 @@ def test_a_name_that_params_do_not_have(toy, key):
         parts_of(toy, jpeft.lora(2), key, "clasifier")
 
 
+def test_leaves_of_another_method(toy, key):
+    leaves = jpeft.init(jpeft.bitfit(), key, toy.sites, toy.params)
+    for given, names in ((leaves, r"\['bitfit_0'\]"), ({}, r"\[\]")):
+        with pytest.raises(UserError, match=rf"leaves of {names} do not fit a transform with \['lora_0'\]"):
+            jpeft.partition(jpeft.lora(2), toy.params, given)
+
+
 def test_only_kernels_decay_where_leaves_are_stacked(toy, key):
     for method in (jpeft.ladder_side(4), jpeft.adamix(2, 4)):
         found = decaying(parts_of(toy, method, key))

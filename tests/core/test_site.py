@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from nets import SITES, D, X
 
@@ -117,9 +118,30 @@ def test_find_where_a_layer_is_missing():
         find(SITES, "out", [0])
 
 
+@pytest.mark.parametrize("layers", [(True,), (0.0,), (0, None), ("0",)])
+def test_layers_that_are_no_integers(layers):
+    with pytest.raises(UserError, match="layers must be integers, got"):
+        find(SITES, "proj", layers)
+
+
+def test_layers_may_be_numpy_integers():
+    assert [site.path for site in find(SITES, "proj", np.arange(1, 2))] == ["blocks_1/proj"]
+
+
 def test_find_with_a_bad_regular_expression():
     with pytest.raises(UserError, match=r"'\(proj' is not a regular expression"):
         find(SITES, "(proj")
+
+
+@pytest.mark.parametrize("pattern", ["(.*)*(.*)*(.*)*query!", "(a|a)+b", "((a.*)?b){3,}", r"\)(x[)]){9}", "[]](a)*"])
+def test_a_pattern_that_would_take_for_ever(pattern):
+    with pytest.raises(UserError, match="repeats a group"):
+        matches(pattern, "encoder/layer_0/attention/query")
+
+
+@pytest.mark.parametrize("pattern", [r"a\)*", "[(b)*]+", "(?:a|b)?", "(a.*)(b*)?", r"[\])]*x", "(a)b*"])
+def test_repeats_that_are_not_of_a_group(pattern):
+    assert matches(pattern, "x") in (True, False)
 
 
 def test_a_pattern_too_deep_for_the_parser():

@@ -1,6 +1,8 @@
 import jax
 import jax.numpy as jnp
+import pytest
 
+from jpeft import UserError
 from jpeft.core import tree
 
 TREE = {"a": {"x/y": jnp.ones((2, 3)), "b": jnp.ones(4)}, "c": jnp.zeros(())}
@@ -24,6 +26,20 @@ def test_replace_copies_the_way_and_shares_the_rest():
     assert new["a"]["b"][0] == 2
     assert TREE["a"]["b"][0] == 1
     assert new["a"]["x/y"] is TREE["a"]["x/y"]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("a/bb/c", "have no 'a/bb/c': did you mean 'b'"),
+        ("c/d", "have no 'c/d': expected those of the whole model"),
+        ("d", "have no 'd': expected one of 'a', 'c'"),
+    ],
+)
+def test_a_path_that_is_not_there(path, says):
+    for call in (lambda: tree.at(TREE, path), lambda: tree.replace(TREE, path, lambda x: x)):
+        with pytest.raises(UserError, match=f"the parameters {says}"):
+            call()
 
 
 def test_sizes():

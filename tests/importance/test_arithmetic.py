@@ -102,8 +102,35 @@ def test_indices_and_dtypes_are_those_of_the_start():
         (lambda: jpeft.ties(START, MODELS, 0.0), "density must be above 0"),
         (lambda: jpeft.ties(START, MODELS, scale=float("inf")), "scale must be a finite number"),
         (lambda: jpeft.dare(jax.random.key(0), START, MODELS[0], 1.5), "density must be above 0"),
+        (lambda: jpeft.task_arithmetic(START, MODELS[:1], [10**400]), "a finite weight for each of 1 models"),
+        (lambda: jpeft.ties(START, [{**START, "a": START["a"] + 1}], scale=10**400), "scale must be a finite number"),
+        (lambda: jpeft.ties({**START, "a": START["a"] * jnp.nan}, MODELS), "the start, a is not finite"),
+        (lambda: jpeft.ties({}, [{}]), "expected models with entries"),
+        (lambda: jpeft.ties({"z": jnp.zeros(0)}, [{"z": jnp.zeros(0)}]), "expected models with entries"),
+        (lambda: jpeft.dare(jax.random.split(jax.random.key(0), 3), START, MODELS[0]), r"one key, got .* shape \(3,\)"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_combined(call, says):
+    with pytest.raises(UserError, match=says):
+        call()
+
+
+def full(value, dtype="float32"):
+    return {"a": {"w": jnp.full(64, value, dtype)}}
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: jpeft.task_arithmetic(full(0), [full(1)], [1e39]), r"a/w, with weights \[1e\+39\]: .* in float32"),
+        (lambda: jpeft.task_arithmetic(full(0), [full(1e38)] * 2, [10, 10]), r"a/w, with weights \[10, 10\]"),
+        (lambda: jpeft.task_arithmetic(full(0, "float16"), [full(6e4, "float16")], [2.0]), "not finite in float16"),
+        (lambda: jpeft.task_arithmetic(jnp.zeros(2), [jnp.ones(2)], [1e39]), "the only leaf, with weights"),
+        (lambda: jpeft.ties(full(0), [full(1e38)], 1.0, scale=100.0), "a/w, with scale 100.0: the result"),
+        (lambda: jpeft.dare(jax.random.key(0), full(0), full(3e38), 0.5), "a/w, with density 0.5: the result"),
+        (lambda: jpeft.task_arithmetic(full(-3e38), [full(3e38)]), "model 0, a/w is so far from the start"),
+    ],
+)  # fmt: skip
+def test_no_infinity_comes_out_of_finite_models(call, says):
     with pytest.raises(UserError, match=says):
         call()

@@ -79,3 +79,42 @@ def test_what_cannot_be_is_refused():
         jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO], [1.0, float("nan")])
     with pytest.raises(UserError, match="information of model 1 has norm 0"):
         jpeft.fisher_average([ONE, TWO], [F_ONE, jax.tree.map(jnp.zeros_like, F_TWO)])
+
+
+def changed(model, name, value):
+    return {**model, name: model[name].at[0].set(value)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_models_that_are_not_finite(value):
+    with pytest.raises(UserError, match="model 1, b is not finite"):
+        jpeft.fisher_average([ONE, changed(TWO, "b", value)], [F_ONE, F_TWO])
+    with pytest.raises(UserError, match="model 0, b is not finite"):
+        jpeft.fisher_average([changed(ONE, "b", value), TWO], [F_ONE, F_TWO])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_information_that_is_none(value):
+    with pytest.raises(UserError, match="information of model 1 has entries that are negative or not finite"):
+        jpeft.fisher_average([ONE, TWO], [F_ONE, changed(F_TWO, "b", value)])
+
+
+def test_weights_and_floors_of_any_size():
+    got = jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO], [1e39, 1.0])
+    np.testing.assert_allclose(got["w"], ONE["w"], rtol=1e-5)
+    large = jax.tree.map(lambda x: jnp.full_like(x, 3e38), ONE)
+    assert jnp.isfinite(jpeft.fisher_average([large, large], [F_ONE, F_TWO])["w"]).all()
+    for weights, floor in (([10**400, 1], 1e-10), ([1, 1], float("inf")), ([1, 1], 10**400)):
+        with pytest.raises(UserError, match="weights must be 0 or more and finite"):
+            jpeft.fisher_average([ONE, TWO], [F_ONE, F_TWO], weights, floor=floor)
+    with pytest.raises(UserError, match=r"with weights \[1e\+300, 1\.0\] and floor 1e-10: the result is not finite"):
+        jpeft.fisher_average([large, large], [F_ONE, F_TWO], [1e300, 1.0])
+
+
+def test_leaves_that_are_not_floats_are_kept_and_must_be_alike():
+    index = lambda at: {"index": jnp.arange(3) + at, "w": jnp.ones(2, jnp.bfloat16)}
+    fishers = [{"index": jnp.ones(3), "w": jnp.ones(2)}] * 2
+    got = jpeft.fisher_average([index(0), index(0)], fishers)
+    assert (got["index"].dtype, got["index"].tolist(), got["w"].dtype) == (jnp.int32, [0, 1, 2], jnp.bfloat16)
+    with pytest.raises(UserError, match="model 1, index: int32 leaves must be those of model 0"):
+        jpeft.fisher_average([index(0), index(1)], fishers)

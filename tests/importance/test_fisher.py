@@ -140,10 +140,25 @@ def test_any_pytree():
     chex.assert_trees_all_close(got, {"a": [jnp.full(2, 4.0)], "b": (jnp.ones(()),)})
 
 
-@pytest.mark.parametrize(("examples", "microbatch"), [(jnp.ones((0,)), None), (jnp.ones(2), 0)])
+@pytest.mark.parametrize(
+    ("examples", "microbatch"),
+    [(jnp.ones((0,)), None), (jnp.ones(2), 0), (jnp.ones(2), 2.5), (jnp.ones(2), float("nan"))],
+)
 def test_nothing_to_measure(examples, microbatch):
     with pytest.raises(UserError, match="needs examples and a microbatch of at least 1"):
         fisher(lambda w, x: w * x, jnp.ones(()), examples, microbatch=microbatch)
+
+
+@pytest.mark.parametrize("limit", [-1, float("nan")])
+def test_a_limit_below_zero(limit):
+    with pytest.raises(UserError, match="memory_limit_bytes must be 0 or more"):
+        fisher(lambda w, x: w * x, jnp.ones(()), jnp.ones(2), memory_limit_bytes=limit)
+
+
+@pytest.mark.parametrize("labels", ["expected", "sampled"])
+def test_logits_of_no_class(labels):
+    with pytest.raises(UserError, match=r"fn must return logits \[num_labels\] .*, got float32 \[0\]"):
+        fisher(lambda w, x: w * jnp.zeros(0), jnp.ones(()), jnp.ones(2), labels=labels, key=jax.random.key(0))
 
 
 def test_a_gradient_that_is_not_finite_names_the_leaf():

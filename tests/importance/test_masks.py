@@ -152,6 +152,8 @@ def test_what_cannot_be_is_refused():
             random(jax.random.key(0), scores, k)
     with pytest.raises(UserError, match="NaN"):
         top({"a": jnp.array([1.0, jnp.nan])}, 1)
+    with pytest.raises(UserError, match="the scores are complex, which have no order"):
+        top({"a": jnp.array([1.0, 2j])}, 1)
     with pytest.raises(UserError, match="does not fit"):
         packed(optax.sgd(0.1), {"a": True}).init({"b": jnp.ones(2)})
 

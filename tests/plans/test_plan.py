@@ -151,6 +151,17 @@ def test_a_module_at_another_size():
         ({0: "lora"}, "layer 0: expected a list of jpeft.Entry"),
         ({0: [Entry("lora", {"layers": [1]})]}, "drop the option 'layers' of lora"),
         ({0: [Entry("lora")] * 65}, "layer 0 has 65 modules"),
+        ({}, "no module in any layer: for the plain model"),
+        ({0: [], 1: []}, "no module in any layer"),
+        ({0: [Entry("lora", None)]}, r"layer 0: expected the name of a method and {option: value}, got Entry\("),
+        ({0: [Entry(["lora"])]}, "layer 0: expected the name of a method"),
+        ({0: [Entry("lora", {1: 2})]}, "layer 0: expected the name of a method"),
+        ({0: [Entry("lora", {"rank_pattern": {"(": 4}})]}, r"pattern '\(' is not a regular expression"),
+        ({0: [Entry("lora", {"alpha_pattern": {"(": 4}})]}, r"pattern '\(' is not a regular expression"),
+        (None, "expected a plan, .*, or its spec, got None"),
+        ([{"method": "lora", "options": {}, "x": 1}], "expected groups"),
+        ([{"method": "lora", "options": None}], "expected groups"),
+        ([{"method": "lora", "options": {"layers": [0, 0]}}], r"layers names a layer twice: \[0, 0\]"),
         ([{}], "expected groups"),
         ([{"method": "lora"}], "expected groups"),
     ],
@@ -160,7 +171,14 @@ def test_what_cannot_be_built(made, says):
         plan.build(made)
 
 
-@pytest.mark.parametrize("rates", [{"lora": float("nan")}, {"lora": "x"}, {"lroa": 1.0}, {"lora": 0}, [1]])
+def test_the_plain_model_is_an_empty_spec():
+    assert plan.build([]).members == ()
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [{"lora": float("nan")}, {"lora": "x"}, {"lroa": 1.0}, {"lora": 0}, [1], {"lora": True}, {"lora": 10**400}],
+)
 def test_rates_that_are_none(rates):
     with pytest.raises(UserError, match="rates must be"):
         plan.build({0: [Entry("lora")]}, rates)

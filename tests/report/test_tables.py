@@ -1,9 +1,11 @@
 import math
+import re
 
 import pytest
 
+from jpeft.core import files
 from jpeft.plans.plan import Entry
-from jpeft.report import tables
+from jpeft.report import __main__, tables
 
 SUMMARY = {0: "| a table |"}
 
@@ -158,6 +160,35 @@ def test_compare_aligns_rows_and_leaves_out_what_a_task_lacks():
 def test_what_makes_runs_hard_to_compare_is_told(changes, says):
     assert says in tables.compare([report(), report(**changes)])
     assert "Not alike" not in tables.compare([report(), report()])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"metrics": None}, "its metrics is None"),
+        ({"metrics": {"mean": {}, "std": {}}}, r"it has no metrics\.per_seed"),
+        ({"metrics": {"mean": {"f1": "high"}, "std": {}, "per_seed": []}}, r"its metrics\.mean\.f1 is 'high'"),
+        ({"metrics": {"mean": {}, "std": {}, "per_seed": [{"seed": 1}]}}, r"it has no metrics\.per_seed\.0\.last"),
+        ({"examples": {"train": 3}}, r"it has no examples\.evaluation"),
+        ({"data": [1]}, r"its data is \[1\]"),
+        ({"task": None}, "its task is None"),
+        ({"examples_per_second": "9"}, "its examples_per_second is '9'"),
+    ],
+)
+def test_a_report_that_no_run_writes_is_one_line(tmp_path, capsys, changes, says):
+    """Its hash is right: anyone can compute it."""
+    files.write_record(tmp_path / "report.json", tables.REPORT, report(**changes))
+    assert __main__.main([str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert re.search(rf"report\.json is not a report of a run of this version of jpeft: {says}", told)
+    assert told.count("\n") == 1
+
+
+def test_a_report_that_a_run_writes_is_read(tmp_path, capsys):
+    for changes in ({}, {"data": None}, {"command": "python"}):
+        files.write_record(tmp_path / "report.json", tables.REPORT, report(**changes))
+        assert __main__.main([str(tmp_path)]) == 0
+        assert "| lora " in capsys.readouterr().out
 
 
 def test_the_summary_is_told_once_if_all_seeds_agree():

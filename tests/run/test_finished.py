@@ -10,8 +10,9 @@ from heard import again, run
 
 import jpeft
 from jpeft.core.errors import UserError
-from jpeft.core.files import read_leaves
+from jpeft.core.files import read_leaves, write_record
 from jpeft.run import experiment
+from jpeft.run.finished import RESULT, Result, read, save
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,30 @@ def test_the_report_says_how_the_run_was_made(finished):
     assert "| train examples | 45 |" in page
     assert "| num epochs | 2 |" in page
     assert "| majority class | " in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"history": None}, ": its history is None"),
+        ({"history": []}, "$"),
+        ({"history": [{}]}, r": it has no history\.0\.step"),
+        ({"summary": 3}, ": its summary is 3"),
+        ({"parameters": {"head": "x"}}, r": its parameters\.head is 'x'"),
+        ({"seconds": {"train": 1.0}}, r": it has no seconds\.evaluate"),
+        ({"files": {"a": 1}}, r": its files\.a is 1"),
+        ({"more": 1}, "$"),
+    ],
+)
+def test_a_result_that_no_seed_writes(tmp_path, changes, says):
+    """Its hash is right: anyone can compute it."""
+    row = {"epoch": 1, "step": 3, "train_loss": 0.3, "accuracy": 0.5}
+    result = Result([row], "| a |", {"base": 3}, {"train": 1.0, "evaluate": 1}, 3, 3, 10, [], "o", {}, {})
+    save(tmp_path / "result.json", result)
+    assert read(tmp_path / "result.json") == result
+    write_record(tmp_path / "result.json", RESULT, {**result._asdict(), **changes})
+    with pytest.raises(UserError, match=f"is not a result of one seed of this version of jpeft{says}"):
+        read(tmp_path / "result.json")
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

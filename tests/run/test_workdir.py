@@ -51,6 +51,25 @@ def test_a_run_that_computed_nothing_leaves_its_workdir_to_another(tmp_path, tin
     assert files.read_record(tmp_path / "config.json", workdirs.KIND)["method"] == "prefix"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("train", None), ("dev", [3]), ("others", []), ("labels", "no"), ("results", True), ("base", 3)]
+)
+def test_a_list_of_inputs_that_no_run_writes(begun, tiny_config, base, name, value):
+    """Its hash is right: anyone can compute it."""
+    read = files.read_record(begun / "inputs.json", workdirs.INPUTS_KIND)
+    lacking = {key: x for key, x in read.items() if key != name}
+    for fields, says in ((lacking, f"it has no {name}"), ({**read, name: value}, f"its {name} is ")):
+        files.write_record(begun / "inputs.json", workdirs.INPUTS_KIND, fields)
+        for use in (
+            lambda: workdirs.begin(begun, tiny_config("lora"), workdirs.inputs(data(), base, "here")),
+            lambda: workdirs.owner(begun, tiny_config("lora"), 11),
+        ):
+            with pytest.raises(UserError, match=f"inputs.json is not a list of .* of this version of jpeft: {says}"):
+                use()
+        with pytest.raises(UserError, match="which holds another run"), workdirs.locked(begun / "runs/mine"):
+            pass
+
+
 def test_a_run_in_another_run_is_refused(begun):
     for inside in ("seed_11/model", "runs/mine"):
         with pytest.raises(UserError, match=r"lies in .*, which holds another run"), workdirs.locked(begun / inside):

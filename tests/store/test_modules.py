@@ -130,6 +130,67 @@ def test_a_folder_of_a_later_format_is_refused(tmp_path, tiny_model):
         jpeft.load(tmp_path)
 
 
+BASE = {"name": "x", "fingerprint": "x", "config": "x"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"format": True}, "this version of jpeft: its format is True"),
+        ({"jpeft": None}, "its jpeft is None"),
+        ({"max_length": "16"}, "its max_length is '16'"),
+        ({"max_length": None}, "its max_length is None"),
+        ({"max_length": -5}, "its max_length is -5, expected a number from 1 to 65,536"),
+        ({"max_length": 10**9}, "its max_length is 1000000000, expected a number from 1"),
+        ({"num_texts": 0}, "its num_texts is 0, expected 1 for sentences or 2 for pairs"),
+        ({"num_texts": 3}, "its num_texts is 3, expected"),
+        ({"num_texts": True}, "its num_texts is True"),
+        ({"labels": ["no", "no"]}, r"its labels is \['no', 'no'\], a name occurs twice"),
+        ({"labels": ["a", "b", "c"]}, "has labels for 3 outputs, but the head has 2"),
+        ({"labels": []}, "has labels for 1 outputs, but the head has 2"),
+        ({"labels": [0, 1]}, r"its labels\.0 is 0"),
+        ({"base": None}, "its base is None"),
+        ({"base": BASE}, r"it has no base\.tokenizer"),
+        ({"base": {**BASE, "tokenizer": 3}}, r"its base\.tokenizer is 3"),
+        ({"modules": None}, "its modules is None"),
+        ({"modules": {}}, r"its modules is \{\}"),
+        ({"modules": [{"method": "lora"}]}, r"it has no modules\.0\.options"),
+        ({"modules": []}, r"leaves of \['lora_0'\] do not fit a transform with \[\]"),
+        ({"modules": [{"method": "pfeiffer", "options": {}}]}, r"do not fit a transform with \['pfeiffer_0'\]"),
+        ({"modules": [{"method": "nope", "options": {}}]}, "method 'nope' is unknown"),
+        ({"task": 3}, "its task is 3"),
+        ({"answers": 3}, "its answers is 3"),
+        ({"answers": "poem"}, "the answers 'poem' are unknown"),
+    ],
+)
+def test_a_description_that_no_run_writes_is_refused(tmp_path, tiny_model, changes, says):
+    """Its hash is right: anyone can compute it."""
+    make(tmp_path, tiny_model, "lora")
+    rewrite(tmp_path, **changes)
+    with pytest.raises(UserError, match=says) as caught:
+        jpeft.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["format", "weights", "base", "task", "labels", "max_length", "num_texts", "modules"])
+def test_a_description_without_an_entry_is_refused(tmp_path, tiny_model, name):
+    make(tmp_path, tiny_model, "lora")
+    description = files.read_record(tmp_path / "jpeft.json", saved.KIND)
+    del description[name]
+    files.write_record(tmp_path / "jpeft.json", saved.KIND, description)
+    with pytest.raises(UserError, match=f"is not a description of trained modules of this version of .* has no {name}"):
+        jpeft.load(tmp_path)
+
+
+def test_weights_without_a_head_are_refused(tmp_path, tiny_model):
+    make(tmp_path, tiny_model, "lora")
+    leaves = files.read_leaves(tmp_path / "modules.safetensors")
+    files.write_leaves(tmp_path / "modules.safetensors", {"peft": leaves["peft"]})
+    rewrite(tmp_path, weights=files.file_hash(tmp_path / "modules.safetensors"))
+    with pytest.raises(UserError, match="has labels for 2 outputs, but the head has 0"):
+        jpeft.load(tmp_path)
+
+
 def test_weights_of_another_folder_are_refused(tmp_path, tiny_model):
     for name in ("one", "two"):
         make(tmp_path / name, tiny_model, "prefix" if name == "one" else "lora")

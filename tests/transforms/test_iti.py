@@ -128,6 +128,13 @@ def test_what_cannot_be_is_refused(trained, probes):
         probe(np.zeros((3, 1, 1, 2)), np.array([0, 1, 2]), np.zeros((1, 1, 1, 2)), np.array([0]))
     with pytest.raises(jpeft.UserError, match="do not fit"):
         probe(np.zeros((2, 1, 1, 2)), np.array([0, 1]), np.zeros((1, 2, 1, 2)), np.array([0]))
+    rows, labels = np.random.default_rng(0).normal(size=(4, 1, 1, 2)), np.array([0, 1, 0, 1])
+    with pytest.raises(jpeft.UserError, match="expected held-out rows"):
+        probe(rows, labels, rows[:0], labels[:0])
+    with pytest.raises(jpeft.UserError, match="activations in train are not finite"):
+        probe(rows * np.nan, labels, rows, labels)
+    with pytest.raises(jpeft.UserError, match="activations in held_out are not finite"):
+        probe(rows, labels, rows * np.inf, labels)
     other = Probes(*(x[:1] for x in probes))
     with pytest.raises(jpeft.UserError, match="1 layers of 16 channels were probed"):
         jpeft.init(iti(other), jax.random.key(0), jpeft.sites(MODEL, ids))

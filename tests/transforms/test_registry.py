@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from typing import Any, NamedTuple
 
 import chex
@@ -15,7 +16,7 @@ from conftest import Toy, randomised, setting
 import jpeft
 from jpeft.core import tree
 from jpeft.core.partition import split
-from jpeft.core.transform import FIXED, members
+from jpeft.core.transform import FIXED, members, stays
 from jpeft.models import Bert, BertConfig
 from jpeft.store import modules as saved
 from jpeft.transforms.registry import METHODS, MODULES
@@ -208,6 +209,20 @@ def test_merged_folded_and_saved_it_gives_the_same_logits(name, tmp_path):
     np.testing.assert_allclose(of_merged, now, atol=1e-5 * (1 + np.abs(now).max()))
     np.testing.assert_allclose(of_saved, now, atol=1e-5)
     chex.assert_trees_all_equal(pretrained(), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_that_are_not_the_model_s_are_one_line(name):
+    method, leaves = METHODS[name].make(**SMALL.get(name, {})), tree.union(*prepared(name))
+    told = r"the parameters have no '\S+': expected"
+    if len(stays(method, leaves)) < len(members(method)):
+        with pytest.raises(jpeft.UserError, match=told):
+            jpeft.merge(method, leaves, {})
+    sites = jpeft.sites(MODEL, IDS, MASK)
+    try:
+        jpeft.init(method, jax.random.key(0), sites, {})  # which not every method reads
+    except jpeft.UserError as error:
+        assert re.match(told, str(error))  # noqa: PT017
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -49,7 +49,7 @@ def masked(name: str, budget: Budget, targets: str, draw: Callable[[Array, Any, 
 
     def merge(leaves: Leaves, params: Params) -> Params:
         where = {(path, parameter): leaf for path, own in leaves.items() for parameter, leaf in own.items()}
-        written = _write({(path, name): at(params, path)[name] for path, name in where}, where)
+        written = _write({(path, name): at(params, f"{path}/{name}") for path, name in where}, where)
         for (path, parameter), w in written.items():
             params = replace(params, f"{path}/{parameter}", lambda _, w=w: w)
         return params
@@ -75,7 +75,7 @@ def _write(params: Chosen, leaves: Mapping[tuple[str, str], Any]) -> dict[tuple[
 def candidates_of(params: Params, sites: Sites, targets: str) -> dict[tuple[str, str], Any]:
     """The parameters whose entries can be chosen, by site path and name."""
     where = find_with_params(sites, targets)
-    return {(site.path, name): at(params, site.path)[name] for site in where for name in own_parameters(site)}
+    return {(site.path, name): at(params, f"{site.path}/{name}") for site in where for name in own_parameters(site)}
 
 
 def budget_of(ratio: float, count: int | None, head_counts: bool) -> Budget:

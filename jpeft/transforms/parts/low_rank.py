@@ -68,6 +68,8 @@ def low_rank(
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
     sizes(rank=rank, **{f"rank_pattern[{pattern!r}]": value for pattern, value in ranks.items()})
     positive(alpha=alpha, **{f"alpha_pattern[{pattern!r}]": value for pattern, value in alphas.items()})
+    for pattern in (*ranks, *alphas):
+        matches(pattern, "")  # is it a regular expression?
     rate(dropout=dropout)
     return LowRank(rank, alpha, targets, layers, dropout, ranks, alphas)
 
