@@ -15,6 +15,7 @@ from jpeft.data.kinds import IGNORED
 from jpeft.run import experiment
 from jpeft.run.console import Console
 from jpeft.serving import export, stream
+from jpeft.workbench import compare
 
 QUIET = Console(quiet=True)
 TAGS, TOPICS = ("B-ANIMAL", "O"), ("dog", "red", "runs")
@@ -212,3 +213,19 @@ def test_words_come_as_lists(trained):
     else:
         with pytest.raises(UserError, match="text 0: expected a sentence, as in training"):
             jpeft.predict(saved, [["the", "dog"]])
+
+
+@pytest.mark.usefixtures("programs_stay")
+def test_cells_of_comparisons_keep_all_answers(config_of, tmp_path, trained):
+    kind, _ = trained
+    own = config_of(kind, num_epochs=1)
+    grid = compare.default({"head": {"method": "head"}}, ("custom",), (1,))
+    grid.run.model = own.model
+    grid.run.data.update({name: value for name, value in own.data.to_dict().items() if value is not None})
+    grid.run.train.update(num_epochs=1, max_length=8, learning_rate=0.1)
+    list(compare.run_all(grid, tmp_path / "cells", tmp_path / "runs", QUIET))
+    (outcome,) = compare.outcomes(grid, tmp_path / "cells")
+    written = json.loads((tmp_path / "cells" / "custom-head-1.json").read_text())
+    assert outcome.score() == pytest.approx(written["metrics"][outcome.task.primary])
+    rows = np.arange(len(outcome.labels))[::-1]  # a draw of the bootstrap has the rows in any order
+    assert outcome.score(rows) == pytest.approx(outcome.score())
