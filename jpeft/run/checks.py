@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.tree import flatten
+from jpeft.data import hub
 from jpeft.data.tasks import TASKS
 from jpeft.plans import plan as plans
 from jpeft.run import config as configs
@@ -17,7 +18,7 @@ __all__ = ["check", "check_names"]
 
 MOST_SEEDS = 1000
 ITEMS = {"candidates": str, "sizes": float, "text": str}  # what the tuples among the fields hold
-OWN = {"train": "a CSV, TSV, JSON lines or parquet file", "text": "one or two column names"}
+OWN = {"train": "a CSV, TSV, JSON lines, parquet or CoNLL file", "text": "one or two column names"}
 
 
 def check(config: Config) -> None:
@@ -149,6 +150,9 @@ def _check_data(config: Config) -> None:
     ]
     if unread:
         raise UserError(f"config.data.{unread[0]} is set, but config.task {config.task!r} does not read it: drop it")
+    for name in hub.SPLITS:
+        if config.data.hub is not None and name in given:
+            raise UserError(f"config.data.{name} is set, and so is config.data.hub, which has its own splits: drop one")
     if config.data.validation is not None:
         for name in ("validation_fraction", "split_seed"):
             if name in given:
@@ -156,7 +160,7 @@ def _check_data(config: Config) -> None:
     if config.data.kind == "regression" and config.data.labels is not None:
         raise UserError("config.data.labels is set, but a regression has no classes: drop one")
     if config.task == configs.CUSTOM:
-        for name in ("train", "text"):
+        for name in ("train", "text") if config.data.hub is None else ("text",):
             if not config.data[name]:
                 raise UserError(f"config.task 'custom' needs config.data.{name}: expected {OWN[name]}")
 

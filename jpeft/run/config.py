@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from jpeft.core.errors import UserError, nearest
-from jpeft.data import tasks
+from jpeft.data import hub, tasks
 from jpeft.data.custom import custom
 from jpeft.data.task import Task
 from jpeft.plans import plan as plans
@@ -51,7 +51,9 @@ def default(task: str, method: str) -> Config:
     `train.max_train_examples` all, `fishpal.plan` the plan that `fishpal.criterion` finds,
     `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
 
-    `data.kind` is that of the answers in files of the user's own: classification, regression, multilabel or tagging.
+    `data.hub` is a data set of the Hugging Face hub, in the place of files: "owner/name", "owner/name:config", or a
+    folder that `datasets` reads. `data.kind` is that of the answers in data of the user's own: classification,
+    regression, multilabel or tagging.
     `train.export` says which epoch's modules are saved in the end: the last, or the best on the evaluation split.
     `train.padded_lengths` is how many lengths the rows of one batch are padded to at most: by default 4 on a CPU, where
     tokens are dear, and 1 elsewhere, where short parts leave the device idle. Batches are random in any case.
@@ -68,6 +70,7 @@ def default(task: str, method: str) -> Config:
             "init_from": placeholder(str),
             "data": {
                 "path": placeholder(str),
+                "hub": placeholder(str),
                 "train": placeholder(str),
                 "validation": placeholder(str),
                 "test": placeholder(str),
@@ -226,8 +229,10 @@ def task_of(config: Config) -> Task:
     data = config.data
     if config.task == CUSTOM:
         labels = None if data.labels is None else listed(tuple(map(str, data.labels)))
+        files = {name: data[name] for name in hub.SPLITS} if data.hub is None else hub.fetch(data.hub)
         return custom(
-            data.train, listed(data.text), data.label or "label", validation=data.validation, test=data.test,
+            files["train"], listed(data.text), data.label or "label", validation=files.get("validation"),
+            test=files.get("test"),
             labels=labels, kind=data.kind, validation_fraction=data.validation_fraction,
             split_seed=data.split_seed,
         )  # fmt: skip

@@ -55,3 +55,13 @@ def test_fresh_leaves(key):
     assert jax.tree.map(jnp.shape, leaves) == {"kernel": (2000, 1), "bias": (1,)}
     assert float(leaves["kernel"].std()) == pytest.approx(0.02, rel=0.1)
     assert not leaves["bias"].any()
+
+
+def test_in_double_precision_nothing_is_rounded_to_single():
+    with jax.enable_x64(True):
+        double = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in LEAVES.items()}
+        now = gate_value(jnp.asarray(np.asarray(X, np.float64)), double, None)
+        assert now.dtype == jnp.float64
+        kernel, bias = (np.asarray(LEAVES[name], np.float64) for name in ("kernel", "bias"))
+        z = np.asarray(X, np.float64) @ kernel + bias
+        np.testing.assert_allclose(now[:, 0, 0], (1 / (1 + np.exp(-z))).mean((1, 2)), rtol=1e-14)

@@ -43,7 +43,8 @@ def gate_value(x: Array, leaves: Leaves, mask: Array | None) -> Array:
       [b, 1, 1] in the dtype of x; 0 for a row without a real token.
     """
     kernel, bias = leaves["kernel"].astype(x.dtype), leaves["bias"].astype(x.dtype)
-    opened = jax.nn.sigmoid(x @ kernel + bias.reshape(1, 1, 1)).astype(jnp.float32)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    opened = jax.nn.sigmoid(x @ kernel + bias.reshape(1, 1, 1)).astype(wide)
     if mask is None:
         return opened.mean(1, keepdims=True).astype(x.dtype)
     real = jnp.pad(mask > 0, ((0, 0), (x.shape[1] - mask.shape[1], 0)), constant_values=True)[..., None]
