@@ -192,10 +192,12 @@ def _find(name: str, revision: str | None) -> tuple[Path, str]:
     if not name:
         raise UserError("the name of the model is empty; expected a folder, a name on the hub, or 'minilm'")
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # which, unlike the path's own, is False for a name too long
         return path, str(path.resolve())
-    if path.exists() or name.startswith((".", "/", "~")):
-        raise UserError(f"{name!r} {'is a file' if path.exists() else 'does not exist'}; expected a model's folder")
+    if os.path.exists(path) or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"{name!r} {'is a file' if os.path.exists(path) else 'does not exist'}; expected a model's folder"
+        )
     import huggingface_hub  # slow to import, and only this needs it
 
     patterns = ["config.json", _WEIGHTS, _INDEX, "model-*-of-*.safetensors", *_TOKENIZER]

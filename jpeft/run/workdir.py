@@ -96,7 +96,10 @@ def _joined(rows: tuple[np.ndarray, ...]) -> np.ndarray:
 
 
 def _modules(folder: str | None) -> str:
-    return "" if folder is None else verify(Path(folder))["weights"]
+    try:
+        return "" if folder is None else verify(Path(folder))["weights"]
+    except UserError as error:
+        raise UserError(f"config.init_from: {error}") from None
 
 
 @contextmanager
@@ -167,13 +170,17 @@ def owner(workdir: Path, config: Config, seed: int) -> str:
 
     Its checkpoints and its result carry it, so that those of another seed, config or input do not pass for its own.
     """
-    known = _json(config)
-    known.pop("seeds", None)
-    known["train"].pop("together", None)
+    known = {name: value for name, value in _chosen(config).items() if name not in ("seeds", "train.together")}
     inputs = workdir / INPUTS
     read = files.read_record(inputs, INPUTS_KIND) if inputs.is_file() else {}
     read.pop("source", None)
     return hashlib.sha256(json.dumps([seed, known, read], sort_keys=True).encode()).hexdigest()
+
+
+def _chosen(config: Config) -> dict[str, Any]:
+    """The fields that are not the defaults, by name: those that a later version adds change nothing."""
+    standard, now = (flatten_dict(_json(x), sep=".") for x in (configs.default(config.task, config.method), config))
+    return {name: value for name, value in now.items() if name not in standard or value != standard[name]}
 
 
 def check_config(workdir: Path, config: Config) -> None:
@@ -194,6 +201,8 @@ def check_config(workdir: Path, config: Config) -> None:
     if isinstance(read.get("train"), dict):
         read["train"]["together"] = now["train"]["together"]  # which changes no result
     old, new = (flatten_dict(x, sep=".") for x in (read, now))
+    added = {name: value for name, value in new.items() if name not in old and name not in _chosen(config)}
+    old |= added  # fields of a later version, which are as they always were
     differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if differ:
         told = "; ".join(f"config.{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differ[:SHOWN])

@@ -49,9 +49,11 @@ def default(
       a run's config for single tasks.
 
     Raises:
-      UserError: if the name of a variant has a dot in it, as those of fields on the command line do.
+      UserError: if the name of a variant is there twice, or has a dot in it, as those of fields on the command line do.
     """
     if not isinstance(variants, Mapping):
+        if twice := next((name for name in variants if list(variants).count(name) > 1), None):
+            raise UserError(f"the variant {twice!r} is named twice")
         variants = {name: {"method": name} for name in variants}
     if dotted := [name for name in variants if "." in name]:
         raise UserError(f"the variant {dotted[0]!r} has a dot in its name: choose one without")

@@ -70,6 +70,28 @@ def test_a_list_of_inputs_that_no_run_writes(begun, tiny_config, base, name, val
             pass
 
 
+def test_a_field_that_a_later_version_adds_is_no_change(begun, tiny_config, monkeypatch):
+    config, whole = tiny_config("lora"), workdirs.configs.default
+
+    def earlier(task, method):
+        found = whole(task, method)
+        del found.train["remat"]
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdirs.configs, "default", earlier)
+        before = config.copy_and_resolve_references()
+        del before.train["remat"]
+        files.write_record(begun / "config.json", workdirs.KIND, workdirs._json(before))
+        owner = workdirs.owner(begun, before, 11)
+    workdirs.check_config(begun, config)
+    assert workdirs.owner(begun, config, 11) == owner
+    config.train.remat = True
+    with pytest.raises(UserError, match=r"train\.remat was None, now True"):
+        workdirs.check_config(begun, config)
+    assert workdirs.owner(begun, config, 11) != owner
+
+
 def test_a_run_in_another_run_is_refused(begun):
     for inside in ("seed_11/model", "runs/mine"):
         with pytest.raises(UserError, match=r"lies in .*, which holds another run"), workdirs.locked(begun / inside):

@@ -174,6 +174,11 @@ def test_class_ids_are_digits_while_there_are_ten():
     assert np.issubdtype(many.dtype, np.integer)
 
 
+def test_a_variant_that_is_named_twice_is_one_line():
+    with pytest.raises(UserError, match="the variant 'head' is named twice"):
+        compare.default(("head", "lora", "head"), ("mrpc",))
+
+
 def test_a_variant_with_a_dot_is_one_line():
     with pytest.raises(UserError, match=r"the variant 'lora_0\.1' has a dot in its name"):
         compare.default({"lora_0.1": {"method": "lora"}}, ("mrpc",))
