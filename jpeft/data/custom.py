@@ -126,6 +126,8 @@ def custom(
         raise UserError(
             f"config.data.text and config.data.label must name distinct columns, got {tuple(text)}, {label!r}"
         )
+    if taken := [name for name in text if name in ("label", "idx")]:  # what splits call their own columns
+        raise UserError(f"config.data.text names {taken[0]!r}, which is no name for a column with text here: rename it")
     if not 0 <= split_seed < 2**32:
         raise UserError(f"config.data.split_seed must be from 0 to 2**32 - 1, got {split_seed}")
     if not 0 < validation_fraction < 1:

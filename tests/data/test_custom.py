@@ -311,3 +311,10 @@ def test_a_label_that_only_looks_like_a_class_is_shown_as_what_it_is(tmp_path):
     dev = write(tmp_path / "dev.csv", [("x", "y", "e\u0301")])
     with pytest.raises(UserError, match=r"label 'e\\u0301' is unknown: did you mean '\\xe9'\?"):
         custom(train, ("one",), "answer", validation=dev).splits()
+
+
+@pytest.mark.parametrize("name", ["label", "idx"])
+def test_columns_of_text_that_splits_call_their_own(tmp_path, name):
+    file = write(tmp_path / "a.csv", [("a", "b", "yes"), ("c", "d", "no")], (name, "two", "answer"))
+    with pytest.raises(UserError, match=f"config.data.text names '{name}', which is no name for a column with text"):
+        custom(file, (name,), "answer")
