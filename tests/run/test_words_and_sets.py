@@ -155,18 +155,16 @@ def test_exports_have_the_answers_of_the_run(trained, tmp_path, form):
     assert f"{'token' if kind == 'tagging' else 'text'}-classification" in card
 
 
-@pytest.mark.parametrize(("kind", "criterion"), [("tagging", "shuffled_labels"), ("multilabel", "race")])
-def test_fishpal_chooses(config_of, tmp_path, kind, criterion):
-    config = config_of(kind, "fishpal", num_epochs=1)
-    config.fishpal.update(criterion=criterion, num_examples=None if criterion == "race" else 24)
+def test_fishpal_chooses_for_words(config_of, tmp_path):
+    config = config_of("tagging", "fishpal", num_epochs=1)
+    config.fishpal.update(criterion="shuffled_labels", num_examples=24)
     experiment.run(config, tmp_path, QUIET)
     assert sorted(json.loads((tmp_path / "seed_11" / "plan.json").read_text())) == ["0", "1"]
 
 
-def test_masks_and_penalties_take_words(config_of, tmp_path):
-    for method in ("fish", "adamix", "prompt"):
+def test_penalties_and_prompts_take_words(config_of, tmp_path):
+    for method in ("adamix", "prompt"):
         config = config_of("tagging", method, num_epochs=1)
-        config.peft.fish.ratio = 0.1 if method == "fish" else config.peft.fish.ratio
         experiment.run(config, tmp_path / method, QUIET)
 
 

@@ -28,7 +28,7 @@ experiment.COMPILE_TOKENS = 0  # two padded lengths, though so few rows do not p
 for name, shard, seeds in (("whole", False, (1,)), ("parts", True, (1, 2))):
     config = c.default("mrpc", "lora")
     config.model, config.data.path, config.seeds = model, data, seeds
-    config.train.update(num_epochs=2, max_length=16, shard_base=shard, together=2, padded_lengths=2)
+    config.train.update(num_epochs=1, max_length=16, shard_base=shard, together=2, padded_lengths=2)
     config.peft.lora.update(rank=2, dropout=0.1)
     experiment.run(config, Path(work, name), Console())
 """
@@ -36,7 +36,7 @@ for name, shard, seeds in (("whole", False, (1,)), ("parts", True, (1, 2))):
 
 def test_a_run_on_eight_devices_is_that_on_one(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "COMPILE_TOKENS", 0)
-    config = tiny_config("lora", num_epochs=2, padded_lengths=2)
+    config = tiny_config("lora", num_epochs=1, padded_lengths=2)
     config.seeds, config.peft.lora.dropout = (1, 2), 0.1
     experiment.run(config, tmp_path / "one", Console(quiet=True))
     monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {CHEAP}")
