@@ -112,7 +112,7 @@ def _name(value: Any, where: str) -> str:
     if not isinstance(value, str | int | float) or (isinstance(value, float) and not np.isfinite(value)):
         raise UserError(f"{where}: label {value!r:.60} is neither a name nor a number")
     text = str(value)
-    if not text or len(text) > 200 or not text.isprintable():
+    if not text.strip() or len(text) > 200 or not text.isprintable():
         raise UserError(f"{where}: label {text!r:.60} cannot be the name of a class")
     return text
 

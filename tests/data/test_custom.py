@@ -318,3 +318,10 @@ def test_columns_of_text_that_splits_call_their_own(tmp_path, name):
     file = write(tmp_path / "a.csv", [("a", "b", "yes"), ("c", "d", "no")], (name, "two", "answer"))
     with pytest.raises(UserError, match=f"config.data.text names '{name}', which is no name for a column with text"):
         custom(file, (name,), "answer")
+
+
+def test_a_label_of_spaces_is_no_class(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("text,label\nx,a\ny, \nz,b\n")
+    with pytest.raises(UserError, match=r"a\.csv, row 2: label ' ' cannot be the name of a class"):
+        custom(str(file), ("text",))
