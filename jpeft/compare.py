@@ -47,7 +47,12 @@ def run(argv: list[str]) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             comparison.picture(workdir / "report.png", table, outcomes)
             page = comparison.markdown(
-                table, len(outcomes), len(compare.cells(grid)), "report.png", comparison.baselines(outcomes)
+                table,
+                len(outcomes),
+                len(compare.cells(grid)),
+                "report.png",
+                comparison.baselines(outcomes),
+                compare.unlike(grid),
             )
             files.write_text(workdir / "report.md", page)
             console.say(f"\n{page}\nreport: {workdir / 'report.md'}")

@@ -27,8 +27,12 @@ def check_task(task: Task) -> None:
             raise UserError(f"{name} must be a tuple of names, got {value!r:.60}")
         if not all(isinstance(x, str) for x in value) or len(set(value)) < len(value):
             raise UserError(f"{name} must be distinct names, got {value!r:.60}")
+    if task.kind not in KINDS:
+        raise UserError(f"kind {task.kind!r} is unknown: {nearest(task.kind, KINDS)}")
     if len(task.text) > 2:
         raise UserError(f"text must name one or two columns, got {task.text}")
+    if task.answers.by_token and len(task.text) > 1:
+        raise UserError(f"text must name the one column with words, got {task.text}")
     if len(task.labels) == 1:
         raise UserError(f"labels must be at least two, or none for a regression, got {task.labels}")
     if type(task).score is Task.score:
@@ -38,8 +42,6 @@ def check_task(task: Task) -> None:
                 raise UserError(f"metric {name!r} is unknown: {nearest(name, known)}")
     if task.primary not in task.metrics:
         raise UserError(f"primary {task.primary!r} is not among the metrics {', '.join(task.metrics)}")
-    if task.kind not in KINDS:
-        raise UserError(f"kind {task.kind!r} is unknown: {nearest(task.kind, KINDS)}")
     if (task.kind == "regression") != (not task.labels):
         raise UserError(f"kind {task.kind!r} does not go with {len(task.labels)} labels")
     n, classes = 8, task.num_labels
@@ -116,34 +118,34 @@ def check_splits(task: Task, found: Any) -> Splits:
             words = itertools.chain(*texts) if task.answers.by_token else texts
             if not all(isinstance(text, str) for text in words):
                 raise UserError(f"the {name} split: column {column!r} holds something else than text")
-        labels = [x for x in columns["label"] if name in task.required_splits or not _is_hidden(x)]
-        if task.kind in ("multilabel", "tagging"):
-            _check_lists(task, name, labels, columns[task.text[0]])
-        else:
-            _check_labels(task, name, labels)
+        for i, (label, words) in enumerate(zip(columns["label"], columns[task.text[0]], strict=True)):
+            if name not in task.required_splits and _is_hidden(label):
+                continue
+            if task.kind in ("multilabel", "tagging"):
+                _check_list(task, f"the {name} split, row {i}", label, words)
+            else:
+                _check_label(task, f"the {name} split, row {i}", label)
     return found
 
 
 def _is_hidden(label: Any) -> bool:
-    return not isinstance(label, list | tuple) and label == HIDDEN
+    return isinstance(label, int | float | np.number) and label == HIDDEN
 
 
-def _check_lists(task: Task, name: str, labels: list[Any], texts: list[Any]) -> None:
+def _check_list(task: Task, where: str, row: Any, words: Any) -> None:
     tagging = task.kind == "tagging"
-    for i, row in enumerate(labels):
-        if not isinstance(row, list | tuple) or len(row) != (len(texts[i]) if tagging else len(task.labels)):
-            wanted = "a list of one id a word" if tagging else f"a list of {len(task.labels)} numbers, 0 or 1"
-            raise UserError(f"the {name} split, row {i}: label {row!r:.40} is not {wanted}")
-        if not tagging and not all(x in (0, 1) for x in row):
-            raise UserError(f"the {name} split, row {i}: label {row!r:.40} has numbers besides 0 and 1")
-        if tagging:
-            _check_labels(task, name, list(row))
+    if not isinstance(row, list | tuple | np.ndarray) or len(row) != (len(words) if tagging else len(task.labels)):
+        wanted = "a list of one id a word" if tagging else f"a list of {len(task.labels)} numbers, 0 or 1"
+        raise UserError(f"{where}: label {row!r:.40} is not {wanted}")
+    if not tagging and not all(x in (0, 1) for x in row):
+        raise UserError(f"{where}: label {row!r:.40} has numbers besides 0 and 1")
+    for label in row if tagging else ():
+        _check_label(task, where, label)
 
 
-def _check_labels(task: Task, name: str, labels: list[Any]) -> None:
-    for i, label in enumerate(labels):
-        number = isinstance(label, int | float | np.number) and not isinstance(label, bool)
-        if task.labels and not (number and float(label).is_integer() and 0 <= label < len(task.labels)):
-            raise UserError(f"the {name} split, row {i}: label {label!r:.40} is not one of 0 to {len(task.labels) - 1}")
-        if not task.labels and not (number and np.isfinite(label)):
-            raise UserError(f"the {name} split, row {i}: label {label!r:.40} is not a finite number")
+def _check_label(task: Task, where: str, label: Any) -> None:
+    number = isinstance(label, int | float | np.number) and not isinstance(label, bool)
+    if task.labels and not (number and float(label).is_integer() and 0 <= label < len(task.labels)):
+        raise UserError(f"{where}: label {label!r:.40} is not one of 0 to {len(task.labels) - 1}")
+    if not task.labels and not (number and np.isfinite(label)):
+        raise UserError(f"{where}: label {label!r:.40} is not a finite number")

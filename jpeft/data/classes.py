@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jpeft.core.errors import UserError, nearest
-from jpeft.data.rows import rows
+from jpeft.data.rows import between_spaces, rows
 
 __all__ = ["alike", "classes", "of_row"]
 
@@ -88,7 +88,7 @@ def of_row(row: Any, label: str, kind: str, file: Path, number: int, hidden: boo
         several = [part.strip() for part in value.split(";")] if isinstance(value, str) else value
         if not isinstance(several, list):
             raise UserError(f"{where}: label {value!r:.60} is neither a list of names nor text with names between ';'")
-        names = [_name(each, where) for each in several if each != ""]
+        names = [_name(each, where, ";") for each in several if each != ""]
         if len(set(names)) < len(names):
             raise UserError(f"{where}: label {value!r:.60} has a name twice")
         return names
@@ -97,14 +97,14 @@ def of_row(row: Any, label: str, kind: str, file: Path, number: int, hidden: boo
             return None
         raise UserError(f"{where}: the label is empty")
     if kind == "tagging":
-        several = value.split() if isinstance(value, str) else value
+        several = between_spaces(value) if isinstance(value, str) else value
         if not isinstance(several, list):
             raise UserError(f"{where}: label {value!r:.60} is neither a list of tags nor text with tags between spaces")
-        return [_name(each, where) for each in several]
+        return [_name(each, where, " ") for each in several]
     return [_name(value, where)]
 
 
-def _name(value: Any, where: str) -> str:
+def _name(value: Any, where: str, without: str = "") -> str:
     if isinstance(value, bool):
         return str(value).lower()  # as JSON and most CSV files have it
     if isinstance(value, float) and value.is_integer():
@@ -112,7 +112,7 @@ def _name(value: Any, where: str) -> str:
     if not isinstance(value, str | int | float) or (isinstance(value, float) and not np.isfinite(value)):
         raise UserError(f"{where}: label {value!r:.60} is neither a name nor a number")
     text = str(value)
-    if not text.strip() or len(text) > 200 or not text.isprintable():
+    if not text.strip() or len(text) > 200 or not text.isprintable() or (without and without in text):
         raise UserError(f"{where}: label {text!r:.60} cannot be the name of a class")
     return text
 

@@ -60,6 +60,8 @@ class Files(Task):
             if names is not None and self.answers.by_token and len(names) != len(found[self.text[0]][i]):
                 raise UserError(f"{file}, row {i + 1}: {len(names)} tags for {len(found[self.text[0]][i])} words")
             found["label"].append(HIDDEN if names is None else self._number([numbers[name] for name in names]))
+        if hidden and self.kind == "multilabel" and not any(1 in row for row in found["label"] if row != HIDDEN):
+            found["label"] = [HIDDEN] * len(found["label"])  # a column that is empty throughout says nothing
         return found
 
     def _number(self, ids: list[int]) -> Any:
@@ -99,7 +101,7 @@ def custom(
     """The task that the user's files define.
 
     Args:
-      train: a CSV, TSV, JSON lines or parquet file, by the ending of its name.
+      train: a CSV, TSV, JSON lines, parquet or CoNLL file, by the ending of its name.
       text: the columns with text: one, or two for pairs; of tagging, one with words, a list or between spaces.
       label: the column with the class, a name or a number, or with the value of a regression; of multilabel a list of
         classes, or text with a class between semicolons; of tagging a list of tags, or text with tags between spaces.

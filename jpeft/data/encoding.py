@@ -70,7 +70,9 @@ def long_pair(first: str, second: str, tokenizer: Any, max_length: int) -> tuple
         if slot is None:
             found += [(token, kind) for _, token, kind in same]
         else:
-            found += [(token, same[0][2]) for token in texts[slot][: kept[slot]]]
+            own = texts[slot]
+            own = own[len(own) - kept[slot] :] if tokenizer.truncation_side == "left" else own[: kept[slot]]
+            found += [(token, same[0][2]) for token in own]
     return [token for token, _ in found], [kind for _, kind in found]
 
 

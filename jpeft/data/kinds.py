@@ -5,7 +5,7 @@
     multilabel       any number of classes    labels [n, C] float32, 0 or 1
     tagging          a class for every word   labels [n, t] int32 at the first token of each word, IGNORED elsewhere
 
-A task names its kind; nothing else in the package asks which one it is.
+A task names its kind; its loss, scores and decisions are all here.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -10,6 +10,7 @@ import gzip
 import itertools
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
 from jpeft.data.task import Task
 
-__all__ = ["ENDINGS", "attempts", "columns", "is_unicode", "rows", "text_of", "words_of"]
+__all__ = ["ENDINGS", "attempts", "between_spaces", "columns", "is_unicode", "rows", "text_of", "words_of"]
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".conll", ".conll.gz")
 
@@ -123,7 +124,7 @@ def words_of(row: Mapping[str, Any], name: str, where: str) -> list[str]:
       UserError: if there is no such column, no word in it, or something else.
     """
     if not isinstance(row.get(name), list):
-        words = text_of(row, name, where).split()
+        words = between_spaces(text_of(row, name, where))
     else:
         words = row[name]
         for word in words:
@@ -132,6 +133,11 @@ def words_of(row: Mapping[str, Any], name: str, where: str) -> list[str]:
     if not words:
         raise UserError(f"{where}: {name!r} has no words")
     return words
+
+
+def between_spaces(text: str) -> list[str]:
+    """What stands between spaces and tabs; other spaces, such as those inside of a number, are part of a word."""
+    return [part for part in re.split(r"[ \t]+", text.strip(" \t\r\n")) if part]
 
 
 def _object(line: str, where: str) -> Mapping[str, Any] | UserError:
@@ -189,7 +195,7 @@ def _sentences(file: Path) -> Iterator[Mapping[str, list[str]] | UserError]:
     for line in itertools.chain(_lines(file), [""]):
         if isinstance(line, UserError):
             wrong = wrong or line
-        elif cells := line.split():
+        elif cells := between_spaces(line):
             if cells[0] == "-DOCSTART-":
                 continue
             if len(cells) < 2:

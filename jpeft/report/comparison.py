@@ -140,6 +140,7 @@ def markdown(
     total: int,
     picture: str | None,
     baselines: Mapping[str, float],
+    unlike: Sequence[str] = (),
 ) -> str:
     """The page: a table over all tasks, then the differences from the best of each task.
 
@@ -149,6 +150,7 @@ def markdown(
       total: of how many.
       picture: file name of the picture, or None.
       baselines: from `baselines`; the last row of the table.
+      unlike: what is not the same for all variants, beyond what they are compared in.
     """
     tasks, variants = list(table), list(dict.fromkeys(name for rows in table.values() for name in rows))
     lines = ["# Comparison", ""]
@@ -166,8 +168,9 @@ def markdown(
         cells = [_cell(table[task].get(name)) for task in tasks]
         lines.append(f"| {name} | {some.trainable_percent:.3f} | {some.added_percent:.3f} | {' | '.join(cells)} |")
     cells = [f"{100 * baselines[task]:.1f}" for task in tasks]
-    lines.append(f"| *majority class, or mean value* | 0 | 0 | {' | '.join(cells)} |")
+    lines.append(f"| *an answer that reads no text* | 0 | 0 | {' | '.join(cells)} |")
     poor = [f"{name} on {t}" for t, rows in table.items() for name, row in rows.items() if row.mean <= baselines[t]]
+    lines += ["", *(f"**Not alike:** {each}." for each in unlike)] if unlike else []
     if poor:
         lines += ["", f"**No better than an answer that reads no text: {', '.join(poor)}.**"]
     if picture:

@@ -126,6 +126,9 @@ def leaves(seed: Seed, method: transform.Transform | transform.Chain) -> transfo
 
 def _fisher(seed: Seed, name: str, fn: Any, tree: Any, n: int, *rest: Any, **options: Any) -> Any:
     """Fisher information over n training examples, sorted by length; kept in the seed's folder, with a picture."""
+    kind, labels = seed.data.task.kind, options.get("labels", "empirical")
+    if labels != "empirical" and kind in ("multilabel", "tagging"):
+        raise UserError(f"labels {labels!r} are for one answer a row, not for {kind}: expected 'empirical'")
     examples, rows = _rows(seed, n)
     batches, order = batching.by_length(examples, lengths(seed, 4))
     about = {

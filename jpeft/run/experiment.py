@@ -1,5 +1,6 @@
 """A whole run, top to bottom: data, model, choose, train, evaluate, export, report."""
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from jpeft.core import files, tree
 from jpeft.core.errors import UserError
+from jpeft.core.hook import apply
 from jpeft.core.partition import partition
 from jpeft.core.summary import summary
 from jpeft.data import batching, checking, kinds, padding
@@ -29,7 +31,7 @@ from jpeft.run.clock import Clock
 from jpeft.run.config import Config
 from jpeft.run.console import Console
 from jpeft.run.finished import Result
-from jpeft.run.seed import begin, load_model
+from jpeft.run.seed import Seed, begin, load_model
 from jpeft.run.start import start
 from jpeft.run.train import Ready, groups, most_together, train
 from jpeft.run.workdir import Inputs
@@ -37,6 +39,7 @@ from jpeft.store import modules as modules_on_disk
 from jpeft.training import placement, step
 from jpeft.training.compiled import Steps
 from jpeft.training.loop import Event, evaluate
+from jpeft.transforms.parts.inputs import lengthens
 from jpeft.transforms.registry import METHODS
 
 __all__ = ["PREDICTIONS", "load", "run"]
@@ -171,6 +174,9 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
         for name in further(task, splits)
         if _labelled(task, name, splits.splits[name]["label"], console)
     }
+    if task.answers.by_token:
+        for name, examples in others.items():
+            _check_words(splits.splits[name]["label"], examples, name, console)
     return Data(task, train, dev, *_padded(config, base.config, train.lengths, dev.lengths), others), splits.source
 
 
@@ -246,10 +252,23 @@ def _prepare(config: Config, number: int, data: Data, base: Pretrained, workdir:
             modules = configs.modules(config)
         method = plans.build(modules, configs.rates(config))
         params, leaves = start(seed, modules, choose.leaves(seed, method))
+    _check_room(seed, method, params, leaves)
     parts = partition(method, params, leaves, trains=params if method_of.trains_base else seed.head)
     table = summary(method, leaves, params, parts.trainable["params"])
     console.say(str(table))
     return Ready(seed, modules, method, parts, table, finished.count(table, params), console.warnings[warned:])
+
+
+def _check_room(seed: Seed, method: Any, params: Any, leaves: Any) -> None:
+    """Checks that the longest text and the virtual tokens fit together, though no row to train on may be that long."""
+    if not lengthens(leaves):
+        return
+    ids = jax.ShapeDtypeStruct((1, seed.config.train.max_length), "int32")
+    run = functools.partial(apply, seed.model, method)
+    try:
+        jax.eval_shape(lambda ids: run({"params": params, "peft": leaves}, ids, ids, mask=ids), ids)
+    except UserError as error:
+        raise UserError(f"config.train.max_length {seed.config.train.max_length} is too long: {error}") from None
 
 
 def _export(ready: Ready, last: Event) -> Result:

@@ -75,8 +75,7 @@ def _enough(found: np.ndarray, examples: Examples) -> tuple[np.ndarray, np.ndarr
     if examples.unlabelled is None:
         return found, examples.labels
     labels = kinds.flat(examples.labels)
-    often = np.flatnonzero(np.bincount(labels)[labels] >= head.LEAST)
-    chosen = often[batching.drawn(len(often), MOST_WORDS, 0)]
+    chosen = batching.drawn(len(labels), MOST_WORDS, 0)
     counts = np.bincount(labels[chosen])
     chosen = chosen[counts[labels[chosen]] >= head.LEAST]
     return found[chosen], labels[chosen]

@@ -37,9 +37,12 @@ def start(seed: Seed, modules: Spec, leaves: Leaves) -> tuple[dict[str, Any], Le
     if theirs != ours:
         raise UserError(f"config.init_from {given} holds {_told(theirs)}, but this run trains {_told(ours)}")
     trained = flatten(kept["params"])
-    _, frozen = split(params, lambda path: path in trained)
+    _, frozen = split(params, lambda path: path in trained or path[0] in seed.model.HEAD)
     if fingerprint(frozen) != description["base"]["fingerprint"]:
-        raise UserError(f"config.init_from {given} was trained on other base weights than those of {seed.config.model}")
+        raise UserError(
+            f"config.init_from {given} was trained on other base weights than those of {seed.config.model}, or for "
+            "another kind of answer, whose model has other parts"
+        )
     for what, now in identity(seed.base).items():
         if now != description["base"][what]:
             raise UserError(

@@ -193,7 +193,7 @@ def check_config(workdir: Path, config: Config) -> None:
     if not _begun(workdir):
         return
     _exists(path)
-    read = files.read_record(path, KIND)
+    read = _current(files.read_record(path, KIND))
     now = _json(config)
     had = read.get("seeds")
     if isinstance(had, list) and all(seed in now["seeds"] for seed in had):
@@ -210,13 +210,23 @@ def check_config(workdir: Path, config: Config) -> None:
         raise UserError(f"workdir {workdir} belongs to another config ({told}): choose another --workdir")
 
 
+def _current(record: dict[str, Any]) -> dict[str, Any]:
+    """A config as this version has it: `data.regression` has become a kind."""
+    data = record.get("data")
+    if isinstance(data, dict) and "regression" in data:
+        kind = "regression" if data["regression"] else "classification"
+        data = {"kind": kind, **{name: x for name, x in data.items() if name != "regression"}}
+        return {**record, "data": data}
+    return record
+
+
 def read_config(workdir: Path) -> Config:
     """The config of the run that a workdir holds.
 
     Raises:
       UserError: if it holds none, or one of another version.
     """
-    whole = files.read_record(workdir / CONFIG, KIND)
+    whole = _current(files.read_record(workdir / CONFIG, KIND))
     read: dict[str, Any] = {**flatten_dict(whole, sep=".")}
     try:
         config = configs.default(whole["task"], whole["method"])

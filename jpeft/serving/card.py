@@ -1,6 +1,7 @@
 """The model card of an exported model."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,4 +126,6 @@ def write(
     use = USE[form].format(base=base, num_labels=len(labels) or 1, example=example, max_length=saved.max_length)
     if tagging:
         use = use.replace("ForSequenceClassification", "ForTokenClassification")
+        # As in training: RoBERTa's tokenizer tells words apart by the space before them.
+        use = re.sub(r"(AutoTokenizer\.from_pretrained\([^)]*)\)", r"\1, add_prefix_space=True)", use)
     return "\n".join([*lines, "```python", use, "```", ""])

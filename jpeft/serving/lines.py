@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SEPARATOR", "WRITES", "lines"]
+__all__ = ["WRITES", "lines"]
 
 WRITES = (".jsonl", ".csv", ".tsv")
 SEPARATOR = ";"  # between the classes of a row, as in the data

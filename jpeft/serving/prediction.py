@@ -15,6 +15,7 @@ from jpeft.data.rows import is_unicode
 from jpeft.store.modules import Saved
 from jpeft.training.loop import evaluate
 from jpeft.training.step import forward
+from jpeft.transforms.parts.inputs import lengthens
 
 __all__ = ["by_sentence", "check_list", "checked", "encode", "longest", "predict", "shapes"]
 
@@ -71,9 +72,14 @@ def shapes(examples: Examples, longest: int) -> tuple[int, tuple[int, ...]]:
 
 
 def longest(saved: Saved) -> int:
-    """The tokens that rows are cut to: as in training; of words, which all want a tag, as many as the model takes."""
+    """The tokens that rows are cut to: as in training; of words, which all want a tag, as many as the model takes.
+
+    With virtual tokens a model takes less than its position table says. That a run has room for them was checked.
+    """
     most = saved.model.config.max_length
-    return most if KINDS[saved.kind].by_token else min(saved.max_length, most)
+    if KINDS[saved.kind].by_token and not lengthens(saved.variables["peft"]):
+        return most
+    return min(saved.max_length, most)
 
 
 def encode(saved: Saved, rows: Sequence[tuple[Any, ...]]) -> Examples:

@@ -240,9 +240,12 @@ def _identity(description: Mapping[str, Any]) -> dict[str, str]:
 def _beside(other: Saved, folder: Path, description: Mapping[str, Any], kept: Mapping[str, Any]) -> Saved:
     """The modules of a folder on the base of a loaded model, which was verified when that was loaded."""
     if other.identity != _identity(description):
-        raise UserError(f"{folder} was trained on another base than the loaded model, or with other parts of it frozen")
+        raise UserError(
+            f"{folder} was trained on another base than the loaded model, with other parts of it frozen, or for "
+            "another kind of answer"
+        )
     trained, labels = flatten(kept["params"]), tuple(description["labels"])
-    _, frozen = split(other.variables["params"], lambda path: path in trained)
+    _, frozen = split(other.variables["params"], lambda path: path in trained or path[0] in Bert.HEAD)
     kind = _kind(description)
     by_token, config = KINDS[kind].by_token, other.model.config
     tokenizer = other.tokenizer

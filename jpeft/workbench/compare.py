@@ -28,6 +28,16 @@ from jpeft.workbench.cells import Cell, read, unpacked, write
 
 __all__ = ["Cell", "cells", "check", "config_of", "default", "outcomes", "run_all"]
 
+# What the runs of a fair comparison have in common.
+RECIPE = (
+    "model",
+    "train.num_epochs",
+    "train.batch_size",
+    "train.max_length",
+    "train.max_train_examples",
+    "train.dtype",
+)
+
 
 def default(
     variants: Sequence[str] | Mapping[str, Mapping[str, Any]],
@@ -209,6 +219,17 @@ def _check_inputs(grid: Config, folder: Path, console: Console) -> None:
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def unlike(grid: Config) -> list[str]:
+    """In what, besides what is compared, the runs of the variants differ: one line for each field of `RECIPE`."""
+    configs_of = {cell.variant: config_of(grid, cell) for cell in cells(grid)}
+    told = []
+    for name in RECIPE:
+        values = {variant: flatten(config.to_dict())[tuple(name.split("."))] for variant, config in configs_of.items()}
+        if len(set(values.values())) > 1:
+            told.append(f"{name} is " + ", ".join(f"{value} for {variant}" for variant, value in values.items()))
+    return told
 
 
 def outcomes(grid: Config, folder: Path) -> list[Outcome]:

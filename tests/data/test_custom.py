@@ -325,3 +325,26 @@ def test_a_label_of_spaces_is_no_class(tmp_path):
     file.write_text("text,label\nx,a\ny, \nz,b\n")
     with pytest.raises(UserError, match=r"a\.csv, row 2: label ' ' cannot be the name of a class"):
         custom(str(file), ("text",))
+
+
+def test_spaces_inside_of_words_stay(tmp_path):
+    (tmp_path / "a.conll").write_text("10\u00a0000 B-N\n\u3000 O\n", encoding="utf-8")
+    task = custom(str(tmp_path / "a.conll"), ("words",), "tags", kind="tagging", validation=str(tmp_path / "a.conll"))
+    with pytest.raises(UserError, match="holds '\\\\u3000', which is not a word"):
+        task.splits()
+    (tmp_path / "a.conll").write_text("10\u00a0000 B-N\nx O\n", encoding="utf-8")
+    assert task.splits().splits["train"]["words"] == [["10\u00a0000", "x"]]
+
+
+def test_a_test_split_without_any_class_has_no_labels(tmp_path):
+    train = write(tmp_path / "train.csv", [("x", "a;b"), ("y", ""), ("z", "b")], ("text", "topics"))
+    test = write(tmp_path / "test.csv", [("x", ""), ("y", "")], ("text", "topics"))
+    task = custom(train, ("text",), "topics", kind="multilabel", validation=train, test=test)
+    assert task.splits().splits["test"]["label"] == [-1, -1]
+
+
+def test_names_that_answers_could_not_tell_apart(tmp_path):
+    for kind, label in (("multilabel", ["a;b"]), ("tagging", ["a b"])):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "label": label}) + "\n")
+        with pytest.raises(UserError, match=r"row 1: label 'a.b' cannot be the name of a class"):
+            custom(str(tmp_path / "a.jsonl"), ("text",), kind=kind)

@@ -85,5 +85,5 @@ def test_the_majority_stands_below_and_what_is_no_better_is_named():
     baselines = comparison.baselines(outcomes)
     assert baselines == {"sst2": pytest.approx(max(np.mean(LABELS), 1 - np.mean(LABELS)))}
     page = comparison.markdown(comparison.summarise(outcomes), 2, 2, None, baselines)
-    assert f"| *majority class, or mean value* | 0 | 0 | {100 * baselines['sst2']:.1f} |" in page
+    assert f"| *an answer that reads no text* | 0 | 0 | {100 * baselines['sst2']:.1f} |" in page
     assert "**No better than an answer that reads no text: poor on sst2.**" in page

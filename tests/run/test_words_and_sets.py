@@ -227,3 +227,23 @@ def test_cells_of_comparisons_keep_all_answers(config_of, tmp_path, trained):
     assert outcome.score() == pytest.approx(written["metrics"][outcome.task.primary])
     rows = np.arange(len(outcome.labels))[::-1]  # a draw of the bootstrap has the rows in any order
     assert outcome.score(rows) == pytest.approx(outcome.score())
+
+
+def test_texts_and_virtual_tokens_have_to_fit_together(config_of, tmp_path):
+    config = config_of("tagging", "prompt", num_epochs=1, max_length=32)  # the model takes 32
+    with pytest.raises(UserError, match=r"config.train.max_length 32 is too long: input of \d+ tokens"):
+        experiment.run(config, tmp_path / "long", QUIET)
+    config = config_of("tagging", "prompt", num_epochs=1, max_length=12)
+    config.peft.prompt.num_virtual_tokens = 20
+    experiment.run(config, tmp_path / "fits", QUIET)
+    saved = jpeft.load(tmp_path / "fits/seed_11/model")
+    assert [len(found) for found in jpeft.predict(saved, [["dog"] * 10, ["dog"]])] == [10, 1]
+    with pytest.raises(UserError, match="text 0: 11 words are more than 12 tokens"):
+        jpeft.predict(saved, [["dog"] * 11])
+
+
+def test_labels_of_the_model_are_for_one_answer_a_row(config_of, tmp_path):
+    config = config_of("multilabel", "fish", num_epochs=1)
+    config.peft.fish.update(ratio=0.1, labels="expected")
+    with pytest.raises(UserError, match="labels 'expected' are for one answer a row, not for multilabel"):
+        experiment.run(config, tmp_path, QUIET)

@@ -92,6 +92,12 @@ def test_a_field_that_a_later_version_adds_is_no_change(begun, tiny_config, monk
     assert workdirs.owner(begun, config, 11) != owner
 
 
+def test_a_regression_of_an_earlier_version_is_a_kind():
+    old = {"task": "custom", "data": {"regression": True, "text": ["x"]}}
+    assert workdirs._current(old) == {"task": "custom", "data": {"kind": "regression", "text": ["x"]}}
+    assert workdirs._current({"data": {"regression": False}}) == {"data": {"kind": "classification"}}
+
+
 def test_a_run_in_another_run_is_refused(begun):
     for inside in ("seed_11/model", "runs/mine"):
         with pytest.raises(UserError, match=r"lies in .*, which holds another run"), workdirs.locked(begun / inside):

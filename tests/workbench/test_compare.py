@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from jpeft import UserError
 from jpeft.core import files
+from jpeft.report import comparison
 from jpeft.run.console import Console
 from jpeft.workbench import cells, compare
 from jpeft.workbench.cells import Cell
@@ -182,3 +183,11 @@ def test_a_variant_that_is_named_twice_is_one_line():
 def test_a_variant_with_a_dot_is_one_line():
     with pytest.raises(UserError, match=r"the variant 'lora_0\.1' has a dot in its name"):
         compare.default({"lora_0.1": {"method": "lora"}}, ("mrpc",))
+
+
+def test_what_is_not_alike_is_said(grid):
+    assert compare.unlike(grid()) == []
+    config = grid(short={"method": "head"}, long={"method": "head", "train": {"num_epochs": 3}})
+    (told,) = compare.unlike(config)
+    assert told == "train.num_epochs is 3 for long, 1 for short"
+    assert f"**Not alike:** {told}." in comparison.markdown({}, 1, 1, None, {}, compare.unlike(config))

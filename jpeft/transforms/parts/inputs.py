@@ -5,7 +5,7 @@ from jax import Array
 
 from jpeft.core.errors import UserError
 from jpeft.core.site import Site, Sites
-from jpeft.core.transform import Context, Params
+from jpeft.core.transform import Context, Leaves, Params
 from jpeft.core.tree import at
 
 __all__ = ["around_words", "before_states", "before_words", "behind", "width", "word_embeddings"]
@@ -105,6 +105,12 @@ def _join(vectors: Array, rows: Array) -> Array:
 def _longer(mask: Array, p: int) -> Array:
     """The mask with p leading tokens of the row's own segment."""
     return jnp.concatenate([jnp.broadcast_to(mask[:, :1], (mask.shape[0], p)), mask], 1)
+
+
+def lengthens(leaves: Leaves) -> bool:
+    """Whether any of these leaves stand where rows get longer, or their positions later, so that less text fits."""
+    paths = (path for own in leaves.values() for path in own)
+    return any(path.endswith("embeddings/inputs") or path.split("/")[-1] == "encoder" for path in paths)
 
 
 def width(site: Site) -> int:
