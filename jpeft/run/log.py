@@ -16,8 +16,15 @@ LOG = "metrics.jsonl"
 LOG_EVERY = 50  # steps
 
 
-def mend(workdir: Path, seed: int, history: Sequence[dict[str, Any]], reached: int) -> bool:
+def mend(workdir: Path, seed: int, history: Sequence[dict[str, Any]], reached: int, seeds: Sequence[int]) -> bool:
     """Drops what `metrics.jsonl` has of a seed twice, beyond a step or against its history, and adds what it lacks.
+
+    Args:
+      workdir: of the run.
+      seed: whose lines are mended.
+      history: the rows of its epochs.
+      reached: the step that it is at.
+      seeds: all of the run; lines of others are dropped.
 
     Returns:
       Whether it lacked an epoch, or had another one in its place.
@@ -33,7 +40,7 @@ def mend(workdir: Path, seed: int, history: Sequence[dict[str, Any]], reached: i
 
     def keep(row: Any) -> bool:
         of_run = row["step"] <= reached and ("train_loss" not in row or row in epochs)
-        kept = row["seed"] != seed or (of_run and row not in found)
+        kept = row["seed"] in seeds and (row["seed"] != seed or (of_run and row not in found))
         if kept:
             found.append(row)
         return kept
@@ -60,7 +67,7 @@ class Log:
 
     def __init__(self, seed: Seed, reached: int, history: Sequence[dict[str, Any]]):
         self._path, self._seed, self._writer = seed.workdir / LOG, seed.seed, None
-        if mend(seed.workdir, seed.seed, history, reached):
+        if mend(seed.workdir, seed.seed, history, reached, seed.config.seeds):
             seed.console.warn(f"{self._path} lacked epochs of seed {seed.seed}, which were added")
         if seed.config.train.tensorboard:
             from tensorboardX import SummaryWriter

@@ -214,13 +214,14 @@ def test_a_log_that_lost_its_epochs_gets_them_back(finished, text):
         again(config, workdir)
 
 
-@pytest.mark.parametrize("change", ["twice", "late", "mark", "cut"])
+@pytest.mark.parametrize("change", ["twice", "late", "mark", "cut", "others"])
 def test_a_log_has_its_lines_once_and_in_their_order(finished, change):
     config, workdir, _ = finished
     path = workdir / "metrics.jsonl"
     before = path.read_text()
     lines = before.splitlines(keepends=True)
     changed = {"twice": before * 2, "late": "".join(lines[1:]), "mark": "\ufeff" + before, "cut": lines[0]}
+    changed["others"] = before + before.replace('"seed": 11', '"seed": 9')
     path.write_text(changed[change])
     again(config, workdir)
     assert path.read_text() == before
