@@ -15,7 +15,10 @@ def case(folder, tokens):
     """Five rows of different lengths, whose tokens are told by `tokens`."""
     ids = tuple(np.full(n, t, np.int32) for n, t in zip((3, 14, 2, 13, 1), tokens, strict=True))
     train = Examples(ids, tuple(0 * x for x in ids), np.arange(5, dtype=np.int32), 0)
-    base, data = SimpleNamespace(params={"w": np.ones(2)}), SimpleNamespace(train=train, longest=14)
+    base, data = (
+        SimpleNamespace(params={"w": np.ones(2)}),
+        SimpleNamespace(train=train, longest=14, task=SimpleNamespace(kind="classification")),
+    )
     return SimpleNamespace(
         config=SimpleNamespace(model="m", task="mrpc"), seed=3, base=base, data=data, folder=folder,
         key=jax.random.key(0), console=Console(quiet=True),

@@ -24,7 +24,9 @@ from jpeft.training.compiled import Steps
 
 CONFIG = ConfigDict(
     {
+        "task": "mrpc",
         "method": "lora",
+        "seeds": (1, 5),
         "train": {
             "num_epochs": 3,
             "batch_size": 8,
