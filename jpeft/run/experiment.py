@@ -48,7 +48,8 @@ MOST_UNKNOWN = 0.5  # share of the words
 MODULES_FILES = (f"model/{modules_on_disk.WEIGHTS}", f"model/{modules_on_disk.DESCRIPTION}")
 SHOWN = 20  # names of classes
 COMPILE_TOKENS = 8000  # of MiniLM, 384 wide, that two cores train on in the time of one compilation
-PREDICTIONS = "predictions.safetensors"  # "logits" [n, num_labels] and "labels" [n] of the dev examples, in their order
+# "logits" [n, num_labels] and "labels" of the dev examples, in their order; of tagging, the logits of all words.
+PREDICTIONS = "predictions.safetensors"
 
 
 def run(config: Config, workdir: Path, console: Console | None = None, command: str | None = None) -> dict[str, Any]:

@@ -46,11 +46,11 @@ class Counts(NamedTuple):
 
 
 def predict(model: Path, source: str, output: Path, console: Console, text: Sequence[str] | None = None) -> Counts:
-    """Writes a label with its probabilities, or of a regression a value, for every row of a file.
+    """Writes an answer for every row of a file: a label with its probabilities, a value, several labels, or tags.
 
     Args:
       model: a `seed_<n>/model` folder, or a workdir, whose best seed is taken.
-      source: a JSON lines, CSV, TSV or parquet file; "-" reads JSON lines from the standard input.
+      source: a JSON lines, CSV, TSV, parquet or CoNLL file; "-" reads JSON lines from the standard input.
       output: a JSON lines, CSV or TSV file that is not there yet, or that an earlier call began. It names rows by their
         number, from 1. Beside it, `<output>.errors.jsonl` lists the rows that could not be read, if there are any.
       console: shows what is going on.

@@ -57,7 +57,7 @@ class Event(NamedTuple):
       loss_sum: the sum of the batch losses of the epoch under way; 0 once the epoch has its row.
       history: the rows of all finished epochs.
       row: {"epoch", "step", "train_loss" and the scores} of the epoch that just ended; None after steps.
-      logits: float32 [n, num_labels] of the dev examples in that evaluation; None after steps.
+      logits: of the dev examples in that evaluation, as `evaluate` gives them; None after steps.
     """
 
     states: State
