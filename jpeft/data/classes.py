@@ -48,9 +48,9 @@ def classes(file: Path, label: str, kind: str, given: Sequence[str] | None = Non
         names.sort(key=Decimal)
     else:
         names.sort()
-    alike = Counter(map(_read_as, names))
-    if alike and alike.most_common(1)[0][1] > 1:
-        twins = [name for name in names if _read_as(name) == alike.most_common(1)[0][0]]
+    read = Counter(map(_read_as, names))
+    if read and read.most_common(1)[0][1] > 1:
+        twins = [name for name in names if _read_as(name) == read.most_common(1)[0][0]]
         raise UserError(
             f"{file}: the labels {' and '.join(map(ascii, twins[:2]))} differ in case, spaces or spelling only: mend "
             "them, or name all classes in config.data.labels"

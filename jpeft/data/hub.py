@@ -10,16 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from jpeft.core.errors import UserError, nearest
+from jpeft.core.files import file_hash
 
-__all__ = ["SPLITS", "fetch"]
+__all__ = ["SPLITS", "fetch", "load"]
 
 SPLITS = ("train", "validation", "test")
 TIMEOUT = 5  # seconds, for the hub to answer at all
 
 
+def load(name: str, config: str | None) -> Any:
+    """The splits of a data set of the hub, by name.
+
+    `load_dataset` tries again for half a minute where there is no network. So the hub is asked once before, unless
+    there is a copy to fall back on.
+
+    Raises:
+      Exception: of many unrelated types, if the hub cannot be reached or has no such data set.
+    """
+    import datasets
+    from datasets import config as settings
+    from huggingface_hub import HfApi
+
+    if not (Path(settings.HF_DATASETS_CACHE) / name.replace("/", "___") / (config or "default")).exists():
+        HfApi().dataset_info(name, timeout=TIMEOUT)
+    return datasets.load_dataset(name, config)
+
+
 @functools.lru_cache(maxsize=8)
 def fetch(name: str) -> Mapping[str, str]:
-    """Loads a data set and writes its splits as JSON lines, once, in the cache of `datasets`.
+    """Loads a data set and writes its splits as JSON lines into the cache of `datasets`, once in a process.
 
     Args:
       name: "owner/name", or "owner/name:config" where there are several; or a local folder.
@@ -34,11 +53,8 @@ def fetch(name: str) -> Mapping[str, str]:
 
     where, _, config = name.partition(":")
     try:
-        if not Path(where).is_dir():
-            from huggingface_hub import HfApi
-
-            HfApi().dataset_info(where, timeout=TIMEOUT)  # `load_dataset` would try again for half a minute
-        found: Any = datasets.load_dataset(where, config or None)
+        open_it = datasets.load_dataset if Path(where).is_dir() else load
+        found: Any = open_it(where, config or None)
     except Exception as error:  # the libraries underneath raise many unrelated types
         told = " ".join(str(error).split())
         raise UserError(
@@ -53,12 +69,12 @@ def fetch(name: str) -> Mapping[str, str]:
 def _written(split: Any, called: str) -> Path:
     from datasets import config
 
-    path = Path(config.HF_DATASETS_CACHE) / "jpeft" / f"{called}-{split._fingerprint}.jsonl"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.part")
-        _with_names(split).to_json(beside, force_ascii=False)
-        os.replace(beside, path)
+    folder = Path(config.HF_DATASETS_CACHE) / "jpeft"
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{called}.{os.getpid()}.part"
+    _with_names(split).to_json(beside, force_ascii=False)
+    path = folder / f"{called}-{file_hash(beside)[:16]}.jsonl"
+    os.replace(beside, path)
     return path
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jpeft.core.errors import UserError, nearest
-from jpeft.data import checking
+from jpeft.data import checking, hub
 from jpeft.data.rows import ENDINGS, columns
 from jpeft.data.task import Splits, Task
 
@@ -23,7 +23,6 @@ __all__ = ["TASKS", "Glue", "Splits", "Task", "load", "read_task", "task"]
 
 HUB = "nyu-mll/glue"
 FOLDER_VARIABLE = "JPEFT_GLUE_DIR"
-HUB_TIMEOUT = 5  # seconds
 
 
 class Glue(Task):
@@ -136,16 +135,8 @@ def _texts(spec: Task, split: "Dataset") -> Iterator[tuple[str, ...]]:
 
 
 def _from_hub(spec: Task) -> "dict[str, Dataset]":
-    import datasets
-    from datasets import config
-    from huggingface_hub import HfApi
-
-    cached = Path(config.HF_DATASETS_CACHE) / HUB.replace("/", "___") / spec.name
     try:
-        # `load_dataset` tries again for half a minute, so ask once first, unless it has a copy to fall back on.
-        if not cached.exists():
-            HfApi().dataset_info(HUB, timeout=HUB_TIMEOUT)
-        splits = datasets.load_dataset(HUB, spec.name)
+        splits = hub.load(HUB, spec.name)
     except Exception as error:
         # The libraries underneath raise many unrelated types when there is no network.
         raise UserError(

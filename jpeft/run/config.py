@@ -230,6 +230,11 @@ def task_of(config: Config) -> Task:
     if config.task == CUSTOM:
         labels = None if data.labels is None else listed(tuple(map(str, data.labels)))
         files = {name: data[name] for name in hub.SPLITS} if data.hub is None else hub.fetch(data.hub)
+        if data.hub is not None and "validation" in files:
+            standard = default(CUSTOM, config.method).data
+            for name in ("validation_fraction", "split_seed"):
+                if data[name] != standard[name]:
+                    raise UserError(f"config.data.{name} is set, but {data.hub} has a validation split: drop it")
         return custom(
             files["train"], listed(data.text), data.label or "label", validation=files.get("validation"),
             test=files.get("test"),

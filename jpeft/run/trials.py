@@ -1,4 +1,4 @@
-"""Criteria that train: each candidate alone, for a few steps or for a share of the run, watched on other examples."""
+"""Criteria that train: each candidate alone, for a few steps or for a share of the run, tried on other examples."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from jpeft.run.seed import Seed
 from jpeft.training import optim, step
 from jpeft.training.trial import Reached, held_out_gradient, held_out_loss, trial
 
-__all__ = ["loss_drop", "race", "race_steps", "ranking"]
+__all__ = ["loss_drop", "race", "race_steps", "ranking", "tried"]
 
 RACE_SHARE = 0.06  # of the run's steps, for the whole race
 RACE_MOST = 0.1  # of the run's passes, with what comes on top: fitting the head, looking at the held-out examples
@@ -39,7 +39,7 @@ def loss_drop(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -
     scores: Scores = {}
     passes = ready.passes
     for name, entry in candidates.items():
-        for reached in itertools.islice(_trial(seed, entry, ready.params, ready.a, held, 1, True), DROP_STEPS):
+        for reached in itertools.islice(tried(seed, entry, ready.params, ready.a, held, 1, True), DROP_STEPS):
             drop, loss = reached.drop["peft"], reached.loss
         for layer, value in gains.by_layer(drop).items():
             scores.setdefault(layer, {})[name] = value
@@ -67,7 +67,7 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
     # All but the held-out half is there to train on.
     out = set(ready.rows[ready.a.size :].tolist())
     train = batching.take(seed.data.train, [i for i in range(seed.data.train.size) if i not in out])
-    runs = {name: _trial(seed, entry, ready.params, train, ready.b, steps, False) for name, entry in candidates.items()}
+    runs = {name: tried(seed, entry, ready.params, train, ready.b, steps, False) for name, entry in candidates.items()}
     passes = ready.passes
     alive, order, history = list(candidates), [], []
     for size in sizes:
@@ -111,7 +111,7 @@ def ranking(losses: Mapping[str, np.ndarray]) -> list[str]:
     return [*tied, *sorted((name for name in losses if name not in tied), key=lambda name: losses[name].mean())]
 
 
-def _trial(
+def tried(
     seed: Seed, entry: Entry, params: Any, train: Examples, held: Examples, every: int, attribute: bool
 ) -> Iterator[Reached]:
     """A trial of a candidate in all layers, at its own rate, from the fitted head on."""

@@ -17,7 +17,7 @@ from jpeft.data.batching import Batch
 from jpeft.data.kinds import KINDS
 from jpeft.models import Bert, BertConfig, pretrained
 from jpeft.plans.plan import build
-from jpeft.run import experiment, workdir
+from jpeft.run import experiment, loading, workdir
 from jpeft.run.console import Console
 from jpeft.store import adapterhub, huggingface, onnx, stablehlo
 from jpeft.store.modules import Saved
@@ -59,7 +59,7 @@ def measure(folder: Path, form: str, output: Path, saved: Saved, console: Consol
     run, predictions = folder.parents[1], folder.parent / experiment.PREDICTIONS
     try:
         config = workdir.read_config(run)
-        data, _, inputs = experiment.load(config, Console(quiet=True))
+        data, _, inputs = loading.load(config, Console(quiet=True))
         workdir.check(files.read_record(run / workdir.INPUTS, workdir.INPUTS_KIND), inputs, run)
         expected = np.asarray(files.read_leaves(predictions)["logits"])
     except UserError as error:

@@ -112,7 +112,7 @@ def by_sentence(
         own[there] = logits[at : at + len(there)]
         at += len(there)
         cut = length == longest(saved) and len(words) - 1 not in there
-        told = f"{len(words):,} words are more than {length:,} tokens, which is all that the model takes"
+        told = f"{len(words):,} words are more than {length:,} tokens, the most that this model answers"
         found.append(UserError(told) if cut else own)
     return found
 

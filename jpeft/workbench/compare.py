@@ -19,7 +19,7 @@ from jpeft.core.errors import UserError, nearest
 from jpeft.core.tree import flatten
 from jpeft.data.task import Task
 from jpeft.report.comparison import Outcome
-from jpeft.run import checks, experiment
+from jpeft.run import checks, experiment, loading
 from jpeft.run import config as configs
 from jpeft.run import workdir as workdirs
 from jpeft.run.config import Config
@@ -208,7 +208,7 @@ def _check_inputs(grid: Config, folder: Path, console: Console) -> None:
         key = json.dumps([*fields, config.train.max_train_examples, config.init_from])
         if key not in known:
             try:
-                known[key] = experiment.load(config, Console(quiet=True))[-1]
+                known[key] = loading.load(config, Console(quiet=True))[-1]
             except UserError as error:
                 console.warn(f"cells of {cell.task} were not held against their data: {error}")
                 known[key] = None

@@ -24,7 +24,7 @@ from jpeft.plans.fishpal import Candidates, Scores
 from jpeft.plans.plan import Entry, Plan
 from jpeft.report import tables
 from jpeft.report.comparison import Outcome
-from jpeft.run import command, experiment
+from jpeft.run import command, loading
 from jpeft.run.config import CRITERIA, Config
 from jpeft.run.console import Console
 from jpeft.run.criteria import CRITERIA as MEASURES
@@ -69,7 +69,7 @@ def measure(config: Config, seed: int, criterion: str, candidates: Candidates, c
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.fishpal.criterion, config.fishpal.plan, config.seeds = criterion, None, (seed,)
-    data, base, _ = experiment.load(config, Console(quiet=True))
+    data, base, _ = loading.load(config, Console(quiet=True))
     folder = Path("runs") / "regret"
     found = MEASURES[criterion](begin(config, seed, data, base, folder, console), candidates, _unkept)
     return {"criterion": criterion, "seed": seed, "passes": found.passes, "scores": found.scores}

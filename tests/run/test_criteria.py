@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jpeft.plans import plan as plans
-from jpeft.run import checks, criteria, experiment, measuring, trials
+from jpeft.run import checks, criteria, experiment, loading, measuring, trials
 from jpeft.run import config as configs
 from jpeft.run.console import Console
 from jpeft.run.seed import begin
@@ -23,7 +23,7 @@ def seed(tiny_config, tmp_path):
         config = tiny_config("fishpal", task, num_epochs=1, max_length=8)
         config.fishpal.update(criterion=criterion, num_examples=None if criterion == "race" else 8, **fields)
         checks.check(config)
-        return begin(config, 11, *experiment.load(config, QUIET)[:2], tmp_path, QUIET)
+        return begin(config, 11, *loading.load(config, QUIET)[:2], tmp_path, QUIET)
 
     return make
 
@@ -88,7 +88,7 @@ def test_a_race_is_won_by_the_lowest_loss_of_those_who_are_left(seed, monkeypatc
         for loss in losses[name]:
             yield Reached(0, np.full(10, loss))
 
-    monkeypatch.setattr(trials, "_trial", trial)
+    monkeypatch.setattr(trials, "tried", trial)
     found = trials.race(seed("race"), entries, unkept)
     first, second = ({n: round(x, 3) for n, x in row.items()} for row in found.about["held_out_losses"])
     assert (first, second) == ({"slow": 0.9, "middle": 0.7, "quick": 0.6}, {"quick": 0.65, "middle": 0.6})

@@ -13,7 +13,7 @@ from jpeft.core.files import read_leaves, read_record
 from jpeft.data.tasks import TASKS
 from jpeft.plans import fishpal
 from jpeft.report.tables import REPORT as REPORT_KIND
-from jpeft.run import experiment, measured
+from jpeft.run import experiment, loading, measured
 from jpeft.training.compiled import Steps
 from jpeft.training.step import StepMetrics
 from jpeft.transforms.registry import MODULES
@@ -288,8 +288,8 @@ def test_a_class_without_rows_is_warned_of(tiny_config, tmp_path):
 
 
 def test_rows_are_padded_to_as_many_lengths_as_the_config_says(tiny_config, monkeypatch):
-    monkeypatch.setattr(experiment, "COMPILE_TOKENS", 0)
-    several, one = (experiment.load(tiny_config("lora", padded_lengths=n), Heard())[0] for n in (3, 1))
+    monkeypatch.setattr(loading, "COMPILE_TOKENS", 0)
+    several, one = (loading.load(tiny_config("lora", padded_lengths=n), Heard())[0] for n in (3, 1))
     assert 1 < max(map(len, several.layouts)) <= 3
     assert max(map(len, one.layouts)) == 1
     assert several.batch_size == one.batch_size == 16
@@ -297,11 +297,11 @@ def test_rows_are_padded_to_as_many_lengths_as_the_config_says(tiny_config, monk
 
 
 def test_on_an_accelerator_batches_stay_whole(tiny_config, monkeypatch):
-    monkeypatch.setattr(experiment, "COMPILE_TOKENS", 0)
+    monkeypatch.setattr(loading, "COMPILE_TOKENS", 0)
     found = {}
     for backend in ("cpu", "gpu"):
         monkeypatch.setattr(experiment.jax, "default_backend", lambda backend=backend: backend)
-        data, *_ = experiment.load(tiny_config("lora"), Heard())
+        data, *_ = loading.load(tiny_config("lora"), Heard())
         found[backend] = max(map(len, data.layouts))
     assert found["gpu"] == 1 < found["cpu"]
 
@@ -310,12 +310,12 @@ def test_padded_lengths_do_not_depend_on_the_other_seeds(tiny_config, monkeypatc
     """Or a seed that is added would change the numbers of those that are there."""
     counts = set()
     for tokens in 10.0 ** np.arange(-3, 3):
-        monkeypatch.setattr(experiment, "COMPILE_TOKENS", tokens)
+        monkeypatch.setattr(loading, "COMPILE_TOKENS", tokens)
         found = []
         for seeds in ((11,), tuple(range(50))):
             config = tiny_config("lora")
             config.seeds = seeds
-            data, *_ = experiment.load(config, Heard())
+            data, *_ = loading.load(config, Heard())
             found.append((data.layouts, data.eval_buckets))
         assert found[0] == found[1]
         counts.add(len(found[0][0]))

@@ -128,7 +128,7 @@ def test_sentences_longer_than_the_model_go_to_the_side_file(trained, tmp_path):
     (error,) = (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()
     assert json.loads(error) == {
         "row": 2,
-        "error": "31 words are more than 32 tokens, which is all that the model takes",
+        "error": "31 words are more than 32 tokens, the most that this model answers",
     }
     with pytest.raises(UserError, match="text 1: 31 words are more than 32 tokens"):
         jpeft.predict(jpeft.load(workdir / "seed_11" / "model"), [["dog"], ["dog"] * 31])

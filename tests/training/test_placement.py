@@ -11,7 +11,7 @@ from conftest import CHEAP
 
 from jpeft.core.files import read_leaves
 from jpeft.data.batching import Batch
-from jpeft.run import experiment
+from jpeft.run import experiment, loading
 from jpeft.run.console import Console
 from jpeft.training import placement
 
@@ -19,12 +19,12 @@ EIGHT = """
 import sys
 from pathlib import Path
 import jax
-from jpeft.run import config as c, experiment
+from jpeft.run import config as c, experiment, loading
 from jpeft.run.console import Console
 
 model, data, work = sys.argv[1:]
 assert jax.device_count() == 8
-experiment.COMPILE_TOKENS = 0  # two padded lengths, though so few rows do not pay for the second
+loading.COMPILE_TOKENS = 0  # two padded lengths, though so few rows do not pay for the second
 for name, shard, seeds in (("whole", False, (1,)), ("parts", True, (1, 2))):
     config = c.default("mrpc", "lora")
     config.model, config.data.path, config.seeds = model, data, seeds
@@ -35,7 +35,7 @@ for name, shard, seeds in (("whole", False, (1,)), ("parts", True, (1, 2))):
 
 
 def test_a_run_on_eight_devices_is_that_on_one(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "COMPILE_TOKENS", 0)
+    monkeypatch.setattr(loading, "COMPILE_TOKENS", 0)
     config = tiny_config("lora", num_epochs=1, padded_lengths=2)
     config.seeds, config.peft.lora.dropout = (1, 2), 0.1
     experiment.run(config, tmp_path / "one", Console(quiet=True))

@@ -18,7 +18,7 @@ import jpeft
 from jpeft.data import batching
 from jpeft.data.batching import Batch
 from jpeft.models import Bert
-from jpeft.run import experiment, glue
+from jpeft.run import glue, loading
 from jpeft.run.console import Console
 from jpeft.training import optim
 from jpeft.training import step as stepping
@@ -31,7 +31,7 @@ Shapes = tuple[tuple[int, int], ...]  # rows and length of each part
 def loaded(task: str) -> tuple[Any, Any]:
     config = glue.get_config(f"lora,{task}")
     config.model, config.train.max_length, config.train.num_epochs = "minilm", 64, 10
-    data, base, _ = experiment.load(config, Console(quiet=True))
+    data, base, _ = loading.load(config, Console(quiet=True))
     return data, base
 
 

@@ -1,182 +1,30 @@
-"""Folders of Hugging Face `peft`, both ways: what jpeft trained opens there, and what peft trained opens here.
+"""From peft's folders to modules."""
 
-    adapter_config.json         the kind of module, its sizes, and where it sits
-    adapter_model.safetensors   its tensors and the head's, kernels as [out, in]
-
-LoRA and its relatives, (IA)3, prefixes, prompts and P-tuning, on BERT and RoBERTa. Checked against peft 0.21.2. What
-peft has no words for is an error that says so; a merged model (`jpeft.export --format hf`) always opens there.
-"""
-
-import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jpeft.core.errors import UserError, nearest
-from jpeft.core.files import read_json, read_safetensors, write_json, write_safetensors
-from jpeft.core.site import layer_of, matches
-from jpeft.core.transform import FIXED, Leaves, instances
-from jpeft.core.tree import flatten, unflatten
+from jpeft.core.files import read_json, read_safetensors
+from jpeft.core.site import layer_of
+from jpeft.core.transform import Leaves, instances
+from jpeft.core.tree import unflatten
 from jpeft.models.bert import BertConfig
 from jpeft.models.conversion import hf_module, listed, shapes
-from jpeft.plans.plan import Spec, build
-from jpeft.transforms.registry import METHODS
+from jpeft.plans.plan import build
+from jpeft.store.huggingface.format import BODY, CONFIG, CORE, EMBEDDING, VIRTUAL, WEIGHTS, Modules
 
-__all__ = ["Modules", "read", "write"]
+__all__ = ["read"]
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Options of peft's LoRA that nothing here corresponds to.
 OTHERS = (
     "use_qalora", "lora_bias", "alora_invocation_tokens", "trainable_token_indices", "megatron_config",
     "layer_replication",
 )  # fmt: skip
-LOW_RANK = ("lora", "rslora", "dora", "pissa")
-BODY, VIRTUAL = "base_model.model.", "base_model."  # before the names of modules; peft nests prompts less deeply
-INSTEAD = "export the merged model, --format hf, if it merges"
-EMBEDDING = "embeddings/inputs"  # our site of virtual tokens, and of positions
-CORE = "encoder/layer_{}/attention/core"  # of prefixes
-
-
-class Modules(NamedTuple):
-    """Trained modules, as `jpeft.build` and `jpeft.apply` take them.
-
-    Attributes:
-      spec: what to build the transform from.
-      leaves: of that transform.
-      params: base parameters that trained, the head among them; they replace those of the base.
-    """
-
-    spec: Spec
-    leaves: Leaves
-    params: dict[str, Any]
-
-
-def write(folder: Path, modules: Modules, config: BertConfig, base: str) -> None:
-    """Writes a folder that `peft.PeftModel.from_pretrained` opens, with the same logits.
-
-    Args:
-      folder: made if need be.
-      modules: the modules, their leaves folded as jpeft saves them.
-      config: the shape of the base model.
-      base: the base model's name on the hub, or its folder.
-
-    Raises:
-      UserError: if peft has no such modules.
-    """
-    if len(modules.spec) != 1:
-        names = " and ".join(entry["method"] for entry in modules.spec) or "no modules"
-        raise UserError(f"peft cannot hold {names} in one adapter: export the merged model, --format hf")
-    (entry,) = modules.spec
-    method, (leaves,) = entry["method"], modules.leaves.values()
-    writers = {**dict.fromkeys(LOW_RANK, _low_rank), "ia3": _ia3, "prefix": _prefix}
-    writers |= {"prompt": _virtual, "p_tuning": _virtual}
-    if method not in writers:
-        raise UserError(f"peft has no {method} that computes the same: {INSTEAD}")
-    own, tensors = writers[method](entry, leaves, config)
-    inner = VIRTUAL if "prompt_embeddings" in tensors else BODY
-    flat = {"/".join(path): np.asarray(x, np.float32) for path, x in flatten(modules.params).items()}
-    for path, x in flat.items():
-        module, _, name = path.rpartition("/")
-        weight = {"kernel": "weight", "bias": "bias"}.get(name)
-        if weight is None or module.split("/")[0] not in ("classifier", "pooler"):
-            raise UserError(f"peft's {method} cannot hold {path}, which trained as well: export the merged model")
-        tensors[f"{inner}{hf_module(module, config.model_type)}.{weight}"] = x.T if name == "kernel" else x
-    about = {
-        "task_type": "TOKEN_CLS" if config.by_token else "SEQ_CLS",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "modules_to_save": sorted({path.split("/")[0] for path in flat}),
-    }
-    write_safetensors(folder / WEIGHTS, {k: np.asarray(x, np.float32) for k, x in tensors.items()}, {"format": "pt"})
-    write_json(folder / CONFIG, {**own, **about})
-
-
-def _low_rank(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    method, options = entry["method"], entry["options"]
-    if options.get("gate"):
-        raise UserError("peft has no gated LoRA")
-    tensors: dict[str, Any] = {}
-    ranks, alphas = {}, {}
-    for path, own in leaves.items():
-        a, b, rank = np.asarray(own["a"]), np.asarray(own["b"]), own["a"].shape[-1]
-        alpha = _alpha(method, options, path)
-        if method == "pissa":  # A B - A0 B0, a LoRA of twice the rank
-            start = own[FIXED]
-            a, b = np.concatenate([a - start["a"], start["a"]], 1), np.concatenate([b, b - np.asarray(start["b"])])
-            rank, alpha = 2 * rank, 2 * alpha
-        name = hf_module(path)
-        ranks[name], alphas[name] = rank, alpha
-        full = f"{BODY}{config.model_type}.{name}"
-        tensors[f"{full}.lora_A.weight"], tensors[f"{full}.lora_B.weight"] = a.T, b.T
-        if method == "dora":
-            tensors[f"{full}.lora_magnitude_vector"] = own["magnitude"]
-    rank, alpha = (max(set(x.values()), key=[*x.values()].count) for x in (ranks, alphas))
-    about = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(ranks),
-        "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
-        "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
-        "lora_dropout": options.get("dropout", 0.0), "bias": "none", "fan_in_fan_out": False,
-        "use_rslora": method == "rslora", "use_dora": method == "dora",
-    }  # fmt: skip
-    return about, tensors
-
-
-def _alpha(method: str, options: Mapping[str, Any], path: str) -> float:
-    """A site's alpha, by the options that made it."""
-    make: Any = METHODS[method].make
-    usual = options.get("alpha", inspect.signature(make).parameters["alpha"].default)
-    patterns = options.get("alpha_pattern") or {}
-    return next((alpha for pattern, alpha in patterns.items() if matches(pattern, path)), usual)
-
-
-def _ia3(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    del entry
-    names = {hf_module(path): path for path in leaves}
-    read = sorted(name for name, path in names.items() if path.endswith("output"))  # scaled at their input
-    tensors = {
-        f"{BODY}{config.model_type}.{name}.ia3_l": np.asarray(leaves[path]["scale"]).reshape(
-            (1, -1) if name in read else (-1, 1)
-        )
-        for name, path in names.items()
-    }
-    return {"peft_type": "IA3", "target_modules": sorted(names), "feedforward_modules": read}, tensors
-
-
-def _virtual(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    name = {"prompt": "embedding", "p_tuning": "vectors"}[entry["method"]]  # the latter once folded
-    if set(leaves) != {EMBEDDING} or set(leaves[EMBEDDING]) != {name} or entry["options"].get("template") is not None:
-        raise UserError(f"peft has no such {entry['method']}: it puts virtual tokens before the words only")
-    rows = np.asarray(leaves[EMBEDDING][name])
-    return {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"} | _tokens(rows, config), {
-        "prompt_embeddings": rows
-    }
-
-
-def _prefix(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not entry["options"].get("shift_positions"):
-        raise UserError(
-            "peft has no such prefix: it counts the positions of the text from the prefix's length on, which jpeft "
-            "does only where a prefix was trained with shift_positions=True"
-        )
-    cores = [CORE.format(i) for i in range(config.num_hidden_layers)]
-    if set(leaves) != {EMBEDDING, *cores} or any(set(leaves[path]) != {"key", "value"} for path in cores):
-        raise UserError("peft has no such prefix: it puts keys and values into every layer, without gates")
-    columns = [np.asarray(leaves[path][name]) for path in cores for name in ("key", "value")]
-    rows = np.concatenate(columns, axis=1)
-    about = {"peft_type": "PREFIX_TUNING", "prefix_projection": False, "encoder_hidden_size": config.hidden_size}
-    return about | _tokens(rows, config), {"prompt_embeddings": rows}
-
-
-def _tokens(rows: Any, config: BertConfig) -> dict[str, Any]:
-    """What peft wants to know about virtual tokens."""
-    return {
-        "num_virtual_tokens": len(rows), "token_dim": config.hidden_size, "num_transformer_submodules": 1,
-        "num_attention_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers,
-    }  # fmt: skip
 
 
 def read(folder: Path, config: BertConfig) -> Modules:
