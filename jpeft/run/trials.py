@@ -1,4 +1,4 @@
-"""Criteria that train: each candidate alone, for a few steps or for a share of the run, tried on other examples."""
+"""Criteria that train: each candidate alone, for a few steps or for a share of the run, watched on other examples."""
 
 import itertools
 import math
