@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from jpeft.data.batching import Examples
 from jpeft.plans import plan as plans
 from jpeft.run import checks, criteria, experiment, loading, measuring, trials
 from jpeft.run import config as configs
@@ -133,3 +134,14 @@ def test_a_plan_within_a_budget(tiny_config, tmp_path):
     chosen = plans.read(str(tmp_path / "seed_11" / "plan.json"))
     assert list(chosen) == [0, 1]
     assert 148 <= report["parameters"]["trainable"] - report["parameters"]["head"] <= 300
+
+
+def test_shuffled_labels_stay_where_labels_are():
+    ids = tuple(np.ones(n, np.int32) for n in (4, 3))
+    words = np.array([[-100, 1, 2, 3], [-100, 4, -100, -100]])
+    found = criteria._shuffled(Examples(ids, ids, words, unlabelled=-100), 1)
+    assert ((found == -100) == (words == -100)).all()
+    assert sorted(found[found != -100]) == [1, 2, 3, 4]
+    assert (found != words).any()
+    rows = np.arange(9)
+    assert sorted(criteria._shuffled(Examples((), (), rows), 1)) == rows.tolist()

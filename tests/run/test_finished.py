@@ -13,6 +13,7 @@ from jpeft.core.errors import UserError
 from jpeft.core.files import read_leaves, write_record
 from jpeft.run import experiment
 from jpeft.run.finished import RESULT, Result, read, save
+from jpeft.transforms.registry import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +226,15 @@ def test_a_log_has_its_lines_once_and_in_their_order(finished, change):
     path.write_text(changed[change])
     again(config, workdir)
     assert path.read_text() == before
+
+
+def test_a_report_names_the_rate_of_each_kind_of_module(tiny_config, tmp_path):
+    config = tiny_config("head", num_epochs=1, max_length=8)
+    config.method = "fishpal"
+    config.fishpal.plan = '{"0": [{"method": "lora", "options": {"rank": 2}}], "1": [{"method": "ia3"}]}'
+    config.fishpal.learning_rates.lora = 0.05
+    report = run(config, tmp_path)
+    assert report["learning_rates"] == pytest.approx({"ia3": METHODS["ia3"].learning_rate, "lora": 0.05})
+    page = (tmp_path / "report.md").read_text()
+    assert "| learning rate of lora | 0.05 |" in page
+    assert "| learning rate |" not in page

@@ -62,6 +62,8 @@ def test_rows_are_divided_of_each_part_and_of_several_runs(monkeypatch):
     monkeypatch.setattr(placement, "NamedSharding", lambda _, axes: tuple(axes))
     part = Batch(*(np.zeros(shape) for shape in ((8, 4), (8, 4), (8, 4), (8,), (8,))))
     assert placement.rows(None, part) == Batch(*[("rows",)] * 5)
+    words = part._replace(labels=np.zeros((8, 4)))  # labels of tokens, or of several classes
+    assert placement.rows(None, words) == Batch(*[("rows",)] * 5)
     runs = jax.tree.map(lambda x: np.stack([x, x]), part)
     assert placement.rows(None, (runs, runs)) == (Batch(*[(None, "rows")] * 5),) * 2
 

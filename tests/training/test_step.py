@@ -1,3 +1,5 @@
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 import jpeft
 from jpeft.core import tree
 from jpeft.data.batching import Batch
+from jpeft.data.kinds import IGNORED, KINDS
 from jpeft.data.task import example_losses
 from jpeft.models import Bert, BertConfig
 from jpeft.training import optim
@@ -266,3 +269,19 @@ def test_a_penalty_is_added_to_the_loss_of_each_example(key, optimizer):
         stepping.init_state(trainable, optimizer), frozen, data, key
     )
     assert float(metrics.loss) > float(plain.loss) + 1e-3
+
+
+def test_a_penalty_at_every_token_counts_where_there_are_words(key, optimizer):
+    """As a mean over the words of a row, like the loss: a constant adds itself."""
+    model, trainable, frozen = setup(dropout=0.0)
+    model = Bert(dataclasses.replace(model.config, by_token=True))
+    data = batch()
+    labels = np.full(data.input_ids.shape, IGNORED, np.int32)
+    labels[:, 1], labels[::2, 2] = 1, 2
+    found = []
+    for penalty in (None, lambda logits, again: jnp.full(logits.shape[:-1], 3.0)):
+        method = jpeft.chain(METHOD.members[0]._replace(penalty=penalty), METHOD.members[1])
+        step = jax.jit(stepping.train_step(model, method, optimizer, KINDS["tagging"].loss))
+        state = stepping.init_state(trainable, optimizer)
+        found.append(step(state, frozen, data._replace(labels=labels), key)[1].loss)
+    np.testing.assert_allclose(found[1] - found[0], 3.0, rtol=1e-5)
