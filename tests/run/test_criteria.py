@@ -139,7 +139,7 @@ def test_a_plan_within_a_budget(tiny_config, tmp_path):
 def test_shuffled_labels_stay_where_labels_are():
     ids = tuple(np.ones(n, np.int32) for n in (4, 3))
     words = np.array([[-100, 1, 2, 3], [-100, 4, -100, -100]])
-    found = criteria._shuffled(Examples(ids, ids, words, unlabelled=-100), 1)
+    found = criteria._shuffled(Examples(ids, ids, words, unlabelled=-100), 3)
     assert ((found == -100) == (words == -100)).all()
     assert sorted(found[found != -100]) == [1, 2, 3, 4]
     assert (found != words).any()
