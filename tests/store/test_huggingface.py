@@ -19,6 +19,7 @@ from jpeft.core.errors import UserError
 from jpeft.core.transform import FIXED
 from jpeft.store import huggingface
 from jpeft.store.huggingface import Modules
+from jpeft.store.huggingface.format import BODY
 
 METHODS = ["lora", "rslora", "dora", "ia3", "ia3_inner", "prompt", "p_tuning_mlp", "prefix", "prefix_flat"]
 
@@ -249,7 +250,7 @@ def test_heads_that_do_not_fit(tmp_path, base, method):
 def test_a_pooler_is_that_of_the_model(tmp_path, base):
     folder, config = _folder(tmp_path, base), base.model.config
     tensors = load_file(folder / huggingface.WEIGHTS)
-    name = f"{huggingface.BODY}{config.model_type}.pooler.dense.weight"
+    name = f"{BODY}{config.model_type}.pooler.dense.weight"
     save_file({**tensors, name: np.ones((16, 16), np.float32)}, folder / huggingface.WEIGHTS)
     if config.model_type == "bert":
         assert huggingface.read(folder, config).params["pooler"]["kernel"].shape == (16, 16)
