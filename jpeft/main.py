@@ -11,6 +11,9 @@ Any field can be set on the command line:
 
 Run again with the same config and workdir, it resumes. The workdir then holds report.md (to read), report.json (to
 parse), metrics.jsonl, and seed_<n>/model (the trained modules, for `jpeft.load`).
+
+All devices of a machine train together. Several machines do when the same command runs on each with --distributed; see
+launch/.
 """
 
 import shlex
@@ -28,10 +31,15 @@ def run(argv: list[str]) -> None:
 
         return config.default("mnli", "fishpal")
 
-    own = {"workdir": "Where results go; runs/<name of the config> by default."}
+    own = {
+        "workdir": "Where results go; runs/<name of the config> by default.",
+        "distributed": "This is one of several processes: auto (SLURM, a TPU pod, ...), or HOST:PORT,COUNT,INDEX.",
+    }
     given = command.parse(argv, __doc__ or "", own, "fishpal,mnli,demo", defaults, names=True)
-    from jpeft.run import experiment  # after the flags, so that --help and their errors come at once
+    from jpeft.run import experiment, hosts  # after the flags, so that --help and their errors come at once
 
+    if given.flags["distributed"]:
+        hosts.join(given.flags["distributed"])
     line = shlex.join(["python", "-m", "jpeft.main", *argv[1:]])
     experiment.run(given.config, Path(given.flags["workdir"] or f"runs/{given.name}"), command=line)
 

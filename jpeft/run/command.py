@@ -66,9 +66,9 @@ def parse(
         raise SystemExit(0)
     text = "A file such as configs/fishpal_mnli.py, or METHOD,TASK." if names else f"A file such as {example}."
     if any(arg in ("-h", "-help", "--help", "--helpshort", "--helpfull") for arg in argv[1:]):
-        lines = [
-            f"  --{name:9}{help}" for name, help in {"config": text, **own, "version": "Prints the version."}.items()
-        ]
+        told = {"config": text, **own, "version": "Prints the version."}
+        wide = max(map(len, told)) + 2
+        lines = [f"  --{name:{wide}}{help}" for name, help in told.items()]
         print(f"{doc}\nFlags:\n" + "\n".join(lines))
         print("\nFields of the config and their defaults (see jpeft/run/config.py):\n")
         print(defaults())

@@ -1,7 +1,9 @@
 """A whole run, top to bottom: data, model, choose, train, evaluate, export, report."""
 
+import contextlib
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from jpeft.models.pretrained import Pretrained
 from jpeft.plans import plan as plans
 from jpeft.plans.plan import Plan
 from jpeft.report import tables
-from jpeft.run import checks, choose, finished, log
+from jpeft.run import checks, choose, finished, hosts, log
 from jpeft.run import config as configs
 from jpeft.run import workdir as workdirs
 from jpeft.run.clock import Clock
@@ -40,6 +42,7 @@ __all__ = ["PREDICTIONS", "run", "use_compilation_cache"]
 
 MODULES_FILES = (f"model/{modules_on_disk.WEIGHTS}", f"model/{modules_on_disk.DESCRIPTION}")
 # "logits" [n, num_labels] and "labels" of the dev examples, in their order; of tagging, the logits of all words.
+RESULT = "result.json"
 PREDICTIONS = "predictions.safetensors"
 
 
@@ -58,14 +61,15 @@ def run(config: Config, workdir: Path, console: Console | None = None, command: 
     Raises:
       UserError: for anything that the user can mend.
     """
-    console = console or Console()
+    console = console or Console(quiet=not hosts.is_first())
     checks.check(config)
-    with workdirs.locked(workdir, console.warn):
-        return _run(config, workdir, console, command)
+    with hosts.lost(), hosts.own_folder(workdir) as own, contextlib.ExitStack() as held:
+        hosts.together(lambda: held.enter_context(workdirs.locked(own, console.warn)))
+        return _run(config, own, console, command)
 
 
 def _run(config: Config, workdir: Path, console: Console, command: str | None) -> dict[str, Any]:
-    workdirs.check_config(workdir, config)
+    hosts.together(lambda: workdirs.check_config(workdir, config))
     mesh = placement.all_devices()
     use_compilation_cache()
     console.title(f"{config.method} on {config.task} with {config.model}, in {workdir}")
@@ -74,25 +78,42 @@ def _run(config: Config, workdir: Path, console: Console, command: str | None) -
         console.say(f"  {mesh.size} devices: rows divided among them, {base}")
     clock = Clock()
     with clock.timing("load"):
-        data, base, inputs = load(config, console)
-        workdirs.begin(workdir, config, inputs)
-    paths = {seed: workdir / f"seed_{seed}" / "result.json" for seed in config.seeds}
-    todo = []
-    for seed, path in paths.items():
-        if path.is_file() and _intact(path, seed, config, console):
-            console.say(f"  seed {seed}: finished earlier")
-        else:
-            todo.append(seed)
-    ready = (_prepare(config, seed, data, base, workdir, console) for seed in todo)
+        data, base, inputs = hosts.together(lambda: load(config, console))
+        begun = workdirs.begin if hosts.is_first() else workdirs.begun
+        hosts.in_turn(workdir, lambda: begun(workdir, config, inputs))
+    paths = {seed: workdir / f"seed_{seed}" / RESULT for seed in config.seeds}
+    finished_earlier = hosts.told([seed for seed, path in paths.items() if _intact(path, seed, config, console)])
+    for seed in finished_earlier:
+        console.say(f"  seed {seed}: finished earlier")
+    todo = [seed for seed in config.seeds if seed not in finished_earlier]
+    ready = (_in_turn(config, seed, data, base, workdir, console) for seed in todo)
     for group in groups(ready, most_together(config)):
-        for each, last in zip(group, train(group), strict=True):
-            finished.save(paths[each.seed.seed], _export(each, last))
-    results = {seed: finished.read(path) for seed, path in paths.items()}
-    return finished.write(config, data, results, clock.seconds, workdir, console, command)
+        ends = train(group)
+        hosts.together(lambda group=group, ends=ends: _finish(group, ends))
+
+    def report() -> dict[str, Any] | None:
+        if not hosts.is_first():
+            return None
+        results = {seed: finished.read(path) for seed, path in paths.items()}
+        return finished.write(config, data, results, clock.seconds, workdir, console, command)
+
+    return hosts.told(hosts.together(report))
+
+
+def _finish(group: Sequence[Ready], ends: Sequence[Event]) -> None:
+    for each, last in zip(group, ends, strict=hosts.is_first()):
+        finished.save(each.seed.folder / RESULT, _export(each, last))
+
+
+def _in_turn(config: Config, seed: int, data: Data, base: Pretrained, workdir: Path, console: Console) -> Ready:
+    """What is chosen and measured is the same in all processes: the first one's."""
+    return hosts.in_turn(workdir / f"seed_{seed}", lambda: _prepare(config, seed, data, base, workdir, console))
 
 
 def _intact(path: Path, seed: int, config: Config, console: Console) -> bool:
-    """Whether all that a finished seed should have left is there, as it was written, and its own."""
+    """Whether a seed is finished, and all that it should have left is there, as it was written, and its own."""
+    if not path.is_file() or not hosts.is_first():
+        return False
     try:
         result = finished.read(path)
         if result.owner != workdirs.owner(path.parents[1], config, seed):

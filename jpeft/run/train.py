@@ -13,6 +13,7 @@ from jpeft.core.summary import Summary
 from jpeft.core.transform import Chain, Transform
 from jpeft.plans.plan import Spec
 from jpeft.run import config as configs
+from jpeft.run import hosts
 from jpeft.run.config import Config
 from jpeft.run.log import Log
 from jpeft.run.seed import Seed
@@ -27,6 +28,7 @@ __all__ = ["Ready", "groups", "most_together", "train"]
 
 CHECKPOINT_SECONDS = 300.0  # between the ends of epochs, which are always saved
 EVENT_SECONDS = 0.2  # between looks at the losses, which move the bar
+EVENT_STEPS = 16  # likewise of several processes, which must look at the same steps
 BEST = "best.safetensors"  # what trains, as it was after the best epoch
 FILL = 0.9  # of an accelerator's memory
 
@@ -98,6 +100,8 @@ def _shape(ready: Ready) -> Any:
 def train(group: Sequence[Ready]) -> list[Event]:
     """Trains, or resumes from the last checkpoints, and returns the last event of each seed, with dev logits.
 
+    Of several processes, the first alone writes, and others return nothing.
+
     Every event goes to the bar; epochs, and some steps, to `metrics.jsonl`; the states to checkpoints at the end of
     every epoch, in between where epochs are long, and when the process is asked to stop. Each seed has its own.
 
@@ -116,6 +120,8 @@ def train(group: Sequence[Ready]) -> list[Event]:
     for number in sorted(set(reached)):
         together = [start for start, at in zip(starts, reached, strict=True) if at == number]
         last |= {start.ready.seed.seed: event for start, event in zip(together, _train(together), strict=True)}
+    if not hosts.is_first():
+        return []
     for ready in group:
         ready.warnings.extend(console.warnings[warned:])
     return [_exported(ready, last[ready.seed.seed]) for ready in group]
@@ -138,13 +144,19 @@ def _owner(seed: Seed) -> str:
 def _start(ready: Ready) -> _Start:
     seed = ready.seed
     state = step.init_state(ready.parts.trainable, _optimizer(ready))
-    restored = checkpoint.restore(seed.folder / "checkpoints", state, seed.console.warn, _owner(seed))
-    if restored is None:
+    restored = hosts.together(lambda: _restored(seed, state) if hosts.is_first() else None)
+    progress = hosts.told(None if restored is None else restored.progress)
+    if progress is None:
         return _Start(ready, state, (), 0.0)
-    state, (history, loss_sum, spent, _) = restored
+    state = hosts.shared(state if restored is None else restored.state)
+    history, loss_sum, spent, _ = progress
     seed.clock.seconds.update(spent)
     seed.console.say(f"resuming at step {int(state.step):,} of {_schedule(seed).num_steps(seed.data):,}")
     return _Start(ready, state, history, loss_sum)
+
+
+def _restored(seed: Seed, like: State) -> checkpoint.Restored | None:
+    return checkpoint.restore(seed.folder / "checkpoints", like, seed.console.warn, _owner(seed))
 
 
 def _train(starts: Sequence[_Start]) -> list[Event]:
@@ -164,7 +176,7 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
         frozen = {**frozen, "peft": step.stack([start.ready.parts.frozen["peft"] for start in starts])}
     first, mesh = int(starts[0].state.step), placement.all_devices()
     if mesh is not None:
-        state, key = jax.device_put((state, key), placement.whole(mesh))
+        state, key = placement.put((state, key), placement.whole(mesh))
         frozen = placement.frozen(mesh, frozen, config.train.shard_base)
     steps = Steps.compiled(training, evaluation, mesh)
     for each in seeds:
@@ -174,8 +186,7 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
             if several and not _fits(seeds, planned_memory(steps, state, frozen, data, key)):
                 half = len(starts) // 2
                 return [*_train(starts[:half]), *_train(starts[half:])]
-            prepare(steps, state, frozen, data, key)
-    owners = {each.seed: _owner(each) for each in seeds}
+            hosts.together(lambda: prepare(steps, state, frozen, data, key))
     logs, saved = [Log(start.ready.seed, first, start.history) for start in starts], time.monotonic()
     histories, sums = [tuple(start.history) for start in starts], [start.loss_sum for start in starts]
     events = tuple(
@@ -183,8 +194,9 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
         for i in range(len(starts))
     )
     names = [f"seed {each.seed}" for each in seeds] if several else []
+    every_steps = EVENT_STEPS if hosts.several() else 0
     with console.training(total, first, names) as bar, deferred() as stopping:
-        for events in fit_together(steps, state, frozen, data, schedules, histories, sums, EVENT_SECONDS):
+        for events in fit_together(steps, state, frozen, data, schedules, histories, sums, EVENT_SECONDS, every_steps):
             ends_epoch = events[0].row is not None
             for each, log, event in zip(seeds, logs, events, strict=True):
                 each.clock.lap("evaluate" if ends_epoch else "train")
@@ -194,25 +206,28 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
             bar.show(events, data.task.primary, config.train.batch_size)
             # Not after the last step of an epoch: its checkpoint is the one that also holds the scores.
             between = not ends_epoch and events[0].step % per_epoch != 0
-            if ends_epoch or (between and (stopping() or time.monotonic() - saved > CHECKPOINT_SECONDS)):
-                for each, event in zip(seeds, events, strict=True):
-                    progress = checkpoint.Progress(
-                        list(event.history), event.loss_sum, each.clock.seconds, owners[each.seed]
-                    )
-                    checkpoint.save(each.folder / "checkpoints", event.state, progress)
+            stop, due = hosts.any_says(stopping(), time.monotonic() - saved > CHECKPOINT_SECONDS)
+            if ends_epoch or (between and (stop or due)):
+                hosts.together(lambda events=events: _save(seeds, events) if hosts.is_first() else None)
                 saved = time.monotonic()
                 for each in seeds:
                     each.clock.start()
-                if stopping():  # after the last step, too: the next start saves the modules
+                if stop:  # after the last step, too: the next start saves the modules
                     raise Stopped(f"stopped and saved at step {events[0].step:,} of {total:,}")
     return [event._replace(states=jax.device_get(event.state), run=None) for event in events]
 
 
+def _save(seeds: Sequence[Seed], events: Sequence[Event]) -> None:
+    for seed, event in zip(seeds, events, strict=True):
+        progress = checkpoint.Progress(list(event.history), event.loss_sum, seed.clock.seconds, _owner(seed))
+        checkpoint.save(seed.folder / "checkpoints", event.state, progress)
+
+
 def _fits(seeds: Sequence[Seed], planned: int) -> bool:
     """Whether the accelerator has the memory for these seeds together; says so. A CPU is not asked."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     limit, names = stats.get("bytes_limit"), ", ".join(str(seed.seed) for seed in seeds)
-    fits = limit is None or planned <= FILL * limit
+    fits = not any(hosts.any_says(limit is not None and planned > FILL * limit))
     of = f" of {limit / 1e9:.1f}" if limit else ""
     how = "train together" if fits else "do not fit into memory together"
     seeds[0].console.say(f"  seeds {names} {how}: {planned / 1e9:.1f}{of} GB")

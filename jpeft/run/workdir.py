@@ -23,7 +23,7 @@ from jpeft.run.config import Config
 from jpeft.store.modules import DESCRIPTION, verify
 from jpeft.version import RESULTS
 
-__all__ = ["Inputs", "begin", "check", "check_config", "inputs", "locked", "owner", "read_config"]
+__all__ = ["Inputs", "begin", "begun", "check", "check_config", "inputs", "locked", "owner", "read_config"]
 
 SHOWN = 4  # differences in a message
 MOST_PATH = 3000  # bytes; systems take 4,096, and the names of the files below need some
@@ -252,6 +252,16 @@ def begin(workdir: Path, config: Config, now: Inputs) -> None:
     files.write_record(workdir / CONFIG, KIND, _json(config))
 
 
+def begun(workdir: Path, config: Config, now: Inputs) -> None:
+    """Compares the inputs of another process with those that the first process wrote, in a copy of its workdir.
+
+    Raises:
+      UserError: if they are others.
+    """
+    if told := _differences(files.read_record(workdir / INPUTS, INPUTS_KIND), now):
+        raise UserError(f"not all processes have the same inputs. Others than the first has: {'; '.join(told)}")
+
+
 def _begun(workdir: Path) -> bool:
     """Whether anything was computed. A run that failed before leaves its workdir to the one that is corrected."""
     return next(workdir.glob("seed_*/*"), None) is not None
@@ -270,6 +280,13 @@ def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
     Raises:
       UserError: if they differ.
     """
+    if told := _differences(was, now):
+        raise UserError(
+            f"what {workdir} was started with has changed: {'; '.join(told)}. Restore it, or choose another --workdir"
+        )
+
+
+def _differences(was: dict[str, Any], now: Inputs) -> list[str]:
     new = json.loads(json.dumps(now._asdict()))
     moved = (
         "" if was.get("source") in (None, new["source"]) else f", read from {new['source']}, was {was.get('source')}"
@@ -299,10 +316,7 @@ def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
         told.append(
             f"the version of jpeft, which gives other results (number {was.get('results')} before, {RESULTS} now)"
         )
-    if told:
-        raise UserError(
-            f"what {workdir} was started with has changed: {'; '.join(told)}. Restore it, or choose another --workdir"
-        )
+    return told
 
 
 def _sizes(others: Mapping[str, tuple[int, str]]) -> str:

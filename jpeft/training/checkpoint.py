@@ -53,8 +53,13 @@ class Restored(NamedTuple):
 def _manager(folder: Path) -> Any:
     import orbax.checkpoint as ocp
 
+    own = jax.process_index()  # of several processes, one writes, and the others do not wait for it
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
+        max_to_keep=2,
+        enable_async_checkpointing=False,
+        cleanup_tmp_directories=True,
+        create=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(own, {own}, f"process_{own}"),
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -78,7 +83,9 @@ def save(folder: Path, state: State, progress: Progress) -> None:
         step = int(state.step)
         if step not in manager.all_steps():
             about = {**progress._asdict(), HASH: _hash(state, progress)}
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(about))
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(jax.device_get(state)), progress=ocp.args.JsonSave(about)
+            )
             try:
                 manager.save(step, args=items, force=True)
             except Exception as error:  # of the file system, in whatever its writers make of it
@@ -167,9 +174,18 @@ def _read(manager: Any, step: int, like: State) -> Restored:
     # Whatever its readers raise, of arrays, of JSON, of missing files.
     except Exception as error:
         raise _Damaged(_first_line(error)) from error
+    for path, told in jax.tree_util.tree_leaves_with_path(jax.tree.map(_unlike, like, state)):
+        if told:
+            raise _Damaged(f"{jax.tree_util.keystr(path)} {told}")
     if written != _hash(state, progress):
         raise _Damaged("its contents do not match its hash")
     return Restored(state, progress)
+
+
+def _unlike(wanted: Any, found: Any) -> str:
+    """In what an array is not like the one that is wanted, which Orbax does not ask."""
+    now, then = (f"{x.dtype.name}{list(x.shape)}" for x in (wanted, found))
+    return "" if now == then else f"is {then}, expected {now}"
 
 
 def _first_line(error: Exception) -> str:

@@ -65,7 +65,7 @@ class Compiled:
             self.seconds += time.perf_counter() - start
         if self._mesh is not None:
             batch = args[self._batch_at]
-            args = self._with_batch(args, jax.device_put(batch, placement.rows(self._mesh, batch)))
+            args = self._with_batch(args, placement.put(batch, placement.rows(self._mesh, batch)))
         return self._programs[shape](*args)
 
     def _compile(self, args: tuple[Any, ...]) -> Any:

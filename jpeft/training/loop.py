@@ -86,6 +86,7 @@ def fit(
     history: Sequence[Row] = (),
     loss_sum: float = 0.0,
     every: float = 0.2,
+    every_steps: int = 0,
 ) -> Iterator[Event]:
     """Trains for all epochs, evaluating after each, from where a state was taken.
 
@@ -101,6 +102,7 @@ def fit(
       history: the rows of the epochs that are finished, if this resumes.
       loss_sum: the sum of the batch losses of the epoch under way, likewise.
       every: seconds between events. Only then does the host wait for the device; 0 gives an event after every step.
+      every_steps: if not 0, steps between events instead, which several processes count alike.
 
     Yields:
       An event now and then, one after the last step of an epoch, and one after its evaluation.
@@ -108,7 +110,7 @@ def fit(
     Raises:
       UserError: if a loss, or an answer in an evaluation, is not finite.
     """
-    for (event,) in fit_together(steps, state, frozen, data, [schedule], [history], [loss_sum], every):
+    for (event,) in fit_together(steps, state, frozen, data, [schedule], [history], [loss_sum], every, every_steps):
         yield event
 
 
@@ -121,6 +123,7 @@ def fit_together(
     histories: Sequence[Sequence[Row]],
     loss_sums: Sequence[float],
     every: float = 0.2,
+    every_steps: int = 0,
 ) -> Iterator[tuple[Event, ...]]:
     """Trains several runs step by step together, each as `fit` would alone.
 
@@ -133,6 +136,7 @@ def fit_together(
       histories: of each run.
       loss_sums: of each run.
       every: see `fit`.
+      every_steps: see `fit`.
 
     Yields:
       Events as `fit`, one for each run.
@@ -159,7 +163,8 @@ def fit_together(
             pending.append(measured)
             if len(pending) > AHEAD:
                 jax.block_until_ready(pending[-1 - AHEAD].loss)
-            if time.monotonic() < due and step % per_epoch:
+            wait = step % every_steps != 0 if every_steps else time.monotonic() < due
+            if wait and step % per_epoch:
                 continue
             losses, norms = _finite(pending, step, schedules)
             for i, own in enumerate(losses):

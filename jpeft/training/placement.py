@@ -3,18 +3,20 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jpeft.data.batching import Batch
 
-__all__ = ["all_devices", "divided", "frozen", "rows", "whole"]
+__all__ = ["all_devices", "divided", "frozen", "put", "rows", "whole"]
 
 ROWS = "rows"  # the axis of the mesh
 
 
 def all_devices() -> Mesh | None:
-    """All devices in a row; None if there is only one."""
+    """All devices in a row, those of other processes included; None if there is only one."""
     devices = jax.devices()
     if len(devices) == 1:
         return None
@@ -36,11 +38,33 @@ def rows(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(of, batch, is_leaf=lambda x: isinstance(x, Batch))
 
 
+def put(tree: Any, shardings: Any) -> Any:
+    """Puts arrays on devices. With several processes, each has all of every array and puts its own part of it.
+
+    Args:
+      tree: of arrays.
+      shardings: like `tree`, or one for all.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        one = shardings
+        shardings = jax.tree.map(lambda _: one, tree)
+    return jax.tree.map(_put_own, tree, shardings)
+
+
+def _put_own(x: Any, sharding: NamedSharding) -> Any:
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put_own(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
 def frozen(mesh: Mesh, variables: dict[str, Any], shard_base: bool) -> dict[str, Any]:
     """Puts on the devices what does not train: the base, "params", whole or in parts, the leaves whole."""
     base = variables["params"]
     over = divided(mesh, base) if shard_base else whole(mesh)
-    return {"params": jax.device_put(base, over), "peft": jax.device_put(variables["peft"], whole(mesh))}
+    return {"params": put(base, over), "peft": put(variables["peft"], whole(mesh))}
 
 
 def divided(mesh: Mesh, tree: Any) -> Any:

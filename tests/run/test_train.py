@@ -232,6 +232,6 @@ def test_seeds_train_together_where_the_memory_allows(monkeypatch, limit, fits):
         def memory_stats(self):
             return None if limit is None else {"bytes_limit": limit}
 
-    monkeypatch.setattr(running.jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(running.jax, "local_devices", lambda: [Device()])
     seeds = [Seed(None, i, None, None, None, None, None, None, None, Console(quiet=True), None) for i in (1, 2)]
     assert running._fits(seeds, 1000) == fits
