@@ -132,6 +132,8 @@ class Transform(NamedTuple):
         of another training pass over the batch with fresh randomness, for AdaMix to compare. None adds nothing.
       reads_params: whether `wrap` reads the site's own parameters, as DoRA does for their norms. `merge` then leaves
         them unchanged wherever another member comes before it.
+      needs_float32: whether the method computes with the base weights themselves, as DoRA does for their norms and SAID
+        for its sum, and so needs them in float32 where the model computes in bfloat16.
       factors: (site path, leaves of the site) -> (a [in, r], b [r, out]), if outside training `wrap` computes
         call(x) + (x a) b and nothing else, as LoRA does. None if it does not.
     """
@@ -146,6 +148,7 @@ class Transform(NamedTuple):
     penalty: Callable[[Array, Callable[[], Array]], Array] | None = None
     decay: Callable[[tuple[str, ...], Any], bool] | None = None
     reads_params: bool = False
+    needs_float32: bool = False
     factors: Callable[[str, Any], tuple[Array, Array]] | None = None
 
 

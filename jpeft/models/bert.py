@@ -31,7 +31,7 @@ from jax import Array
 
 from jpeft.core.errors import UserError
 
-__all__ = ["ACTIVATIONS", "Bert", "BertConfig", "Intermediates"]
+__all__ = ["ACTIVATIONS", "Bert", "BertConfig", "Intermediates", "narrowed"]
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -382,3 +382,16 @@ class Bert(nn.Module):
         dropped = nn.Dropout(_head_dropout(c))(pooled, deterministic=not train)
         logits = _dense(c, c.num_labels, "classifier", _wide(c.dtype))(dropped)
         return logits, Intermediates(states, pooled)
+
+
+def narrowed(params: Any, dtype: str) -> Any:
+    """Parameters in the dtype that the encoder computes in, with the same results.
+
+    All but those of LayerNorm and of the head, which compute in float32 whatever the dtype is.
+    """
+
+    def cast(keys: Any, x: Array) -> Array:
+        names = [key.key for key in keys]
+        return x if "LayerNorm" in names or names[0] in Bert.HEAD else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)

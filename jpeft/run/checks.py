@@ -86,7 +86,7 @@ def check(config: Config) -> None:
         raise UserError(f"config.train.export must be 'last' or 'best', got {train.export!r}")
     if train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UserError("config.train.tensorboard needs tensorboardX: pip install tensorboardX")
-    if train.dtype not in ("float32", "bfloat16"):
+    if train.dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"config.train.dtype must be 'float32' or 'bfloat16', got {train.dtype!r}")
     _check_seeds(config.seeds)
     _check_read(config)

@@ -5,10 +5,12 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
+import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from jpeft.core.errors import UserError, nearest
+from jpeft.core.tree import flatten
 from jpeft.data import hub, tasks
 from jpeft.data.custom import custom
 from jpeft.data.task import Task
@@ -18,8 +20,10 @@ from jpeft.transforms.registry import METHODS, MODULES
 
 __all__ = [
     "Config",
+    "chosen",
     "default",
     "demo",
+    "dtype",
     "learning_rate",
     "method_names",
     "modules",
@@ -48,8 +52,8 @@ def default(task: str, method: str) -> Config:
 
     Fields that are None take a value that is known later: `data.path` the hub or JPEFT_GLUE_DIR, `train.learning_rate`
     the method's own, `init_from` new modules, or those of another run's model folder,
-    `train.max_train_examples` all, `fishpal.plan` the plan that `fishpal.criterion` finds,
-    `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
+    `train.max_train_examples` all, `train.dtype` float32 on a CPU and bfloat16 on an accelerator, `fishpal.plan` the
+    plan that `fishpal.criterion` finds, `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
 
     `data.hub` is a data set of the Hugging Face hub, in the place of files: "owner/name", "owner/name:config", or a
     folder that `datasets` reads. `data.kind` is that of the answers in data of the user's own: classification,
@@ -102,7 +106,7 @@ def default(task: str, method: str) -> Config:
                 "max_length": 128,
                 "padded_lengths": placeholder(int),
                 "max_train_examples": placeholder(int),
-                "dtype": "float32",
+                "dtype": placeholder(str),
                 "remat": False,
                 "export": "last",
                 "tensorboard": False,
@@ -154,6 +158,21 @@ def variant(config: Config, name: str) -> Config:
     if name not in ("", "demo"):
         raise UserError(f"config variant {name!r} is unknown: {nearest(name, ['demo'])}")
     return demo(config) if name else config
+
+
+def dtype(config: Config) -> str:
+    """What the encoder computes in. What trains, and the state of its optimiser, is float32 in any case."""
+    if config.train.dtype is not None:
+        return config.train.dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def chosen(config: Config) -> dict[str, Any]:
+    """The fields that are not the defaults, by name: those that a later version adds, or this machine sets, too."""
+    standard, now = (x.to_dict() for x in (default(config.task, config.method), config))
+    now["train"]["dtype"], standard["train"]["dtype"] = dtype(config), "float32"
+    known, given = (flatten(x) for x in (standard, now))
+    return {".".join(name): x for name, x in given.items() if name not in known or x != known[name]}
 
 
 def learning_rate(config: Config) -> float:

@@ -135,7 +135,7 @@ def write(
         },
         "data": {name: inputs[name][1] for name in ("train", "dev")},
         "examples": {"train": data.train.size, "evaluation": data.dev.size},
-        "recipe": {name: config.train[name] for name in RECIPE},
+        "recipe": {**{name: config.train[name] for name in RECIPE}, "dtype": configs.dtype(config)},
         "parameters": tables.average([result.parameters for result in results.values()]),
         "seconds": {**seconds, **spent},
         "examples_per_second": sum(r.train_examples for r in results.values()) / spent["train"],

@@ -14,6 +14,7 @@ from jpeft.data.task import Data, Task
 from jpeft.models import Bert, BertConfig, pretrained
 from jpeft.models.pretrained import Pretrained
 from jpeft.plans import plan as plans
+from jpeft.run import config as configs
 from jpeft.run.clock import Clock
 from jpeft.run.config import Config
 from jpeft.run.console import Console
@@ -86,7 +87,7 @@ def load_model(config: Config, task: Task, seed: int) -> Pretrained:
         config.model,
         num_labels=task.num_labels,
         key=jax.random.key(seed),
-        dtype=config.train.dtype,
+        dtype=configs.dtype(config),
         remat=config.train.remat,
         by_token=task.answers.by_token,
     )

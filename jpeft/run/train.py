@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jpeft.core import files
 from jpeft.core.partition import Partition
 from jpeft.core.summary import Summary
-from jpeft.core.transform import Chain, Transform
+from jpeft.core.transform import Chain, Transform, members
+from jpeft.models.bert import narrowed
 from jpeft.plans.plan import Spec
 from jpeft.run import config as configs
 from jpeft.run import hosts
@@ -167,7 +168,7 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
     schedules = [_schedule(each) for each in seeds]
     total = schedules[0].num_steps(data)
     per_epoch = total // schedules[0].num_epochs
-    state, frozen, key = starts[0].state, ready.parts.frozen, seed.dropout_key
+    state, frozen, key = starts[0].state, _stored(ready), seed.dropout_key
     training = step.train_step(seed.model, ready.method, _optimizer(ready), data.task.loss)
     evaluation = step.eval_step(seed.model, ready.method)
     if several:
@@ -221,6 +222,14 @@ def _save(seeds: Sequence[Seed], events: Sequence[Event]) -> None:
     for seed, event in zip(seeds, events, strict=True):
         progress = checkpoint.Progress(list(event.history), event.loss_sum, seed.clock.seconds, _owner(seed))
         checkpoint.save(seed.folder / "checkpoints", event.state, progress)
+
+
+def _stored(ready: Ready) -> dict[str, Any]:
+    """The frozen variables, the base weights once and for all as the encoder computes with them."""
+    frozen, low = ready.parts.frozen, configs.dtype(ready.seed.config)
+    if any(member.needs_float32 for member in members(ready.method)):
+        return frozen
+    return {**frozen, "params": narrowed(frozen["params"], low)}
 
 
 def _fits(seeds: Sequence[Seed], planned: int) -> bool:

@@ -170,17 +170,11 @@ def owner(workdir: Path, config: Config, seed: int) -> str:
 
     Its checkpoints and its result carry it, so that those of another seed, config or input do not pass for its own.
     """
-    known = {name: value for name, value in _chosen(config).items() if name not in ("seeds", "train.together")}
+    known = {name: value for name, value in configs.chosen(config).items() if name not in ("seeds", "train.together")}
     inputs = workdir / INPUTS
     read = files.read_record(inputs, INPUTS_KIND) if inputs.is_file() else {}
     read.pop("source", None)
     return hashlib.sha256(json.dumps([seed, known, read], sort_keys=True).encode()).hexdigest()
-
-
-def _chosen(config: Config) -> dict[str, Any]:
-    """The fields that are not the defaults, by name: those that a later version adds change nothing."""
-    standard, now = (flatten_dict(_json(x), sep=".") for x in (configs.default(config.task, config.method), config))
-    return {name: value for name, value in now.items() if name not in standard or value != standard[name]}
 
 
 def check_config(workdir: Path, config: Config) -> None:
@@ -201,7 +195,7 @@ def check_config(workdir: Path, config: Config) -> None:
     if isinstance(read.get("train"), dict):
         read["train"]["together"] = now["train"]["together"]  # which changes no result
     old, new = (flatten_dict(x, sep=".") for x in (read, now))
-    added = {name: value for name, value in new.items() if name not in old and name not in _chosen(config)}
+    added = {name: value for name, value in new.items() if name not in old and name not in configs.chosen(config)}
     old |= added  # fields of a later version, which are as they always were
     differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if differ:
@@ -324,4 +318,6 @@ def _sizes(others: Mapping[str, tuple[int, str]]) -> str:
 
 
 def _json(config: Config) -> dict[str, Any]:
-    return json.loads(config.to_json())
+    """As `config.json` has it: what the machine decides, written out."""
+    whole = json.loads(config.to_json())
+    return {**whole, "train": {**whole["train"], "dtype": configs.dtype(config)}}

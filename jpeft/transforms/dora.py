@@ -91,7 +91,9 @@ def dora(
 
         return merge_sites(leaves, params, merged)
 
-    return Transform("dora", init, wrap, merge, rate=faster_b(learning_rate_ratio), reads_params=True)
+    return Transform(
+        "dora", init, wrap, merge, rate=faster_b(learning_rate_ratio), reads_params=True, needs_float32=True
+    )
 
 
 def _updated(spec: LowRank, path: str, leaves: Leaves, kernel: Array) -> Array:

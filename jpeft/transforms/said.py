@@ -83,7 +83,7 @@ def said(
                 params = tree.replace(params, path, moved)
         return params
 
-    return Transform("said", init, None, merge)
+    return Transform("said", init, None, merge, needs_float32=True)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "shape"))  # traced once for all tensors of one shape

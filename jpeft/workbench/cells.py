@@ -10,7 +10,6 @@ import numpy as np
 
 from jpeft.core import files
 from jpeft.core.errors import UserError
-from jpeft.core.tree import flatten
 from jpeft.data import kinds
 from jpeft.run import config as configs
 from jpeft.run import experiment
@@ -76,9 +75,7 @@ def write(folder: Path, config: Config, cell: Cell, report: Mapping[str, Any], w
 
 def _config(config: Config) -> dict[str, Any]:
     """The fields that are not the defaults; where data and models lie is left out, since it is the machine's."""
-    standard = flatten(configs.default(config.task, config.method).to_dict())
-    given = {names: value for names, value in flatten(config.to_dict()).items() if value != standard[names]}
-    found = {".".join(names): value for names, value in given.items() if names != ("data", "path")}
+    found = {name: value for name, value in configs.chosen(config).items() if name != "data.path"}
     return json.loads(json.dumps({"method": config.method, **found}))
 
 

@@ -92,6 +92,21 @@ def test_a_field_that_a_later_version_adds_is_no_change(begun, tiny_config, monk
     assert workdirs.owner(begun, config, 11) != owner
 
 
+def test_the_dtype_is_the_machine_s_and_is_written_down(begun, tiny_config, monkeypatch):
+    config, before = tiny_config("lora"), tiny_config("lora", dtype="float32")
+    assert workdirs.read_config(begun).train.dtype == "float32"
+    workdirs.check_config(begun, config)
+    workdirs.check_config(begun, before)
+    owners = [workdirs.owner(begun, each, 11) for each in (config, before)]
+    assert owners[0] == owners[1]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match=r"config\.train\.dtype was 'float32', now 'bfloat16'"):
+        workdirs.check_config(begun, config)
+    workdirs.check_config(begun, before)
+    assert workdirs.owner(begun, config, 11) != owners[0]
+    assert workdirs.owner(begun, before, 11) == owners[0]
+
+
 def test_a_regression_of_an_earlier_version_is_a_kind():
     old = {"task": "custom", "data": {"regression": True, "text": ["x"]}}
     assert workdirs._current(old) == {"task": "custom", "data": {"kind": "regression", "text": ["x"]}}

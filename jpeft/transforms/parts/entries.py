@@ -66,7 +66,8 @@ def _write(params: Chosen, leaves: Mapping[tuple[str, str], Any]) -> dict[tuple[
     """The parameters with the entries of their leaves in their places."""
 
     def one(w: Array, leaf: Mapping[str, Any]) -> Array:
-        flat = w.reshape(-1).at[leaf[FIXED]["index"]].set(leaf["values"], indices_are_sorted=True, unique_indices=True)
+        values = leaf["values"].astype(w.dtype)
+        flat = w.reshape(-1).at[leaf[FIXED]["index"]].set(values, indices_are_sorted=True, unique_indices=True)
         return flat.reshape(w.shape)
 
     return {where: one(params[where], leaf) for where, leaf in leaves.items()}
