@@ -156,7 +156,7 @@ class MultiTask:
         model, base, stacks = self._stacked()
         answers: list[np.ndarray] = [np.zeros(0)] * len(texts)
         most = max(longest(self._tasks[name].saved) for name in rows_of)
-        for batch, rows in eval_batches(examples, *shapes(examples, most)):
+        for batch, rows in eval_batches(examples, *shapes(examples.size, most)):
             logits = np.asarray(_answer(model, self._transform, base, stacks, batch))
             for row, own in zip(rows, logits[: len(rows)], strict=True):  # copies fill up the batch
                 answers[where[row]] = own[: widths[row]]

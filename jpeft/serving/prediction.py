@@ -10,7 +10,6 @@ from jpeft.core.errors import UserError
 from jpeft.data.batching import Batch, Examples
 from jpeft.data.encoding import tokenize, tokenize_words
 from jpeft.data.kinds import IGNORED, KINDS
-from jpeft.data.padding import length_buckets
 from jpeft.data.rows import is_unicode
 from jpeft.store.modules import Saved
 from jpeft.training.loop import evaluate
@@ -20,6 +19,9 @@ from jpeft.transforms.parts.inputs import lengthens
 __all__ = ["by_sentence", "check_list", "checked", "encode", "longest", "predict", "shapes"]
 
 BATCH_SIZE = 32
+# Lengths that rows are padded to, up to the longest.
+FINE = (*range(8, 64, 4), *range(64, 128, 8), *range(128, 256, 16), *range(256, 513, 32))
+COARSE = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 
 # One program for each model, transform and shape of a batch: the next call finds it compiled.
 _forward = jax.jit(forward, static_argnums=(0, 1))
@@ -28,7 +30,7 @@ _forward = jax.jit(forward, static_argnums=(0, 1))
 def predict(saved: Saved, texts: Sequence[Any]) -> Any:
     """Computes logits of sentences or sentence pairs, or of the words of sentences.
 
-    Rows are sorted by length into batches of at most 32 with at most four padded lengths. Each shape is compiled once;
+    Rows are sorted by length into batches of at most 32, whose shapes come from a short list. Each is compiled once;
     later calls with the same `saved` reuse it.
 
     Args:
@@ -54,7 +56,7 @@ def predict(saved: Saved, texts: Sequence[Any]) -> Any:
     def run(variables: Any, nothing: Any, batch: Batch) -> Any:
         return _forward(saved.model, saved.transform, nothing, variables, batch)
 
-    size, buckets = shapes(examples, longest(saved))
+    size, buckets = shapes(len(rows), longest(saved))
     logits = evaluate(run, saved.variables, {"params": {}, "peft": {}}, examples, buckets, size)
     if not by_token:
         return logits
@@ -65,10 +67,14 @@ def predict(saved: Saved, texts: Sequence[Any]) -> Any:
     return found
 
 
-def shapes(examples: Examples, longest: int) -> tuple[int, tuple[int, ...]]:
-    """The rows of a batch and its few padded lengths, none of them longer than the model takes."""
-    buckets = tuple(min(bucket, longest) for bucket in length_buckets(examples.lengths))
-    return min(BATCH_SIZE, examples.size), buckets
+def shapes(rows: int, longest: int) -> tuple[int, tuple[int, ...]]:
+    """The rows of a batch, 1 to 32, and the lengths that it can be padded to; whatever the texts are, the same few.
+
+    Every shape is a program to compile, and each batch takes one. On a CPU, tokens are dear and programs are not; on an
+    accelerator it is the reverse.
+    """
+    ladder = FINE if jax.default_backend() == "cpu" else COARSE
+    return 1 << (min(BATCH_SIZE, rows) - 1).bit_length(), (*(x for x in ladder if x < longest), longest)
 
 
 def longest(saved: Saved) -> int:

@@ -21,7 +21,7 @@ from jpeft.run.console import Console
 from jpeft.serving.answers import Answers, held
 from jpeft.serving.export import find_modules
 from jpeft.serving.lines import WRITES, lines
-from jpeft.serving.prediction import by_sentence, encode, longest
+from jpeft.serving.prediction import BATCH_SIZE, by_sentence, encode, longest, shapes
 from jpeft.store import modules
 from jpeft.store.modules import Saved
 from jpeft.training import step
@@ -31,7 +31,6 @@ from jpeft.training.loop import evaluate
 __all__ = ["Counts", "answering", "predict"]
 
 CHUNK = 2048  # rows that are answered, written and noted together
-LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)  # that rows are padded to, up to the longest
 STDIN = "-"
 
 Row = tuple[int, tuple[Any, ...] | UserError]
@@ -182,7 +181,7 @@ def answering(saved: Saved) -> Any:
     Its padded lengths do not depend on the texts, or a run that resumes would answer in other digits.
     """
     run = Compiled(step.eval_step(saved.model, saved.transform), 2)
-    buckets = [length for length in LENGTHS if length < longest(saved)] + [longest(saved)]
+    _, buckets = shapes(BATCH_SIZE, longest(saved))
 
     def answer(texts: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
         if not texts:

@@ -63,6 +63,13 @@ def test_sentences_are_cut_as_in_training(saved):
     np.testing.assert_allclose(jpeft.predict(one, ["the dog " * 40]), jpeft.predict(one, ["the dog " * 7]), atol=1e-5)
 
 
+def test_few_shapes_whatever_the_texts_are(monkeypatch):
+    assert [prediction.shapes(n, 30)[0] for n in (1, 2, 3, 4, 5, 31, 32, 33, 1000)] == [1, 2, 4, 4, 8, 32, 32, 32, 32]
+    assert prediction.shapes(1, 30)[1] == (8, 12, 16, 20, 24, 28, 30)
+    monkeypatch.setattr(prediction.jax, "default_backend", lambda: "gpu")
+    assert prediction.shapes(1, 30)[1] == (8, 16, 24, 30)
+
+
 def test_rows_are_not_padded_beyond_what_the_model_takes(saved):
     """30 positions are not a multiple of 8, as padded lengths are."""
     config = dataclasses.replace(saved.model.config, max_position_embeddings=30)
