@@ -179,7 +179,7 @@ def sweep(todo: Sequence[Run], given: argparse.Namespace) -> dict[Run, str]:
     """
     import ray
 
-    from jpeft.run.stopping import Stopped, raised
+    from jpeft.run.stopping import Stopped, deferred
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     here = {"include_dashboard": False, "object_store_memory": 10**8} if given.address == "local" else {}
@@ -189,7 +189,7 @@ def sweep(todo: Sequence[Run], given: argparse.Namespace) -> dict[Run, str]:
         raise UserError(f"--address {given.address}: {' '.join(str(error).split()):.200}") from None
     ended: dict[int, str] = {}
     try:
-        with raised():  # Ray has put a handler of its own in place
+        with deferred() as stopped:  # Ray has put a handler of its own in place, and hands on no exception of ours
             gpus = min(1, _most("GPU")) if given.gpus is None else given.gpus
             _check_room(given.address, {"CPU": given.cpus, "GPU": gpus})
             task = ray.remote(
@@ -204,16 +204,16 @@ def sweep(todo: Sequence[Run], given: argparse.Namespace) -> dict[Run, str]:
                 for i, run in enumerate(todo)
             }
             with _bar(len(todo)) as tell:
-                while waiting:
+                while waiting and not stopped():
                     done, _ = ray.wait(list(waiting), timeout=1)
                     for ref in done:
                         number = waiting.pop(ref)
                         ended[number] = _outcome(ref)
                         tell(todo[number], ended[number])
-    except Stopped:
-        raise Stopped(f"stopped with {len(ended)} of {len(todo)} runs done") from None
     finally:
         ray.shutdown()
+    if waiting:
+        raise Stopped(f"stopped with {len(ended)} of {len(todo)} runs done")
     return {run: ended[i] for i, run in enumerate(todo)}
 
 
