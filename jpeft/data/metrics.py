@@ -10,7 +10,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-__all__ = ["MANY", "METRICS", "TAGS", "compute", "compute_many", "compute_tags", "entities", "is_entity_scheme"]
+__all__ = [
+    "MANY",
+    "METRICS",
+    "TAGS",
+    "compute",
+    "compute_many",
+    "compute_tags",
+    "entities",
+    "entity_counts",
+    "entity_shares",
+    "is_entity_scheme",
+]
 
 
 def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -143,20 +154,38 @@ def compute_tags(
     words = labels != ignored
     true = labels[words]
     _check(np.asarray(logits), len(true), len(tags))
-    chosen = np.asarray(logits).argmax(1)
-    ends = np.cumsum(words.sum(1))[:-1]
-    there, said = (_numbered(np.split(ids, ends), tags) for ids in (true, chosen))
-    right = len(there & said)
-    shares = {
-        "entity_precision": right / max(len(said), 1),
-        "entity_recall": right / max(len(there), 1),
-        "entity_f1": 2 * right / max(len(said) + len(there), 1),
+    chosen = np.full_like(labels, ignored)
+    chosen[words] = np.asarray(logits).argmax(1)
+    counts = entity_counts(tags, chosen, labels, ignored) if set(names) & set(TAGS) else np.zeros((1, 3))
+    shares = entity_shares(counts)
+    return {name: shares[name] if name in shares else METRICS[name](true, chosen[words]) for name in names}
+
+
+def entity_counts(tags: Sequence[str], predictions: np.ndarray, labels: np.ndarray, ignored: int) -> np.ndarray:
+    """The entities of each sentence, [n, 3]: those that were found, those that are there, those that were said.
+
+    Args:
+      tags: the names of the classes.
+      predictions: [n, t], classes of the words.
+      labels: likewise, `ignored` where there is no word.
+      ignored: see `labels`.
+    """
+    found = np.zeros((len(labels), 3), int)
+    for i, (said, true) in enumerate(zip(predictions, labels, strict=True)):
+        words = true != ignored
+        ours, theirs = (entities([str(tags[k]) for k in ids[words]]) for ids in (said, true))
+        found[i] = len(ours & theirs), len(theirs), len(ours)
+    return found
+
+
+def entity_shares(counts: np.ndarray) -> dict[str, float]:
+    """Precision, recall and F1 over all sentences together, from `entity_counts` of these; a share of nothing is 0."""
+    right, there, said = counts.sum(0).tolist()
+    return {
+        "entity_precision": right / max(said, 1),
+        "entity_recall": right / max(there, 1),
+        "entity_f1": 2 * right / max(said + there, 1),
     }
-    return {name: shares[name] if name in shares else METRICS[name](true, chosen) for name in names}
-
-
-def _numbered(sentences: Sequence[np.ndarray], tags: Sequence[str]) -> set[tuple[int, tuple[str, int, int]]]:
-    return {(i, found) for i, ids in enumerate(sentences) for found in entities([str(tags[k]) for k in ids])}
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from jpeft.data.kinds import IGNORED
+from jpeft.data.task import Task
 from jpeft.data.tasks import TASKS
 from jpeft.report import comparison
 from jpeft.report.comparison import Outcome
@@ -58,6 +60,19 @@ def test_a_regression_is_scored_by_its_values():
     labels = np.linspace(0, 5, 50)
     found = Outcome(TASKS["stsb"], "x", 1, 2 * labels + np.random.default_rng(0).normal(size=50), labels, 1.0, 0.0)
     assert found.score() == pytest.approx(np.corrcoef(found.predictions, labels)[0, 1])
+
+
+def test_entities_are_counted_once_and_drawn_with_their_sentences():
+    rng, metrics = np.random.default_rng(0), ("entity_f1", "accuracy")
+    task = Task("ner", ("words",), ("O", "B-X", "I-X", "B-Y"), metrics, "entity_f1", kind="tagging")
+    labels = rng.integers(0, 4, (40, 7))
+    labels[np.arange(7) >= rng.integers(1, 8, (40, 1))] = IGNORED
+    said = np.where(rng.random(labels.shape) < 0.7, labels, rng.integers(0, 4, labels.shape))
+    found = Outcome(task, "x", 1, np.where(labels == IGNORED, IGNORED, said), labels, 1.0, 0.0)
+    again = np.random.default_rng(0)
+    expected = [found.score(again.integers(0, 40, 40)) for _ in range(20)]
+    np.testing.assert_allclose(comparison.resampled(found, 20), expected)
+    assert np.std(expected) > 0.01
 
 
 def test_the_page_and_the_picture(tmp_path):

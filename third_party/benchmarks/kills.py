@@ -2,7 +2,7 @@
 
     python third_party/benchmarks/kills.py --folder /tmp/kills
 
-MiniLM on 480 rows of the built-in data: LoRA, FISH, and three seeds of an adapter that train together. Every run is
+MiniLM on 240 rows of the built-in data: LoRA, FISH, and three seeds of an adapter that train together. Every run is
 killed (SIGKILL, as when a machine is taken away) a random time after it starts, and started again by the same command,
 until it is done; then anew, as often as it takes. Whether the end is the same is asked bit by bit, of modules,
 predictions and metrics.
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 COMMON = (
-    "--config.model=minilm", "--config.train.max_train_examples=480", "--config.train.num_epochs=4",
+    "--config.model=minilm", "--config.train.max_train_examples=240", "--config.train.num_epochs=4",
     "--config.train.max_length=48",
 )  # fmt: skip
 RUNS = {
