@@ -17,7 +17,7 @@ from jpeft.transforms.registry import METHODS, MODULES, RENAMED
 __all__ = ["check", "check_names"]
 
 MOST_SEEDS = 1000
-ITEMS = {"candidates": str, "sizes": float, "text": str}  # what the tuples among the fields hold
+ITEMS = {"candidates": str, "rates": float, "sizes": float, "text": str}  # what the tuples among the fields hold
 OWN = {"train": "a CSV, TSV, JSON lines, parquet or CoNLL file", "text": "one or two column names"}
 
 
@@ -53,6 +53,10 @@ def check(config: Config) -> None:
         )
     if len(set(config.fishpal.sizes)) < len(config.fishpal.sizes):
         raise UserError(f"config.fishpal.sizes must be distinct, got {tuple(config.fishpal.sizes)}")
+    if not config.fishpal.rates or len(set(config.fishpal.rates)) < len(config.fishpal.rates):
+        raise UserError(f"config.fishpal.rates must be distinct, at least one, got {tuple(config.fishpal.rates)}")
+    for rate in config.fishpal.rates:
+        _above_zero("fishpal.rates", rate)
     if not config.fishpal.sizes:
         raise UserError("config.fishpal.sizes must name at least one size, such as (1,)")
     for size in config.fishpal.sizes:
@@ -209,6 +213,10 @@ def _unread(config: Config, name: str) -> str | None:
         return f"config.fishpal.criterion is {own.criterion!r}, and only the thesis' has factors"
     if name == "learning_rates" and own.criterion == "thesis":
         return "with the thesis' criterion there is one rate for all"
+    if name == "rates" and own.criterion != "race":
+        return f"config.fishpal.criterion is {own.criterion!r}, and only a race is one of rates, too"
+    if name == "rates" and config.train.learning_rate is not None:
+        return "so is config.train.learning_rate"
     if name == "num_examples" and own.criterion == "race":
         return "a race says itself how many examples it trains on"
     if name == "budget_of" and own.budget is None:

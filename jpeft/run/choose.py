@@ -28,7 +28,7 @@ from jpeft.run.measuring import lengths
 from jpeft.run.seed import Seed
 from jpeft.training.step import single_logits, single_loss
 
-__all__ = ["CHOICE", "leaves", "plan"]
+__all__ = ["CHOICE", "leaves", "plan", "rate"]
 
 CHOICE = "record of a choice"  # the kind of `choice.json`
 
@@ -71,6 +71,12 @@ def plan(seed: Seed) -> Plan:
         files.write_record(record, CHOICE, choice)
     files.write_text(path, plans.dumps(chosen))
     return chosen
+
+
+def rate(seed: Seed) -> float:
+    """The multiple of its learning rate that a seed trains at: what a race of rates found, or else 1."""
+    record = seed.folder / "choice.json"
+    return float(files.read_record(record, CHOICE).get("rate", 1)) if record.is_file() else 1.0
 
 
 def _best(seed: Seed, scores: Scores, candidates: Candidates) -> Plan:

@@ -28,6 +28,7 @@ __all__ = [
     "method_names",
     "modules",
     "options",
+    "raced_rates",
     "rates",
     "task_of",
     "variant",
@@ -54,6 +55,9 @@ def default(task: str, method: str) -> Config:
     the method's own, `init_from` new modules, or those of another run's model folder,
     `train.max_train_examples` all, `train.dtype` float32 on a CPU and bfloat16 on an accelerator, `fishpal.plan` the
     plan that `fishpal.criterion` finds, `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
+
+    `fishpal.rates` are multiples of the methods' own learning rates, between which a race decides as well, unless
+    `train.learning_rate` is given.
 
     `data.hub` is a data set of the Hugging Face hub, in the place of files: "owner/name", "owner/name:config", or a
     folder that `datasets` reads. `data.kind` is that of the answers in data of the user's own: classification,
@@ -90,6 +94,7 @@ def default(task: str, method: str) -> Config:
                 "candidates": ("lora", "pfeiffer", "prefix"),  # the first one where a race finds no difference
                 "criterion": "race",
                 "sizes": (1,),
+                "rates": (1, 4),  # the first one where a race finds no difference
                 "budget": placeholder(str),
                 "budget_of": "trainable",
                 "num_examples": placeholder(int),
@@ -171,8 +176,16 @@ def chosen(config: Config) -> dict[str, Any]:
     """The fields that are not the defaults, by name: those that a later version adds, or this machine sets, too."""
     standard, now = (x.to_dict() for x in (default(config.task, config.method), config))
     now["train"]["dtype"], standard["train"]["dtype"] = dtype(config), "float32"
+    now["fishpal"]["rates"], standard["fishpal"]["rates"] = raced_rates(config), (1,)
     known, given = (flatten(x) for x in (standard, now))
     return {".".join(name): x for name, x in given.items() if name not in known or x != known[name]}
+
+
+def raced_rates(config: Config) -> tuple[float, ...]:
+    """The multiples of the methods' own learning rates that race; (1,) where there is no race, or the rate is given."""
+    races = METHODS[config.method.split("+")[0]].chooses and config.fishpal.criterion == "race"
+    chosen = config.train.learning_rate is not None or config.fishpal.plan is not None
+    return tuple(config.fishpal.rates) if races and not chosen else (1,)
 
 
 def learning_rate(config: Config) -> float:

@@ -153,11 +153,12 @@ def _prepare(config: Config, number: int, data: Data, base: Pretrained, workdir:
             modules = configs.modules(config)
         method = plans.build(modules, configs.rates(config))
         params, leaves = start(seed, modules, choose.leaves(seed, method))
+    rate = choose.rate(seed) if method_of.chooses else 1.0
     _check_room(seed, method, params, leaves)
     parts = partition(method, params, leaves, trains=params if method_of.trains_base else seed.head)
     table = summary(method, leaves, params, parts.trainable["params"])
     console.say(str(table))
-    return Ready(seed, modules, method, parts, table, finished.count(table, params), console.warnings[warned:])
+    return Ready(seed, modules, method, parts, table, finished.count(table, params), console.warnings[warned:], rate)
 
 
 def _check_room(seed: Seed, method: Any, params: Any, leaves: Any) -> None:

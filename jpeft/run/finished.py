@@ -160,6 +160,8 @@ def write(
             plots.choice(workdir / PICTURE, {seed: _scores(found) for seed, found in choices.items()}, kept, title)
         costs = {name: statistics.fmean(found[name] for found in choices.values()) for name in ("passes", "share")}
         report["choice"] = {"criterion": criterion, **costs, "seconds": sum(c["seconds"] for c in choices.values())}
+        if any("rate" in found for found in choices.values()):
+            report["choice"]["rates"] = {str(seed): found.get("rate", 1) for seed, found in choices.items()}
     if factors := configs.rates(config):  # each kind of module has its own
         kinds = sorted({entry.method for plan in chosen.values() for entries in plan.values() for entry in entries})
         report["learning_rates"] = {name: report["learning_rate"] * factors[name] for name in kinds}

@@ -45,6 +45,7 @@ class Ready(NamedTuple):
       table: of what trains and what stays.
       counts: of parameters, as in the report.
       warnings: of its preparation; those of its training are added.
+      rate: the multiple of the configured learning rate that it trains at.
     """
 
     seed: Seed
@@ -54,6 +55,7 @@ class Ready(NamedTuple):
     table: Summary
     counts: dict[str, Any]
     warnings: list[str]
+    rate: float = 1.0
 
 
 class _Start(NamedTuple):
@@ -95,7 +97,7 @@ def groups(ready: Iterable[Ready], most: int) -> Iterator[list[Ready]]:
 
 def _shape(ready: Ready) -> Any:
     shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), (ready.parts.trainable, ready.parts.frozen))
-    return ready.modules, shapes
+    return ready.modules, ready.rate, shapes
 
 
 def train(group: Sequence[Ready]) -> list[Event]:
@@ -130,7 +132,7 @@ def train(group: Sequence[Ready]) -> list[Event]:
 
 def _optimizer(ready: Ready) -> Any:
     config, total = ready.seed.config, _schedule(ready.seed).num_steps(ready.seed.data)
-    rate = optim.warmup_linear(configs.learning_rate(config), total, config.train.warmup_ratio)
+    rate = optim.warmup_linear(ready.rate * configs.learning_rate(config), total, config.train.warmup_ratio)
     return optim.adamw(rate, config.train.weight_decay, ready.parts)
 
 

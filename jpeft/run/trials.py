@@ -50,24 +50,30 @@ def loss_drop(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -
 
 def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Found:
     """A race of uniform plans: each candidate trains in all layers for a small share of the run; in each round the
-    better half of them goes on, by held-out loss. The score is the same in every layer.
+    better half of them goes on, by held-out loss. The score is the same in every layer. The winner then races against
+    itself at other learning rates, `config.fishpal.rates`.
 
-    A lead of less than one standard error is no lead: among candidates that close to the best, the one that
-    `config.fishpal.candidates` names first is ahead (the rule of Breiman et al. 1984, *Classification and Regression
-    Trees*). Successive halving: Karnin et al. 2013 (ICML); Jamieson and Talwalkar 2016, arXiv:1502.07943.
-    """  # fmt: skip
+    A lead of less than one standard error is no lead: among candidates, or rates, that close to the best, the one that
+    the config names first is ahead (the rule of Breiman et al. 1984, *Classification and Regression Trees*). Successive
+    halving: Karnin et al. 2013 (ICML); Jamieson and Talwalkar 2016, arXiv:1502.07943.
+    """
     batch_size, layers = seed.config.train.batch_size, seed.base.config.num_hidden_layers
     total = seed.config.train.num_epochs * batching.num_batches(seed.data.train.size, batch_size)
     sizes = [len(candidates)]
     while sizes[-1] > 2:
         sizes.append(math.ceil(sizes[-1] / 2))
+    own, *faster = configs.raced_rates(seed.config)
     ready = prepare(seed, 2 * RACE_HELD)
-    fixed = (ready.passes + sum(sizes) * ready.b.size / 3) / (total * batch_size)
-    steps = race_steps(total, sizes, fixed)
+    fixed = (ready.passes + (sum(sizes) + len(faster)) * ready.b.size / 3) / (total * batch_size)
+    steps = race_steps(total, [*sizes, *(len(sizes) for _ in faster)], fixed)
     # All but the held-out half is there to train on.
     out = set(ready.rows[ready.a.size :].tolist())
     train = batching.take(seed.data.train, [i for i in range(seed.data.train.size) if i not in out])
-    runs = {name: tried(seed, entry, ready.params, train, ready.b, steps, False) for name, entry in candidates.items()}
+
+    def begun(name: str, every: int, rate: float) -> Iterator[Reached]:
+        return tried(seed, candidates[name], ready.params, train, ready.b, every, False, rate)
+
+    runs = {name: begun(name, steps, own) for name in candidates}
     passes = ready.passes
     alive, order, history = list(candidates), [], []
     for size in sizes:
@@ -81,7 +87,16 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
         order = [*ranked, *(name for name in order if name not in ranked)]
     # Ranks, not losses, since those who dropped out early have not trained as long.
     scores = {name: float(len(order) - order.index(name)) for name in candidates}
-    return Found(dict.fromkeys(range(layers), scores), passes, {"steps": steps, "held_out_losses": history})
+    about = {"steps": steps, "held_out_losses": history, **({} if own == 1 else {"rate": own})}
+    if faster:
+        most = steps * len(sizes)
+        rivals = {f"{rate:g}": next(begun(order[0], most, rate)).losses for rate in faster}
+        passes += len(faster) * (most * batch_size + ready.b.size / 3)
+        by_rate = {f"{own:g}": losses[order[0]], **rivals}
+        about |= {"rate": float(ranking(by_rate)[0]), "rate_losses": {x: float(y.mean()) for x, y in by_rate.items()}}
+        told = ", ".join(f"{loss:.4f} at {name} times its rate" for name, loss in about["rate_losses"].items())
+        seed.console.say(f"  {order[0]}: held-out loss {told}; taken: {about['rate']:g}")
+    return Found(dict.fromkeys(range(layers), scores), passes, about)
 
 
 def race_steps(total: int, sizes: Sequence[int], fixed: float) -> int:
@@ -112,13 +127,20 @@ def ranking(losses: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def tried(
-    seed: Seed, entry: Entry, params: Any, train: Examples, held: Examples, every: int, attribute: bool
+    seed: Seed,
+    entry: Entry,
+    params: Any,
+    train: Examples,
+    held: Examples,
+    every: int,
+    attribute: bool,
+    rate: float = 1,
 ) -> Iterator[Reached]:
-    """A trial of a candidate in all layers, at its own rate, from the fitted head on."""
+    """A trial of a candidate in all layers, at a multiple of its own rate, from the fitted head on."""
     method, leaves = alone(seed, entry)
     parts = partition(method, params, leaves, trains=seed.head)
     # A warm-up in which Adam's variances settle, then the full rate: a schedule down to zero would end before it tells.
-    schedule = optax.linear_schedule(0.0, configs.learning_rate(seed.config), WARMUP)
+    schedule = optax.linear_schedule(0.0, rate * configs.learning_rate(seed.config), WARMUP)
     optimizer = optim.adamw(schedule, seed.config.train.weight_decay, parts)
     run = jax.jit(step.train_step(seed.model, method, optimizer, seed.data.task.loss), donate_argnums=0)
     total = held_out_loss(step.eval_step(seed.model, method), seed.data.task.loss)

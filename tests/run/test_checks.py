@@ -85,6 +85,17 @@ from jpeft.run import config as configs
         ({"fishpal__budget": "-1%"}, "config.fishpal.budget must be a number of parameters or a percentage, '0.5%'"),
         ({"fishpal__budget_of": "all"}, "config.fishpal.budget_of must be 'trainable' or 'added', got 'all'"),
         (
+            {"fishpal__rates": (1, 2), "train__learning_rate": 1e-3},
+            "config.fishpal.rates is set, but so is config.train.learning_rate: drop it",
+        ),
+        (
+            {"fishpal__rates": (1, 2), "fishpal__criterion": "trace"},
+            "config.fishpal.rates is set, but config.fishpal.criterion is 'trace', and only a race",
+        ),
+        ({"fishpal__rates": ()}, "config.fishpal.rates must be distinct, at least one, got ()"),
+        ({"fishpal__rates": (4, 4)}, "config.fishpal.rates must be distinct, at least one, got (4, 4)"),
+        ({"fishpal__rates": (1, -1)}, "config.fishpal.rates must be above 0 and below 1,000,000, got -1"),
+        (
             {"fishpal__learning_rates__lora": 0.0},
             "config.fishpal.learning_rates.lora must be above 0 and below 1,000,000, got 0.0",
         ),

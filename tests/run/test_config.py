@@ -110,6 +110,22 @@ def test_each_kind_trains_at_its_own_rate_but_by_the_thesis_at_one():
     assert configs.rates(make(method="lora")) == {}
 
 
+def test_rates_race_where_nothing_else_says_them():
+    config = configs.default("mrpc", "fishpal")
+    assert configs.raced_rates(config) == (1, 4)
+    for fields in (
+        {"train.learning_rate": 1e-3},
+        {"fishpal.criterion": "thesis"},
+        {"fishpal.plan": '{"0": [{"method": "lora"}]}'},
+    ):
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict(fields)
+        assert configs.raced_rates(other) == (1,)
+    assert configs.raced_rates(configs.default("mrpc", "lora")) == (1,)
+    assert configs.chosen(config) == {"fishpal.rates": (1, 4)}  # runs of versions without a race of rates were others
+    assert configs.chosen(configs.default("mrpc", "lora")) == {}
+
+
 def test_candidates_come_in_sizes():
     found = configs.candidates(make(fishpal__sizes=(0.5, 1), peft__lora__rank=4))
     assert found == {

@@ -96,6 +96,27 @@ def test_a_race_is_won_by_the_lowest_loss_of_those_who_are_left(seed, monkeypatc
     assert sorted(entries, key=found.scores[0].get) == ["slow", "quick", "middle"]
 
 
+@pytest.mark.parametrize(("faster", "taken"), [(0.3, 4), (0.5, 1), (0.7, 1)])
+def test_the_winner_races_against_itself_at_other_rates(seed, monkeypatch, faster, taken):
+    """A tie is for the rate that is named first; the others train as long as the winner did, in one go."""
+    entries = {name: plans.Entry("lora", {"rank": 2, "alpha": alpha}) for name, alpha in (("one", 1.0), ("two", 2.0))}
+    asked = []
+
+    def trial(seed, entry, params, train, held, every, attribute, rate):
+        asked.append((entry.options["alpha"], every, rate))
+        yield Reached(0, np.full(10, faster if rate == 4 else entry.options["alpha"] / 2))
+
+    monkeypatch.setattr(trials, "tried", trial)
+    found = trials.race(seed("race"), entries, unkept)
+    assert found.about["rate"] == taken
+    assert found.about["rate_losses"] == pytest.approx({"1": 0.5, "4": faster})
+    assert asked == [(1.0, 4, 1), (2.0, 4, 1), (1.0, 4, 4)]
+    alone = trials.race(seed("race", rates=(1,)), entries, unkept)
+    assert "rate" not in alone.about
+    assert trials.race(seed("race", rates=(2,)), entries, unkept).about["rate"] == 2
+    assert found.passes - alone.passes == pytest.approx(4 * 16 + 11 / 3)
+
+
 def test_a_race_takes_a_tenth_of_the_passes_at_most():
     assert trials.race_steps(1150, [3, 2], 0.034) == 14  # five epochs of MRPC
     assert trials.race_steps(690, [3, 2], 0.052) == 6  # three, where the same share would be 8
@@ -120,8 +141,11 @@ def test_a_run_chooses_by_a_race_and_says_what_it_cost(tiny_config, tmp_path):
     assert [entries[0].method for entries in chosen.values()] == [max(scores, key=scores.get)] * 2
     assert report["choice"]["criterion"] == "race"
     assert report["choice"]["share"] == pytest.approx(found["passes"] / 45)
+    assert report["choice"]["rates"] == {"11": found["rate"]}
+    assert found["rate"] in (1, 4)
     page = (tmp_path / "report.md").read_text()
     assert "Chosen by `race`" in page
+    assert f"The race also chose the learning rate: {found['rate']:g} times (seed 11) of what is given below." in page
     assert "](choice.png)" in page
 
 

@@ -8,7 +8,6 @@ import chex
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from training.test_loop import DATA, METHOD, MODEL
 
 import jpeft
@@ -22,20 +21,11 @@ from jpeft.run.train import Ready
 from jpeft.training import checkpoint
 from jpeft.training.compiled import Steps
 
-CONFIG = ConfigDict(
+CONFIG = running.configs.default("mrpc", "lora")
+CONFIG.update(
     {
-        "task": "mrpc",
-        "method": "lora",
         "seeds": (1, 5),
-        "train": {
-            "num_epochs": 3,
-            "batch_size": 8,
-            "warmup_ratio": 0.1,
-            "weight_decay": 0.1,
-            "learning_rate": 1e-2,
-            "export": "last",
-            "tensorboard": False,
-        },
+        "train": {"num_epochs": 3, "batch_size": 8, "warmup_ratio": 0.1, "learning_rate": 1e-2},
     }
 )
 
@@ -217,6 +207,22 @@ def test_neighbours_of_one_shape_train_together():
     assert found == [[1, 2], [3], [4, 5], [6], [7]]
     first = next(running.groups(iter(seeds), 1))
     assert [each.seed for each in first] == [1]
+    faster = [ready(1, 2), ready(2, 2)._replace(rate=4.0), ready(3, 2)._replace(rate=4.0)]
+    assert [[each.seed for each in group] for group in running.groups(iter(faster), 3)] == [[1], [2, 3]]
+
+
+def test_a_seed_trains_at_the_rate_that_was_chosen_for_it(monkeypatch, tiny_config):
+    asked = []
+    monkeypatch.setattr(running.optim, "warmup_linear", lambda rate, *rest: asked.append(rate))
+    monkeypatch.setattr(running.optim, "adamw", lambda *args: None)
+    monkeypatch.setattr(running, "_schedule", lambda seed: running.Schedule(1, 1, None))
+    monkeypatch.setattr(running.Schedule, "num_steps", lambda self, data: 10)
+
+    class Seed:
+        config, data = tiny_config("fishpal"), None
+
+    running._optimizer(ready(Seed, 2)._replace(rate=4.0))
+    assert asked == [4 * running.configs.learning_rate(Seed.config)]
 
 
 def test_a_group_that_is_full_does_not_wait_for_the_next_seed():
