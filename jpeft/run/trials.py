@@ -22,7 +22,7 @@ from jpeft.run.seed import Seed
 from jpeft.training import optim, step
 from jpeft.training.trial import Reached, held_out_gradient, held_out_loss, trial
 
-__all__ = ["loss_drop", "race", "race_steps", "ranking", "tried"]
+__all__ = ["leading", "loss_drop", "race", "race_steps", "ranking", "tried"]
 
 RACE_SHARE = 0.06  # of the run's steps, for the whole race
 RACE_MOST = 0.1  # of the run's passes, with what comes on top: fitting the head, looking at the held-out examples
@@ -53,7 +53,7 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
     better half of them goes on, by held-out loss. The score is the same in every layer. The winner then races against
     itself at other learning rates, `config.fishpal.rates`.
 
-    A lead of less than one standard error is no lead: among candidates, or rates, that close to the best, the one that
+    A lead of less than one standard error is no lead: among candidates that close to the best, the one that
     the config names first is ahead (the rule of Breiman et al. 1984, *Classification and Regression Trees*). Successive
     halving: Karnin et al. 2013 (ICML); Jamieson and Talwalkar 2016, arXiv:1502.07943.
     """
@@ -93,7 +93,7 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
         rivals = {f"{rate:g}": next(begun(order[0], most, rate)).losses for rate in faster}
         passes += len(faster) * (most * batch_size + ready.b.size / 3)
         by_rate = {f"{own:g}": losses[order[0]], **rivals}
-        about |= {"rate": float(ranking(by_rate)[0]), "rate_losses": {x: float(y.mean()) for x, y in by_rate.items()}}
+        about |= {"rate": float(leading(by_rate)), "rate_losses": {x: float(y.mean()) for x, y in by_rate.items()}}
         told = ", ".join(f"{loss:.4f} at {name} times its rate" for name, loss in about["rate_losses"].items())
         seed.console.say(f"  {order[0]}: held-out loss {told}; taken: {about['rate']:g}")
     return Found(dict.fromkeys(range(layers), scores), passes, about)
@@ -124,6 +124,22 @@ def ranking(losses: Mapping[str, np.ndarray]) -> list[str]:
     limit = best.mean() + best.std(ddof=1) / math.sqrt(best.size)
     tied = [name for name, own in losses.items() if own.mean() <= limit]
     return [*tied, *sorted((name for name in losses if name not in tied), key=lambda name: losses[name].mean())]
+
+
+def leading(losses: Mapping[str, np.ndarray]) -> str:
+    """The rate that is ahead: the first one, unless another leads by more than one standard error of the difference.
+
+    That of paired differences: these are one module from one start on the same batches, so what differs is the rate.
+
+    Args:
+      losses: {rate: [n]}, of the same examples.
+    """
+    best = next(iter(losses))
+    for name, own in losses.items():
+        lead = losses[best] - own
+        if lead.mean() > lead.std(ddof=1) / math.sqrt(lead.size):
+            best = name
+    return best
 
 
 def tried(

@@ -117,6 +117,16 @@ def test_the_winner_races_against_itself_at_other_rates(seed, monkeypatch, faste
     assert found.passes - alone.passes == pytest.approx(4 * 16 + 11 / 3)
 
 
+def test_a_rate_leads_by_more_than_the_noise_of_its_own_difference():
+    rng = np.random.default_rng(0)
+    own, noise = rng.normal(size=400), rng.normal(size=400) / 10  # paired differences have a standard error of 0.005
+    losses = {"1": own, "4": own - 0.02 + noise, "16": own - 0.019 + noise}
+    assert trials.leading(losses) == "4"
+    assert trials.leading({"1": own, "4": own - 0.002 + noise - noise.mean()}) == "1"
+    assert trials.leading({"1": own, "4": own + 0.2, "16": own - 0.02 + noise}) == "16"
+    assert trials.leading({"1": own, "4": own}) == "1"
+
+
 def test_a_race_takes_a_tenth_of_the_passes_at_most():
     assert trials.race_steps(1150, [3, 2], 0.034) == 14  # five epochs of MRPC
     assert trials.race_steps(690, [3, 2], 0.052) == 6  # three, where the same share would be 8
