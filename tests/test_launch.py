@@ -55,7 +55,9 @@ def call(tmp_path):
     def run(script, *args, wait=True, **more):
         record.unlink(missing_ok=True)
         options = {"cwd": tmp_path, "env": {**environment, **more}, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen([LAUNCH / script, *map(str, args)], **options)
+        # What a shell starts in the background ignores Ctrl-C, and so would all that it starts.
+        heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen([LAUNCH / script, *map(str, args)], preexec_fn=heard, **options)
         if not wait:
             return process
         _, err = process.communicate(timeout=30)

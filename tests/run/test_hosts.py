@@ -29,12 +29,8 @@ def main(argv):
     how, model, data, work, epochs = argv[1:]
     hosts.join(how)
     train.EVENT_STEPS = 2
-    config = c.default("mrpc", "fishpal")
-    config.model, config.data.path, config.seeds = model, data, (1,)
-    config.fishpal.update(criterion="thesis", num_examples=8)
-    for name, fields in {"lora": {"rank": 2}, "pfeiffer": {"bottleneck": 4}, "prefix": {"mlp_hidden": 8}}.items():
-        config.peft[name].update(fields)
-    config.peft.prefix.num_virtual_tokens = 3
+    config = c.default("mrpc", "lora")
+    config.model, config.data.path, config.seeds, config.peft.lora.rank = model, data, (1,), 2
     config.train.update(num_epochs=int(epochs), max_length=16, shard_base=True)
     experiment.run(config, Path(work))
 
@@ -46,7 +42,7 @@ EPOCHS = 17  # of three steps: 51
 @pytest.fixture
 def start(tiny_config):
     """Starts two processes; both end with the test."""
-    config = tiny_config("fishpal")
+    config = tiny_config("lora")
     running = []
 
     def both(work, data=(None, None), epochs=EPOCHS):
@@ -73,7 +69,7 @@ def ended(processes):
 
 
 def test_two_processes_stop_and_resume_and_end_as_one_does(tiny_config, start, tmp_path):
-    config = tiny_config("fishpal", num_epochs=EPOCHS)
+    config = tiny_config("lora", num_epochs=EPOCHS)
     config.seeds = (1,)
     experiment.run(config, tmp_path / "one", Console(quiet=True))
 
@@ -102,8 +98,6 @@ def test_two_processes_stop_and_resume_and_end_as_one_does(tiny_config, start, t
     assert max(step for _, step in rows("one")) >= 50
     assert rows("two") == pytest.approx(rows("one"), rel=1e-5)
     folders = [tmp_path / name / "seed_1" for name in ("one", "two")]
-    plans = [(folder / "plan.json").read_text() for folder in folders]
-    assert plans[0] == plans[1]
     logits = [read_leaves(folder / experiment.PREDICTIONS)["logits"] for folder in folders]
     np.testing.assert_allclose(*logits, atol=1e-4)
     assert (folders[1] / "model" / WEIGHTS).is_file()
@@ -119,6 +113,23 @@ def test_processes_with_other_data_are_refused(tiny_glue, start, tmp_path):
         "error: not all processes have the same inputs. Others than the first has: the training data: 45 rows, now 44"
     )
     assert all(told in each for each in said), said
+
+
+def test_the_first_hands_over_its_files(tmp_path, monkeypatch):
+    for name in ("plan.json", "deep/er/x.bin", "checkpoints/1/state", "model/modules.safetensors"):
+        path = tmp_path / "first" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    sent, first = [], [True]
+    monkeypatch.setattr(hosts, "is_first", lambda: first[0])
+    monkeypatch.setattr(hosts, "_bytes", lambda given: sent.append(given) or sent[0])
+    hosts._copy(tmp_path / "first")
+    first[0] = False
+    hosts._copy(tmp_path / "other")
+    found = {
+        path.relative_to(tmp_path / "other").as_posix() for path in (tmp_path / "other").rglob("*") if path.is_file()
+    }
+    assert found == {"plan.json", "deep/er/x.bin"}
 
 
 @pytest.mark.parametrize("given", ["", "yes", "host:1,2", "host:1,2,2", "host:1,x,0", "host,2,0", "host:1,2,0,0"])

@@ -14,7 +14,7 @@ from conftest import CHEAP
 
 from jpeft.core.files import read_leaves
 from jpeft.data.batching import Batch
-from jpeft.run import experiment, loading
+from jpeft.run import experiment
 from jpeft.run.console import Console
 from jpeft.training import placement
 
@@ -22,23 +22,21 @@ EIGHT = """
 import sys
 from pathlib import Path
 import jax
-from jpeft.run import config as c, experiment, loading
+from jpeft.run import config as c, experiment
 from jpeft.run.console import Console
 
 model, data, work = sys.argv[1:]
 assert jax.device_count() == 8
-loading.COMPILE_TOKENS = 0  # two padded lengths, though so few rows do not pay for the second
 config = c.default("mrpc", "lora")
 config.model, config.data.path, config.seeds = model, data, (1, 2)
-config.train.update(num_epochs=1, max_length=16, together=2, padded_lengths=2)
+config.train.update(num_epochs=1, max_length=16, together=2, padded_lengths=1)
 config.peft.lora.update(rank=2, dropout=0.1)
 experiment.run(config, Path(work, "eight"), Console())
 """
 
 
 def test_a_run_on_eight_devices_is_that_on_one(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "COMPILE_TOKENS", 0)
-    config = tiny_config("lora", num_epochs=1, padded_lengths=2)
+    config = tiny_config("lora", num_epochs=1, padded_lengths=1)
     config.seeds, config.peft.lora.dropout = (1, 2), 0.1
     experiment.run(config, tmp_path / "one", Console(quiet=True))
     monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {CHEAP}")
