@@ -55,9 +55,7 @@ def call(tmp_path):
     def run(script, *args, wait=True, **more):
         record.unlink(missing_ok=True)
         options = {"cwd": tmp_path, "env": {**environment, **more}, "stderr": subprocess.PIPE, "text": True}
-        # What a shell starts in the background ignores Ctrl-C, and so would all that it starts.
-        heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-        process = subprocess.Popen([LAUNCH / script, *map(str, args)], preexec_fn=heard, **options)
+        process = subprocess.Popen([*HEARING, LAUNCH / script, *map(str, args)], **options)
         if not wait:
             return process
         _, err = process.communicate(timeout=30)
@@ -66,6 +64,14 @@ def call(tmp_path):
 
     run.record = record
     return run
+
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that it starts.
+HEARING = [
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
+]
 
 
 def started(config, workdir, *rest):

@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from conftest import CHEAP
 
 from jpeft.core.errors import UserError
 from jpeft.core.files import read_leaves
@@ -49,11 +50,13 @@ def start(tiny_config):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
+        own = {"TMPDIR": str(work.parent), "XLA_FLAGS": CHEAP, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        environment = {**os.environ, **own}
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         for number in (0, 1):
             how, rows = f"{address},2,{number}", str(data[number] or config.data.path)
             command = [sys.executable, "-u", "-c", PROGRAM, how, str(config.model), rows, str(work), str(epochs)]
-            running.append(subprocess.Popen(command, env={**os.environ, "TMPDIR": str(work.parent)}, **options))
+            running.append(subprocess.Popen(command, env=environment, **options))
         return running[-2:]
 
     yield both
