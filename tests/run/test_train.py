@@ -97,7 +97,7 @@ def check_same(last, whole):
     assert last.history == whole.history
 
 
-@pytest.mark.parametrize("calls", [4, 6, 8, 11])
+@pytest.mark.parametrize("calls", [6, 11])
 def test_killed_twice_between_checkpoints_it_ends_the_same(tmp_path, start, whole, calls):
     for dies_after in (calls, 2):
         with pytest.raises(Killed):
@@ -106,7 +106,7 @@ def test_killed_twice_between_checkpoints_it_ends_the_same(tmp_path, start, whol
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("calls", [1, 3, 4, 6, 7])
+@pytest.mark.parametrize("calls", [1, 4, 6])
 def test_resumed_in_the_middle_of_an_epoch_it_ends_the_same(tmp_path, start, whole, calls, monkeypatch):
     monkeypatch.setattr(running, "CHECKPOINT_SECONDS", -1.0)
     monkeypatch.setattr(running, "EVENT_SECONDS", 0.0)  # after every step
