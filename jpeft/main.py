@@ -12,8 +12,8 @@ Any field can be set on the command line:
 Run again with the same config and workdir, it resumes. The workdir then holds report.md (to read), report.json (to
 parse), metrics.jsonl, and seed_<n>/model (the trained modules, for `jpeft.load`).
 
-All devices of a machine train together. Several machines do when the same command runs on each with --distributed; see
-launch/.
+A run trains on all devices of the machine. To train on several machines, start the same command on each with
+--distributed; see launch/.
 """
 
 import shlex

@@ -105,7 +105,7 @@ def markdown(
             lines += ["", f"Chosen by `{cost['criterion']}`, at {100 * cost['share']:.1f} % of the training's passes."]
             if "rates" in cost:
                 told = ", ".join(f"{rate:g} times (seed {seed})" for seed, rate in cost["rates"].items())
-                lines[-1] += f" The race also chose the learning rate: {told} of what is given below."
+                lines[-1] += f" The race also chose a multiple of the learning rate below: {told}."
         if picture:
             race = report.get("choice", {}).get("criterion") == "race"
             shows = "Held-out losses of the candidates" if race else "Scores by layer and candidate, the chosen framed"

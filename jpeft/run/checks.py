@@ -214,9 +214,9 @@ def _unread(config: Config, name: str) -> str | None:
     if name == "learning_rates" and own.criterion == "thesis":
         return "with the thesis' criterion there is one rate for all"
     if name == "rates" and own.criterion != "race":
-        return f"config.fishpal.criterion is {own.criterion!r}, and only a race is one of rates, too"
-    if name == "rates" and config.train.learning_rate is not None:
-        return "so is config.train.learning_rate"
+        return f"config.fishpal.criterion is {own.criterion!r}, and only a race tries rates"
+    if name == "rates" and configs.raced_rates(config) != tuple(own.rates):
+        return "a learning rate is given"
     if name == "num_examples" and own.criterion == "race":
         return "a race says itself how many examples it trains on"
     if name == "budget_of" and own.budget is None:

@@ -56,8 +56,8 @@ def default(task: str, method: str) -> Config:
     `train.max_train_examples` all, `train.dtype` float32 on a CPU and bfloat16 on an accelerator, `fishpal.plan` the
     plan that `fishpal.criterion` finds, `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
 
-    `fishpal.rates` are multiples of the methods' own learning rates, between which a race decides as well, unless
-    `train.learning_rate` is given.
+    `fishpal.rates` are the multiples of the methods' own learning rates that race, unless `train.learning_rate` or one
+    of `fishpal.learning_rates` is given.
 
     `data.hub` is a data set of the Hugging Face hub, in the place of files: "owner/name", "owner/name:config", or a
     folder that `datasets` reads. `data.kind` is that of the answers in data of the user's own: classification,
@@ -184,8 +184,9 @@ def chosen(config: Config) -> dict[str, Any]:
 def raced_rates(config: Config) -> tuple[float, ...]:
     """The multiples of the methods' own learning rates that race; (1,) where there is no race, or the rate is given."""
     races = METHODS[config.method.split("+")[0]].chooses and config.fishpal.criterion == "race"
-    chosen = config.train.learning_rate is not None or config.fishpal.plan is not None
-    return tuple(config.fishpal.rates) if races and not chosen else (1,)
+    kinds = (config.fishpal.learning_rates[name] for name in config.fishpal.candidates)
+    given = any(rate is not None for rate in (config.train.learning_rate, *kinds))
+    return tuple(config.fishpal.rates) if races and not given and config.fishpal.plan is None else (1,)
 
 
 def learning_rate(config: Config) -> float:

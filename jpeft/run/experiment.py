@@ -41,8 +41,8 @@ from jpeft.transforms.registry import METHODS
 __all__ = ["PREDICTIONS", "run", "use_compilation_cache"]
 
 MODULES_FILES = (f"model/{modules_on_disk.WEIGHTS}", f"model/{modules_on_disk.DESCRIPTION}")
-# "logits" [n, num_labels] and "labels" of the dev examples, in their order; of tagging, the logits of all words.
 RESULT = "result.json"
+# "logits" [n, num_labels] and "labels" of the dev examples, in their order; of tagging, the logits of all words.
 PREDICTIONS = "predictions.safetensors"
 
 

@@ -2,7 +2,7 @@
 
 All of them run the same program on the same data. The first owns the workdir and prints. The others work without a word
 in scratch folders of their own, where they find what the first one chose and measured. What one of them cannot do stops
-all of them. Of a single process, everything here is what it would be without.
+all of them. With a single process, all of this does nothing.
 """
 
 import atexit
@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 PATIENCE = 7 * 24 * 3600 * 1000  # milliseconds
 LINE = 1000  # bytes of an error that the others hear of
+# How JAX's errors begin where another process is gone.
 GONE = ("ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:", "INTERNAL:", "UNAVAILABLE:", "UNKNOWN:")
 APART = ("checkpoints", "model")  # folders that only the first process reads
 
@@ -115,7 +116,7 @@ def together(work: Callable[[], T]) -> T:
     lines = multihost_utils.process_allgather(np.frombuffer(line.ljust(LINE, b"\0"), np.uint8))
     for number, told in enumerate(bytes(line).rstrip(b"\0").decode(errors="replace") for line in lines):
         if told:
-            raise (error if error is not None and number == jax.process_index() else UserError(f"{told}")) from None
+            raise (error if error is not None and number == jax.process_index() else UserError(told)) from None
     return result  # type: ignore[return-value]
 
 
@@ -160,7 +161,7 @@ def _copy(folder: Path) -> None:
 
 
 def told(value: Any) -> Any:
-    """What the first process passes, JSON throughout, in all of them."""
+    """The value that the first process passes, in all of them. It must be JSON."""
     return json.loads(_bytes(json.dumps(value).encode())) if several() else value
 
 

@@ -86,11 +86,11 @@ from jpeft.run import config as configs
         ({"fishpal__budget_of": "all"}, "config.fishpal.budget_of must be 'trainable' or 'added', got 'all'"),
         (
             {"fishpal__rates": (1, 2), "train__learning_rate": 1e-3},
-            "config.fishpal.rates is set, but so is config.train.learning_rate: drop it",
+            "config.fishpal.rates is set, but a learning rate is given: drop it",
         ),
         (
             {"fishpal__rates": (1, 2), "fishpal__criterion": "trace"},
-            "config.fishpal.rates is set, but config.fishpal.criterion is 'trace', and only a race",
+            "config.fishpal.rates is set, but config.fishpal.criterion is 'trace', and only a race tries rates",
         ),
         ({"fishpal__rates": ()}, "config.fishpal.rates must be distinct, at least one, got ()"),
         ({"fishpal__rates": (4, 4)}, "config.fishpal.rates must be distinct, at least one, got (4, 4)"),

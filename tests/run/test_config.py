@@ -115,6 +115,7 @@ def test_rates_race_where_nothing_else_says_them():
     assert configs.raced_rates(config) == (1, 4)
     for fields in (
         {"train.learning_rate": 1e-3},
+        {"fishpal.learning_rates.lora": 1e-3},
         {"fishpal.criterion": "thesis"},
         {"fishpal.plan": '{"0": [{"method": "lora"}]}'},
     ):

@@ -155,7 +155,7 @@ def test_a_run_chooses_by_a_race_and_says_what_it_cost(tiny_config, tmp_path):
     assert found["rate"] in (1, 4)
     page = (tmp_path / "report.md").read_text()
     assert "Chosen by `race`" in page
-    assert f"The race also chose the learning rate: {found['rate']:g} times (seed 11) of what is given below." in page
+    assert f"The race also chose a multiple of the learning rate below: {found['rate']:g} times (seed 11)." in page
     assert "](choice.png)" in page
 
 
