@@ -80,7 +80,8 @@ def race(path: Path, by_seed: Mapping[int, Mapping[str, Any]], title: str) -> No
     Args:
       path: of the PNG.
       by_seed: {"steps": of a round, "held_out_losses": [{candidate: loss} for each round], "scores": ...}, as a race
-        finds them; the candidate with the highest score is drawn thick.
+        finds them; the candidate with the highest score is drawn thick. Where rates raced, "rate", the one that was
+        taken, and "rate_losses", {rate: loss of that candidate}, whose points are diamonds.
       title: stands above.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -98,6 +99,10 @@ def race(path: Path, by_seed: Mapping[int, Mapping[str, Any]], title: str) -> No
             chosen = name == winner
             label = f"{name} (chosen)" if chosen else name
             panel.plot(steps, losses, "o-", linewidth=3 if chosen else 1, label=label, zorder=3 if chosen else 2)
+        end = found["steps"] * len(found["held_out_losses"])
+        for rate, loss in list(found.get("rate_losses", {}).items())[1:]:  # the first one's is on the line
+            taken = " (taken)" if float(rate) == found["rate"] else ""
+            panel.plot(end, loss, "D", label=f"{winner}, {rate} times its rate{taken}")
         panel.set_xlim(left=0)
         panel.set_title(f"seed {seed}", fontsize=9, loc="left")
         panel.set_xlabel("steps", fontsize=8)

@@ -56,6 +56,10 @@ def test_a_race_has_a_panel_a_seed(tmp_path):
     for seeds in (1, 3):
         plots.race(tmp_path / "x.png", dict.fromkeys(range(seeds), found), "title")
         assert size(tmp_path / "x.png") == (round(150 * (1.2 + 3.4 * seeds)), 480)
+    plain = (tmp_path / "x.png").read_bytes()
+    raced = {**found, "rate": 4.0, "rate_losses": {"1": 0.7, "4": 0.6}}
+    plots.race(tmp_path / "x.png", dict.fromkeys(range(3), raced), "title")
+    assert (tmp_path / "x.png").read_bytes() != plain
 
 
 def test_a_seed_without_scores_beside_one_with(tmp_path):
