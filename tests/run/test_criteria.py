@@ -11,6 +11,7 @@ from jpeft.run import checks, criteria, experiment, loading, measuring, trials
 from jpeft.run import config as configs
 from jpeft.run.console import Console
 from jpeft.run.seed import begin
+from jpeft.training import optim
 from jpeft.training.trial import Reached
 
 QUIET = Console(quiet=True)
@@ -141,9 +142,11 @@ def test_a_lead_within_one_standard_error_is_no_lead():
     assert trials.ranking(losses) == ["first", "best", "near", "far", "farther"]
 
 
-def test_a_run_chooses_by_a_race_and_says_what_it_cost(tiny_config, tmp_path):
-    config = tiny_config("fishpal", num_epochs=1, max_length=8)
+def test_a_run_chooses_by_a_race_and_says_what_it_cost(tiny_config, tmp_path, monkeypatch):
+    config, asked, schedule = tiny_config("fishpal", num_epochs=1, max_length=8), [], optim.warmup_linear
     config.fishpal.update(criterion="race", num_examples=None)
+    monkeypatch.setattr(trials, "leading", lambda losses: "4")
+    monkeypatch.setattr(optim, "warmup_linear", lambda rate, *rest: asked.append(rate) or schedule(rate, *rest))
     report = experiment.run(config, tmp_path, QUIET)
     found = json.loads((tmp_path / "seed_11" / "choice.json").read_text())
     scores = {name: found["scores"]["0"][name] for name in config.fishpal.candidates}
@@ -151,8 +154,8 @@ def test_a_run_chooses_by_a_race_and_says_what_it_cost(tiny_config, tmp_path):
     assert [entries[0].method for entries in chosen.values()] == [max(scores, key=scores.get)] * 2
     assert report["choice"]["criterion"] == "race"
     assert report["choice"]["share"] == pytest.approx(found["passes"] / 45)
-    assert report["choice"]["rates"] == {"11": found["rate"]}
-    assert found["rate"] in (1, 4)
+    assert report["choice"]["rates"] == {"11": found["rate"]} == {"11": 4}
+    assert set(asked) == {4 * report["learning_rate"]}  # it trains at the rate that was taken
     page = (tmp_path / "report.md").read_text()
     assert "Chosen by `race`" in page
     assert f"The race also chose a multiple of the learning rate below: {found['rate']:g} times (seed 11)." in page

@@ -211,6 +211,19 @@ def test_neighbours_of_one_shape_train_together():
     assert [[each.seed for each in group] for group in running.groups(iter(faster), 3)] == [[1], [2, 3]]
 
 
+@pytest.mark.parametrize(("method", "dtype"), [("lora", "bfloat16"), ("dora", "float32")])
+def test_the_base_is_stored_as_it_is_computed_with(method, dtype, tiny_config):
+    class Seed:
+        config = tiny_config("lora", dtype="bfloat16")
+
+    base = {"encoder": {"kernel": np.zeros((2, 2), np.float32), "LayerNorm": {"scale": np.ones(2, np.float32)}}}
+    parts = jpeft.Partition({}, {"params": base, "peft": {}}, {}, {})
+    chain = jpeft.chain(jpeft.houlsby(), getattr(jpeft, method)())
+    stored = running._stored(Ready(Seed, [], chain, parts, None, {}, []))["params"]["encoder"]
+    assert stored["kernel"].dtype == dtype
+    assert stored["LayerNorm"]["scale"].dtype == "float32"
+
+
 def test_a_seed_trains_at_the_rate_that_was_chosen_for_it(monkeypatch, tiny_config):
     asked = []
     monkeypatch.setattr(running.optim, "warmup_linear", lambda rate, *rest: asked.append(rate))
