@@ -15,7 +15,7 @@ from jpeft.core.partition import map_leaves
 from jpeft.core.site import layer_of
 from jpeft.core.transform import SHARED, Leaves
 
-__all__ = ["Moments", "adam_step", "by_layer", "moments", "together", "trace"]
+__all__ = ["Moments", "adam_size", "adam_step", "by_layer", "moments", "together", "trace"]
 
 Rate = Callable[[tuple[str, ...]], float]
 
@@ -71,13 +71,18 @@ def adam_step(a: Moments, b: Moments, rate: Rate, batch_size: int) -> Leaves:
 
     def one_way(a: Moments, b: Moments) -> Leaves:
         def gain(path: tuple[str, ...], mean: np.ndarray, square: np.ndarray, other: np.ndarray) -> np.ndarray:
-            variance = np.maximum(square - mean**2, 0) * (a.n / max(1, a.n - 1))
-            size = np.sqrt(mean**2 + variance / batch_size)
+            size = adam_size(mean, square, a.n, batch_size)
             return rate(path) * np.divide(mean, size, out=np.zeros_like(mean), where=size > 0) * other
 
         return _map(gain, a.mean, a.square, b.mean)
 
     return jax.tree.map(lambda x, y: (x + y) / 2, one_way(a, b), one_way(b, a))
+
+
+def adam_size(mean: np.ndarray, square: np.ndarray, n: int, batch_size: int) -> np.ndarray:
+    """What Adam divides a gradient by: the square root of E[batch mean^2], from the moments of n single gradients."""
+    variance = np.maximum(square - mean**2, 0) * (n / max(1, n - 1))
+    return np.sqrt(mean**2 + variance / batch_size)
 
 
 def by_layer(entries: Leaves) -> dict[int, float]:

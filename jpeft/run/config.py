@@ -37,7 +37,8 @@ __all__ = [
 CUSTOM = "custom"  # the task that `config.data` defines
 # What FishPAL can choose by; `jpeft.run.criteria` says how.
 CRITERIA = (
-    "race", "adam_step", "loss_drop", "trace", "thesis", "random", "size", "magnitude", "depth", "shuffled_labels",
+    "race", "adam_step", "loss_drop", "kernel", "trace", "thesis",
+    "random", "size", "magnitude", "depth", "shuffled_labels",
 )  # fmt: skip
 
 Config = Any  # an `ml_collections.ConfigDict`, whose fields are attributes that no type checker knows

@@ -20,6 +20,7 @@ from jpeft.importance.fisher import fisher
 from jpeft.plans import fishpal, gains
 from jpeft.plans.fishpal import Candidates, Scores
 from jpeft.run import config as configs
+from jpeft.run.kernels import by_kernel
 from jpeft.run.measuring import Found, alone, lengths, num_examples, prepare
 from jpeft.run.seed import Seed
 from jpeft.run.trials import loss_drop, race
@@ -102,6 +103,7 @@ CRITERIA: dict[str, Callable[[Seed, Candidates, Callable[..., Any]], Found]] = {
     "race": race,
     "adam_step": by_moments(lambda a, b, rate, seed: gains.adam_step(a, b, rate, seed.config.train.batch_size)),
     "loss_drop": loss_drop,
+    "kernel": by_kernel,
     "trace": by_moments(lambda a, b, rate, seed: gains.trace(gains.together(a, b))),
     "thesis": thesis,
     # Controls, which any other criterion should do better than.

@@ -1,6 +1,6 @@
 """What all criteria measure with: a head fitted on frozen features, disjoint examples, one candidate at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,11 +30,14 @@ class Found(NamedTuple):
       scores: {layer: {candidate: score}}; the higher, the better.
       passes: what it cost, in training passes over one example; a forward pass alone counts a third.
       about: further figures, JSON.
+      predict: what the criterion says of a whole plan, {layer: candidate}, the higher, the better; None if that is the
+        sum of its scores.
     """
 
     scores: Scores
     passes: float
     about: Mapping[str, Any] = {}
+    predict: Callable[[Mapping[int, str]], float] | None = None
 
 
 class Prepared(NamedTuple):
@@ -97,5 +100,5 @@ def alone(seed: Seed, entry: Entry) -> tuple[transform.Chain, transform.Leaves]:
 def num_examples(seed: Seed) -> int:
     """How many examples to measure on: `config.fishpal.num_examples`, or by criterion, at most the training set."""
     n = seed.config.fishpal.num_examples
-    n = n if n is not None else 64 if seed.config.fishpal.criterion == "thesis" else 256
+    n = n if n is not None else {"thesis": 64, "kernel": 128}.get(seed.config.fishpal.criterion, 256)
     return min(n, seed.data.train.size)

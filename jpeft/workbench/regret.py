@@ -5,7 +5,8 @@
 Reads the finished cells of a comparison whose variants are plans, measures every criterion on the same seeds (kept
 beside the cells, so measured once), and prints, for each criterion: Kendall's tau between what it predicts and the
 trained scores, the regret of its favourite among the plans, and its own pick. A plan's prediction is the sum over its
-layers.
+layers, but for `kernel`, which predicts whole plans. A name such as "adam_step@mrpc" takes what was measured on another
+task, as a control: a criterion that looks at the task does better than that.
 """
 
 import json
@@ -17,14 +18,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jpeft.core import files
-from jpeft.core.errors import UserError
+from jpeft.core.errors import UserError, nearest
+from jpeft.data import batching
+from jpeft.importance.fisher import fisher
 from jpeft.plans import fishpal
 from jpeft.plans import plan as plans
 from jpeft.plans.fishpal import Candidates, Scores
 from jpeft.plans.plan import Entry, Plan
 from jpeft.report import tables
 from jpeft.report.comparison import Outcome
-from jpeft.run import command, loading
+from jpeft.run import command, loading, measuring
 from jpeft.run.config import CRITERIA, Config
 from jpeft.run.console import Console
 from jpeft.run.criteria import CRITERIA as MEASURES
@@ -64,24 +67,33 @@ def _name(entry: Entry) -> str:
     return f"{entry.method} {json.dumps(dict(entry.options), sort_keys=True)}"
 
 
-def measure(config: Config, seed: int, criterion: str, candidates: Candidates, console: Console) -> dict[str, Any]:
-    """The scores of a criterion on a seed, JSON."""
+def measure(config: Config, seed: int, criterion: str, pool: Mapping[str, Plan], console: Console) -> dict[str, Any]:
+    """What a criterion finds on a seed, JSON: the scores of modules, and what it says of each plan of the pool."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.fishpal.criterion, config.fishpal.plan, config.seeds = criterion, None, (seed,)
+        config.fishpal.factors = {name: fishpal.FACTORS[entry.method] for name, entry in candidates_of(pool).items()}
     data, base, _ = loading.load(config, Console(quiet=True))
     folder = Path("runs") / "regret"
-    found = MEASURES[criterion](begin(config, seed, data, base, folder, console), candidates, _unkept)
-    return {"criterion": criterion, "seed": seed, "passes": found.passes, "scores": found.scores}
+    candidates, begun = candidates_of(pool), begin(config, seed, data, base, folder, console)
+
+    def information(name: str, fn: Any, tree: Any, n: int, *rest: Any) -> Any:  # of the thesis, and kept nowhere
+        batches, _ = batching.by_length(batching.sample(data.train, n, seed)[0], measuring.lengths(begun))
+        return fisher(fn, tree, batches, *rest)
+
+    found = MEASURES[criterion](begun, candidates, information)
+    said = {"criterion": criterion, "seed": seed, "passes": found.passes, "scores": found.scores}
+    if found.predict is None:
+        return said
+    named = {name: {layer: _name(entry) for layer, [entry] in plan.items()} for name, plan in pool.items()}
+    return {**said, "plans": {name: found.predict(plan) for name, plan in named.items()}}
 
 
-def _unkept(name: str, fn: Any, tree: Any, n: int, *rest: Any) -> Any:
-    raise UserError(f"{name}: not measured here")
-
-
-def predicted(scores: Scores, plan: Plan) -> float:
-    """What a criterion says of a plan: the sum of its modules' scores."""
-    return sum(scores[layer][_name(entry)] for layer, row in plan.items() for entry in row)
+def predicted(found: Mapping[str, Any], name: str, plan: Plan) -> float:
+    """What a criterion says of a plan: its own prediction, or else the sum of its modules' scores."""
+    if "plans" in found:
+        return found["plans"][name]
+    return sum(found["scores"][str(layer)][_name(entry)] for layer, row in plan.items() for entry in row)
 
 
 def headroom(trained: Mapping[int, Mapping[str, float]], uniform: Sequence[str]) -> float:
@@ -95,21 +107,19 @@ def headroom(trained: Mapping[int, Mapping[str, float]], uniform: Sequence[str])
 
 
 def verdict(
-    scores: Mapping[int, Scores],
+    found: Mapping[int, Mapping[str, Any]],
     trained: Mapping[int, Mapping[str, float]],
     pool: Mapping[str, Plan],
-    candidates: Candidates,
-    passes: float,
 ) -> Verdict:
-    """Compares a criterion's scores, by the seed they were measured on, with the trained scores by seed and plan."""
+    """Compares what a criterion found (`measure`), by seed, with the trained scores by seed and plan."""
     from scipy.stats import kendalltau
 
     names = [name for name in pool if all(name in row for row in trained.values())]
     uniform = [name for name in names if len({_name(e) for row in pool[name].values() for e in row}) == 1
                and len(pool[name]) == max(map(len, pool.values()))]  # fmt: skip
     taus, regrets, gaps = [], [], []
-    for measured, table in scores.items():
-        said = [predicted(table, pool[name]) for name in names]
+    for measured, own in found.items():
+        said = [predicted(own, name, pool[name]) for name in names]
         favourite = names[int(np.argmax(said))]
         for judge in [s for s in trained if s != measured] or list(trained):
             got = [trained[judge][name] for name in names]
@@ -118,10 +128,11 @@ def verdict(
             mean = {name: np.mean([trained[s][name] for s in others]) for name in names}
             regrets.append(trained[judge][max(names, key=lambda n: mean[n])] - trained[judge][favourite])
             gaps.append(trained[judge][favourite] - trained[judge][max(uniform, key=lambda n: mean[n])])
-    first = next(iter(scores.values()))
+    first = next(iter(found.values()))
     plain = [_name(pool[name][0][0]) for name in uniform]  # in the order of the pool, which decides ties
-    pick = fishpal.choose({layer: {n: row[n] for n in plain} for layer, row in first.items()}, candidates)
-    return Verdict(float(np.mean(taus)), float(np.mean(regrets)), float(np.mean(gaps)), pick, passes)
+    table: Scores = {int(layer): {name: row[name] for name in plain} for layer, row in first["scores"].items()}
+    pick = fishpal.choose(table, candidates_of(pool))
+    return Verdict(float(np.mean(taus)), float(np.mean(regrets)), float(np.mean(gaps)), pick, first["passes"])
 
 
 def _table(task: str, verdicts: Mapping[str, Verdict], ceiling: float, room: float, plans: int, seeds: int) -> str:
@@ -140,11 +151,14 @@ def _table(task: str, verdicts: Mapping[str, Verdict], ceiling: float, room: flo
 
 def run(argv: list[str]) -> None:
     """Measures what is not measured yet, and prints the table of each task."""
-    own = {"cells": "Folder of the finished cells.", "criteria": "Comma-separated; all but thesis by default."}
+    own = {"cells": "Folder of the finished cells.", "criteria": "Comma-separated; all by default."}
     given = command.parse(argv, __doc__ or "", own, "configs/compare_plans.py:sst2", lambda: "see the file")
     grid, folder, console = given.config, Path(given.flags["cells"] or "cells"), Console()
     asked = given.flags["criteria"]
-    chosen = asked.split(",") if asked else [name for name in CRITERIA if name != "thesis"]
+    chosen = asked.split(",") if asked else list(CRITERIA)
+    for name in chosen:
+        if name.partition("@")[0] not in CRITERIA:
+            raise UserError(f"the criterion {name!r} is unknown: {nearest(name, CRITERIA)}")
     outcomes = compare.outcomes(grid, folder)
     for task in grid.tasks:
         rows: list[Outcome] = [o for o in outcomes if o.task.name == task]
@@ -152,18 +166,18 @@ def run(argv: list[str]) -> None:
         for o in rows:
             trained.setdefault(o.seed, {})[o.variant] = o.score()
         pool = {name: plans.loads(grid.variants[name]["fishpal"]["plan"]) for name in grid.variants}
-        candidates, verdicts = candidates_of(pool), {}
+        verdicts = {}
         for criterion in chosen:
-            scores, passes = {}, 0.0
+            name, _, other = criterion.partition("@")
+            found = {}
             for seed in trained:
-                path = folder / "scores" / f"{task}-{criterion}-{seed}.json"
+                path = folder / "scores" / f"{other or task}-{name}-{seed}.json"
                 if not path.is_file():
-                    console.title(f"{criterion} on {task}, seed {seed}")
-                    config = compare.config_of(grid, Cell(task, next(iter(pool)), None, seed))
-                    files.write_json(path, measure(config, seed, criterion, candidates, console))
-                found = files.read_json(path)
-                scores[seed], passes = {int(i): row for i, row in found["scores"].items()}, found["passes"]
-            verdicts[criterion] = verdict(scores, trained, pool, candidates, passes)
+                    console.title(f"{name} on {other or task}, seed {seed}")
+                    config = compare.config_of(grid, Cell(other or task, next(iter(pool)), None, seed))
+                    files.write_json(path, measure(config, seed, name, pool, console))
+                found[seed] = files.read_json(path)
+            verdicts[criterion] = verdict(found, trained, pool)
         names = [name for name in pool if all(name in row for row in trained.values())]
         uniform = [name for name in names if name.startswith("all ")]
         console.say("\n" + _table(task, verdicts, _ceiling(trained, names), headroom(trained, uniform), len(names),

@@ -17,23 +17,32 @@ TRAINED = {
     seed: {name: 0.7 + sum(WORTH[kind] * (layer + 1) for layer, kind in enumerate(name.split("-"))) for name in POOL}
     for seed in (1, 2)
 }
-CANDIDATES = regret.candidates_of(POOL)
 
 
 def scores(sign=1.0):
-    return {layer: {regret._name(KINDS[k]): sign * v * (layer + 1) for k, v in WORTH.items()} for layer in range(3)}
+    """What a criterion found, as its file has it."""
+    table = {f"{i}": {regret._name(KINDS[k]): sign * v * (i + 1) for k, v in WORTH.items()} for i in range(3)}
+    return {"scores": table, "passes": 9.0}
 
 
 def test_a_criterion_that_is_right_has_no_regret():
-    found = regret.verdict({1: scores(), 2: scores()}, TRAINED, POOL, CANDIDATES, 9.0)
+    found = regret.verdict({1: scores(), 2: scores()}, TRAINED, POOL)
     assert found.tau == pytest.approx(1.0)
     assert found.regret == pytest.approx(0.0)
     assert found.against_uniform == pytest.approx(0.0)  # the best plan is a uniform one here
     assert found.pick == POOL["good-good-good"]
+    assert found.passes == 9
+
+
+def test_a_prediction_of_whole_plans_counts_and_not_the_sum_of_scores():
+    plans = {name: -predicted for name, predicted in TRAINED[1].items()}
+    found = regret.verdict({1: {**scores(), "plans": plans}}, TRAINED, POOL)
+    assert found.tau == pytest.approx(-1.0)
+    assert found.pick == POOL["good-good-good"]  # of each layer by itself
 
 
 def test_a_criterion_that_is_wrong_pays_for_it():
-    found = regret.verdict({1: scores(-1), 2: scores(-1)}, TRAINED, POOL, CANDIDATES, 9.0)
+    found = regret.verdict({1: scores(-1), 2: scores(-1)}, TRAINED, POOL)
     assert found.tau == pytest.approx(-1.0)
     assert found.regret == pytest.approx(0.06)
     assert found.against_uniform == pytest.approx(-0.06)
@@ -41,9 +50,9 @@ def test_a_criterion_that_is_wrong_pays_for_it():
 
 def test_a_tie_goes_to_the_plan_that_is_listed_first():
     pool = {f"all {rank}": {layer: [Entry("lora", {"rank": rank})] for layer in range(2)} for rank in range(9, 0, -1)}
-    even = {layer: {regret._name(plan[layer][0]): 1.0 for plan in pool.values()} for layer in range(2)}
+    even = {str(layer): {regret._name(plan[layer][0]): 1.0 for plan in pool.values()} for layer in range(2)}
     trained = {1: dict.fromkeys(pool, 0.5)}
-    assert regret.verdict({1: even}, trained, pool, regret.candidates_of(pool), 0.0).pick == pool["all 9"]
+    assert regret.verdict({1: {"scores": even, "passes": 0}}, trained, pool).pick == pool["all 9"]
 
 
 def test_headroom_is_not_flattered_by_the_noise_that_chose_the_plan():
