@@ -186,6 +186,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = jax.jit(Bert(config).init)(jax.random.key(0), jax.numpy.ones((1, 2), int))["params"]
     # A larger spread than Flax's own embeddings have, so that texts differ.
     params = replace(params, "embeddings/word_embeddings/embedding", lambda x: 5 * x)
+    params = replace(params, "pooler/bias", lambda x: x + 0.1)  # without one it would be taken for untrained
     pretrained.save(folder / "model", config, params, tokenizer_from=folder / "tokenizer")
     weights = load_file(folder / "model" / "model.safetensors")
     save_file(

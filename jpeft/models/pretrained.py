@@ -55,7 +55,8 @@ class Pretrained(NamedTuple):
     Attributes:
       config: the shape of the model.
       params: the float32 `params` tree of `Bert(config)`.
-      fresh: the groups ("classifier", "pooler") that the checkpoint lacked and that were newly initialised.
+      fresh: the groups ("classifier", "pooler") that have to be trained, whatever the method is: those that the
+        checkpoint lacked, newly initialised, and a pooler that it holds as it was drawn (`_untrained`).
       source: the name that loads the same weights again: a hub name, "minilm" or an absolute path.
       folder: where the files are, for the tokenizer.
     """
@@ -93,12 +94,24 @@ def load(
     """
     folder, source = _find(os.fspath(name_or_path), revision)
     config = hf_config.read(folder, num_labels, overrides)
-    params, fresh = from_hf(config, _read_tensors(folder))
-    return redrawn(Pretrained(config, jax.tree.map(jnp.asarray, params), fresh, source, folder), key)
+    params, lacked = from_hf(config, _read_tensors(folder))
+    loaded = redrawn(Pretrained(config, jax.tree.map(jnp.asarray, params), lacked, source, folder), key)
+    return loaded._replace(fresh=(*lacked, *_untrained(params, lacked)))
+
+
+def _untrained(params: Mapping[str, Any], lacked: tuple[str, ...]) -> tuple[str, ...]:
+    """The pooler, if nobody has trained it: it has no bias, and no head that could have been trained on top of it.
+
+    Sentence encoders leave it as it was drawn, small and random, because they average over tokens instead. Whatever
+    learns below a frozen pooler of that kind has to be seen through it, and hardly is.
+    """
+    pooler = params.get("pooler")
+    new = pooler is not None and "classifier" in lacked and "pooler" not in lacked and not np.any(pooler["bias"])
+    return ("pooler",) if new else ()
 
 
 def redrawn(loaded: Pretrained, key: Array) -> Pretrained:
-    """The same model, of the same arrays, with the groups that the checkpoint lacked drawn from another key."""
+    """The same model, of the same arrays, with the fresh groups drawn from another key."""
     flat: dict[str, Any] = {**flatten_dict(loaded.params, sep="/")}
     for path, shape in shapes(loaded.config).items():
         if path.split("/")[0] in loaded.fresh:

@@ -48,7 +48,7 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
         names = ", ".join(task.labels[:SHOWN]) + (", ..." if len(task.labels) > SHOWN else "")
         console.say(f"  {len(task.labels)} classes: {names}")
     if base.fresh:
-        console.say(f"  not in the checkpoint, so initialised and trained: {', '.join(base.fresh)}")
+        console.say(f"  not trained in the checkpoint, so initialised and trained: {', '.join(base.fresh)}")
     return data, base, workdirs.inputs(data, base, source, config.task, config.init_from)
 
 

@@ -53,7 +53,7 @@ class Seed(NamedTuple):
 
     @property
     def head(self) -> tuple[str, ...]:
-        """The parts of the base that train whatever the method is: the head, and what the checkpoint lacked."""
+        """The parts of the base that train whatever the method is: the head, and what is new."""
         return tuple(name for name in self.base.params if name in (*self.model.HEAD, *self.base.fresh))
 
     @property
@@ -66,7 +66,9 @@ def begin(config: Config, seed: int, data: Data, base: Pretrained, workdir: Path
     """Gives the model, as it was loaded for any seed, the head of this one."""
     base = pretrained.redrawn(base, jax.random.key(seed))
     model = Bert(base.config)
-    sites = dict(_sites(base.config, data.longest))
+    # What is new trains anyway, and as a whole: it is not a place for a method.
+    found = _sites(base.config, data.longest).items()
+    sites = {path: site for path, site in found if site.head or path.split("/")[0] not in base.fresh}
     key, dropout_key = jax.random.split(jax.random.key(seed))
     clock = Clock(dict.fromkeys(("fisher", "compile", "train", "evaluate"), 0.0))
     return Seed(config, seed, data, base, model, sites, key, dropout_key, workdir, console, clock)

@@ -65,7 +65,7 @@ KIND, INPUTS_KIND = "config of a run", files.Kind("list of a run's inputs", get_
 
 
 def inputs(data: Data, base: Pretrained, source: str, task: str = "", init_from: str | None = None) -> Inputs:
-    """The inputs of a run; what the checkpoint lacked is left out, since each seed initialises it.
+    """The inputs of a run; what is fresh is left out, since each seed initialises it.
 
     Args:
       data: the tokenised task.

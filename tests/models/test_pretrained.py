@@ -174,6 +174,18 @@ def test_absent_head_and_pooler_are_drawn_from_the_key(tmp_path, name, fresh):
     assert pretrained.fingerprint(one) == pretrained.fingerprint(other_body)
 
 
+def test_a_pooler_that_nobody_trained_is_new(tmp_path):
+    """It has no bias, and no head. `load` leaves it as it is, and each seed of a run draws its own."""
+    drawn = {key: np.zeros_like(x) if key.endswith("pooler.dense.bias") else x for key, x in weights().items()}
+    model = load(write(tmp_path / "drawn", body(drawn)))
+    assert model.fresh == ("classifier", "pooler")
+    np.testing.assert_array_equal(model.params["pooler"]["kernel"], drawn["bert.pooler.dense.weight"].T)
+    again = pretrained.redrawn(model, jax.random.key(3)).params["pooler"]["kernel"]
+    assert not np.array_equal(model.params["pooler"]["kernel"], again)
+    assert load(write(tmp_path / "with_a_head", drawn)).fresh == ()
+    assert load(write(tmp_path / "trained", body(weights()))).fresh == ("classifier",)
+
+
 def test_tensors_that_do_not_fit_are_listed(tmp_path):
     assert f"is missing {QUERY[5:]}" in refusal(write(tmp_path, {k: v for k, v in weights().items() if k != QUERY}))
     assert "has unexpected extra.weight" in refusal(write(tmp_path, weights() | {"extra.weight": np.zeros(2)}))

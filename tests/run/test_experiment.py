@@ -6,6 +6,7 @@ import chex
 import numpy as np
 import pytest
 from heard import Heard, again, run
+from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft.core.errors import UserError
@@ -124,6 +125,25 @@ def test_methods(tiny_config, tmp_path, method, task):
     assert "plan" not in report["metrics"]["per_seed"][0]
     assert not (tmp_path / "seed_11" / "plan.json").exists()
     assert "](choice.png)" not in (tmp_path / "report.md").read_text()
+
+
+def test_a_pooler_that_nobody_trained_is_drawn_by_the_seed_and_trains(tiny_config, tmp_path):
+    """Below it, a method finds its places as always."""
+    config, folder = tiny_config("lora", num_epochs=1), tmp_path / "drawn"
+    shutil.copytree(config.model, folder)
+    weights = load_file(folder / "model.safetensors")
+    pooler = weights["bert.pooler.dense.weight"]
+    weights["bert.pooler.dense.bias"] = np.zeros(16, np.float32)
+    save_file(weights, folder / "model.safetensors")
+    config.model, console = str(folder), Heard()
+    report = experiment.run(config, tmp_path / "work", console)
+    assert report["parameters"]["trainable"] == 34 + 2 * 2 * (16 * 2 + 2 * 16) + 16 * 17
+    assert any("so initialised and trained: classifier, pooler" in line for line in console.lines)
+    kept = load_file(tmp_path / "work" / "seed_11" / "model" / "modules.safetensors")
+    trained = next(x for name, x in kept.items() if "pooler" in name and "kernel" in name)
+    assert np.abs(trained - pooler.T).max() > 0.1
+    answers = jpeft.predict(jpeft.load(tmp_path / "work" / "seed_11" / "model"), [("the dog runs", "a cat sleeps")])
+    assert np.isfinite(answers).all()
 
 
 def test_a_plan_of_one_method_is_warned_of(tiny_config, tmp_path):

@@ -6,6 +6,7 @@ adapters itself open what is written.
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -308,9 +309,23 @@ def test_what_adapters_has_no_words_for(tmp_path, bert, spec, says):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_pooler_that_trained_is_the_first_layer_of_a_flexible_head(tmp_path, bert):
+    trained = {name: randomised(bert.params[name]) for name in ("pooler", "classifier")}
+    modules = started(bert, [entry("pfeiffer")])._replace(params=trained)
+    adapterhub.write(tmp_path, modules, bert.model.config, "base", name="mine")
+    about = json.loads((tmp_path / adapterhub.HEAD_CONFIG).read_text())
+    assert (about["model_class"], about["name"]) == ("BertAdapterModel", "mine")
+    assert {name: about["config"][name] for name in ("layers", "use_pooler")} == {"layers": 2, "use_pooler": False}
+    tensors = load_file(tmp_path / adapterhub.HEAD_WEIGHTS)
+    np.testing.assert_array_equal(tensors["heads.mine.1.weight"], trained["pooler"]["kernel"].T)
+    np.testing.assert_array_equal(tensors["heads.mine.4.bias"], trained["classifier"]["bias"])
+    chex.assert_trees_all_equal(adapterhub.read(tmp_path, bert.model.config).params, trained)
+
+
 def test_what_trained_besides_the_head(tmp_path, bert):
-    modules = started(bert, [entry("pfeiffer")])._replace(params={"pooler": bert.params["pooler"]})
-    with pytest.raises(UserError, match=r"cannot hold pooler/\w+, which trained as well"):
+    params = {"classifier": bert.params["classifier"], "embeddings": bert.params["embeddings"]}
+    modules = started(bert, [entry("pfeiffer")])._replace(params=params)
+    with pytest.raises(UserError, match=r"cannot hold embeddings/[\w/]+, which trained as well"):
         adapterhub.write(tmp_path, modules, bert.model.config, "base")
 
 

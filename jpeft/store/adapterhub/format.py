@@ -13,10 +13,10 @@ from jpeft.transforms.parts.linear import LARGEST
 from jpeft.transforms.registry import METHODS
 
 __all__ = [
-    "ADAPTER_PLACES", "ATTENTION", "BOTTLENECK", "CLASSES", "CONFIG", "CORE", "HEAD_CONFIG", "HEAD_WEIGHTS", "INSTEAD",
-    "KINDS", "LORA", "LORA_PLACES", "PICKLES", "POOL", "POOLED", "PREFIX", "PROMPT", "PROMPTS", "VERSION", "WEIGHTS",
-    "Config", "Part", "Slot", "bottleneck_size", "check_union", "head_modules", "head_slots", "kind_of", "lora_places",
-    "method_options", "reduction_factor", "slots_of",
+    "ADAPTER_PLACES", "ATTENTION", "BOTTLENECK", "CLASSES", "CONFIG", "CORE", "FLEXIBLE_CLASS", "FLEXIBLE_LAYERS",
+    "HEAD_CONFIG", "HEAD_WEIGHTS", "INSTEAD", "KINDS", "LORA", "LORA_PLACES", "PICKLES", "POOL", "POOLED", "PREFIX",
+    "PROMPT", "PROMPTS", "VERSION", "WEIGHTS", "Config", "Part", "Slot", "bottleneck_size", "check_union", "flexible",
+    "head_modules", "head_slots", "kind_of", "lora_places", "method_options", "reduction_factor", "slots_of",
 ]  # fmt: skip
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
@@ -24,6 +24,8 @@ HEAD_CONFIG, HEAD_WEIGHTS = "head_config.json", "model_head.safetensors"
 PICKLES = {WEIGHTS: "pytorch_adapter.bin", HEAD_WEIGHTS: "pytorch_model_head.bin"}
 VERSION = "adapters.1.3.0"  # what the format was checked with; `adapters` corrects what older versions wrote
 CLASSES = {"bert": "BertForSequenceClassification", "roberta": "RobertaForSequenceClassification"}
+# BERT's class whose heads are flexible, and the numbers of such a head's two layers: tanh and dropout are between them.
+FLEXIBLE_CLASS, FLEXIBLE_LAYERS = "BertAdapterModel", (1, 4)
 INSTEAD = "export another format, --format hf if the modules merge, else --format stablehlo"
 
 Config = dict[str, Any]  # of one method, as `adapters` has it
@@ -200,16 +202,24 @@ def reduction_factor(d: int, size: int) -> int | float:
     return factor
 
 
-def head_modules(config: BertConfig) -> tuple[str, ...]:
-    """Our paths of the head's layers."""
-    return ("classifier/dense", "classifier/out_proj") if config.model_type == "roberta" else ("classifier",)
+def head_modules(config: BertConfig, layers: int = 1) -> tuple[str, ...]:
+    """Our paths of the head's layers: of RoBERTa's two, of BERT's one, or two with a pooler of its own."""
+    if config.model_type == "roberta":
+        return "classifier/dense", "classifier/out_proj"
+    return ("pooler", "classifier") if layers == 2 else ("classifier",)
+
+
+def flexible(layers: int) -> dict[str, Any]:
+    """The config of a flexible head that computes what one with so many layers does here."""
+    own = {"head_type": "classification", "layers": layers, "use_pooler": layers == 1, "bias": True}
+    return own if layers == 1 else {**own, "activation_function": "tanh"}
 
 
 def head_slots(config: BertConfig, names: Mapping[str, str]) -> dict[str, Slot]:
     """The head's tensors, by {our module: the name there}."""
     slots: dict[str, Slot] = {}
     for module, key in names.items():
-        out = config.hidden_size if module.endswith("dense") else config.num_labels
+        out = config.hidden_size if module.endswith(("dense", "pooler")) else config.num_labels
         slots[f"{key}.weight"] = Slot((*module.split("/"), "kernel"), (out, config.hidden_size))
         slots[f"{key}.bias"] = Slot((*module.split("/"), "bias"), (out,))
     return slots

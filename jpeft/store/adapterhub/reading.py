@@ -20,6 +20,7 @@ from jpeft.store.adapterhub.format import (
     CLASSES,
     CONFIG,
     CORE,
+    FLEXIBLE_LAYERS,
     HEAD_CONFIG,
     HEAD_WEIGHTS,
     KINDS,
@@ -32,6 +33,7 @@ from jpeft.store.adapterhub.format import (
     Slot,
     bottleneck_size,
     check_union,
+    flexible,
     head_modules,
     head_slots,
     kind_of,
@@ -357,16 +359,15 @@ def _read_head(folder: Path, config: BertConfig) -> dict[str, Any]:
         names = {module: hf_module(module) for module in modules}
     else:  # of the classes whose heads are flexible: those that compute the same
         own, name = about.get("config"), about.get("name")
-        layers = len(modules)
-        wanted = {"head_type": "classification", "layers": layers, "use_pooler": layers == 1, "bias": True}
-        if layers > 1:
-            wanted["activation_function"] = "tanh"
+        if isinstance(own, dict) and own.get("layers") == 2:
+            modules = head_modules(config, layers=2)
+        wanted = flexible(len(modules))
         if not isinstance(own, dict) or not isinstance(name, str):
             raise UserError(f"{folder / HEAD_CONFIG} is not of {CLASSES[config.model_type]}, nor of a flexible head")
         for field, value in wanted.items():
             if own.get(field, field == "bias") != value:
                 raise UserError(f"{HEAD_CONFIG}: {field} {own.get(field)!r:.40} has no counterpart, only {value!r}")
-        names = {module: f"heads.{name}.{i}" for module, i in zip(modules, (1, 4), strict=False)}
+        names = {module: f"heads.{name}.{i}" for module, i in zip(modules, FLEXIBLE_LAYERS, strict=False)}
     tensors = _weights(folder, HEAD_WEIGHTS)
     slots = head_slots(config, names)
     if rest := sorted(set(tensors) - set(slots)):

@@ -24,6 +24,8 @@ from jpeft.store.adapterhub.format import (
     CLASSES,
     CONFIG,
     CORE,
+    FLEXIBLE_CLASS,
+    FLEXIBLE_LAYERS,
     HEAD_CONFIG,
     HEAD_WEIGHTS,
     INSTEAD,
@@ -38,6 +40,7 @@ from jpeft.store.adapterhub.format import (
     Config,
     Part,
     check_union,
+    flexible,
     head_modules,
     head_slots,
     kind_of,
@@ -87,15 +90,19 @@ def write(
         {**part.config, "leave_out": [i for i in every if i not in part.layers]} if part.layers else part.config
         for part in parts
     ]
-    head, head_config = _head_tensors(modules.params, config), None
+    own_pooler = "pooler" in modules.params  # for which only flexible heads have a place
+    names = _head_names(name, config, own_pooler)
+    head, head_config = _head_tensors(modules.params, config, names), None
     about = {
         "hidden_size": config.hidden_size, "model_class": CLASSES[config.model_type], "model_name": base,
         "model_type": config.model_type, "version": VERSION,
     }  # fmt: skip
     if head:
-        names = labels or [f"LABEL_{i}" for i in range(config.num_labels)]
-        ids = {label: i for i, label in enumerate(names)}
+        ids = {label: i for i, label in enumerate(labels or [f"LABEL_{i}" for i in range(config.num_labels)])}
         head_config = {"config": None, "label2id": ids, "name": None, "num_labels": config.num_labels, **about}
+        if own_pooler:
+            own = {**flexible(2), "num_labels": config.num_labels, "label2id": ids, "dropout_prob": None}
+            head_config = {**about, "config": own, "name": name, "model_class": FLEXIBLE_CLASS}
     tensors = {key: x for part in parts for key, x in _tensors(part, name, config).items()}
     whole = configs[0] if len(configs) == 1 else {"architecture": "union", "configs": configs}
     write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
@@ -310,9 +317,17 @@ def _prefix_tensors(part: Part, name: str, config: BertConfig) -> dict[str, Any]
     }
 
 
-def _head_tensors(params: Mapping[str, Any], config: BertConfig) -> dict[str, np.ndarray]:
+def _head_names(name: str, config: BertConfig, own_pooler: bool) -> dict[str, str]:
+    """{our module: its name there}."""
+    if own_pooler:
+        modules = head_modules(config, layers=2)
+        return {module: f"heads.{name}.{i}" for module, i in zip(modules, FLEXIBLE_LAYERS, strict=True)}
+    return {module: hf_module(module) for module in head_modules(config)}
+
+
+def _head_tensors(params: Mapping[str, Any], config: BertConfig, names: Mapping[str, str]) -> dict[str, np.ndarray]:
     flat = {path: np.asarray(x, np.float32) for path, x in flatten(params).items()}
-    slots = head_slots(config, {module: hf_module(module) for module in head_modules(config)})
+    slots = head_slots(config, names)
     if other := [path for path in flat if path not in {slot.path for slot in slots.values()}]:
         raise UserError(f"adapters cannot hold {'/'.join(other[0])}, which trained as well: {INSTEAD}")
     if not flat:
