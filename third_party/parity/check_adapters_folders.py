@@ -13,6 +13,7 @@ is above the tolerance.
 import argparse
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -48,6 +49,10 @@ SPECS = {
 }
 
 
+# The same with a pooler of their own, which is the first layer of a flexible head there; RoBERTa has none.
+POOLED = {"pfeiffer_pooler": [("pfeiffer", {"bottleneck": 5})]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["write", "check", "save", "read"])
@@ -74,12 +79,13 @@ def write(folder: pathlib.Path) -> int:
     for architecture in ARCHITECTURES:
         model, params = loaded(folder / f"{architecture}.base", architecture)
         sites = jpeft.sites(model, np.ones((1, 2), np.int32))
-        for name, entries in SPECS.items():
+        for name, entries in {**SPECS, **(POOLED if architecture == "bert" else {})}.items():
             inputs = inputs_of(architecture, name)
             spec = [{"method": method, "options": options} for method, options in entries]
             transform = jpeft.build(spec)
+            head = ("classifier", "pooler") if name in POOLED else ("classifier",)
             parts = jpeft.partition(
-                transform, params, jpeft.init(transform, jax.random.key(0), sites, params), trains="classifier"
+                transform, params, jpeft.init(transform, jax.random.key(0), sites, params), trains=head
             )
             rng = np.random.default_rng(0)
             moved = jax.tree.map(lambda x, r=rng: np.float32(x + 0.1 * r.normal(size=x.shape)), parts.trainable)
@@ -93,6 +99,18 @@ def write(folder: pathlib.Path) -> int:
     return 0
 
 
+def flexible(architecture: str) -> Any:
+    """The base model of the goldens in the class whose heads are flexible, without a head."""
+    import adapters
+    import goldens
+
+    base = goldens.base(architecture)
+    model = adapters.BertAdapterModel(base.config)
+    missing, surplus = model.bert.load_state_dict(base.bert.state_dict(), strict=False)
+    assert not surplus and all("prefix" in name or "prompt" in name for name in missing), (missing, surplus)
+    return model.eval()
+
+
 def check(folder: pathlib.Path) -> int:
     import adapters
     import goldens
@@ -104,8 +122,12 @@ def check(folder: pathlib.Path) -> int:
             continue
         expected = load_file(out / "expected.safetensors")
         logits = expected.pop("logits")
-        model = goldens.base(out.name.split(".")[0])
-        adapters.init(model)
+        architecture, name = out.name.split(".")[:2]
+        if name in POOLED:
+            model = flexible(architecture)
+        else:
+            model = goldens.base(architecture)
+            adapters.init(model)
         model.load_adapter(str(out), set_active=True, use_safetensors=True)
         model.eval()
         with torch.no_grad():
@@ -129,10 +151,17 @@ def save(folder: pathlib.Path) -> int:
         save_tensors({name: x.contiguous().clone() for name, x in tensors.items()}, file)
 
     for architecture in ARCHITECTURES:
-        for method in CONFIGS:
+        for method in (*CONFIGS, *(POOLED if architecture == "bert" else ())):
             torch.manual_seed(0)
             inputs = inputs_of(architecture, method)
-            model = build(method, architecture).model.eval()
+            if method in POOLED:
+                model = flexible(architecture)
+                model.add_adapter("peer", config="seq_bn", set_active=True)
+                model.add_classification_head("peer", num_labels=3, layers=2, use_pooler=False)
+                model.train_adapter("peer")
+                model.eval()
+            else:
+                model = build(method, architecture).model.eval()
             out = folder / f"adapters.{architecture}.{method}"
             with torch.no_grad():
                 for parameter in model.parameters():
