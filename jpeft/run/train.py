@@ -1,7 +1,7 @@
 """Trains seeds, one or several together: drives the loop, and shows, logs, saves and times what it yields."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -198,7 +198,8 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
     )
     names = [f"seed {each.seed}" for each in seeds] if several else []
     every_steps = EVENT_STEPS if hosts.several() else 0
-    with console.training(total, first, names) as bar, deferred() as stopping:
+    shown = console.training(total, first, names)
+    with shown as bar, deferred() as stopping, checkpoint.in_background() as background:
         for events in fit_together(steps, state, frozen, data, schedules, histories, sums, EVENT_SECONDS, every_steps):
             ends_epoch = events[0].row is not None
             for each, log, event in zip(seeds, logs, events, strict=True):
@@ -211,7 +212,7 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
             between = not ends_epoch and events[0].step % per_epoch != 0
             stop, due = hosts.any_says(stopping(), time.monotonic() - saved > CHECKPOINT_SECONDS)
             if ends_epoch or (between and (stop or due)):
-                hosts.together(lambda events=events: _save(seeds, events) if hosts.is_first() else None)
+                _save(seeds, events, background)
                 saved = time.monotonic()
                 for each in seeds:
                     each.clock.start()
@@ -220,10 +221,26 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
     return [event._replace(states=jax.device_get(event.state), run=None) for event in events]
 
 
-def _save(seeds: Sequence[Seed], events: Sequence[Event]) -> None:
-    for seed, event in zip(seeds, events, strict=True):
-        progress = checkpoint.Progress(list(event.history), event.loss_sum, seed.clock.seconds, _owner(seed))
-        checkpoint.save(seed.folder / "checkpoints", event.state, progress)
+def _save(seeds: Sequence[Seed], events: Sequence[Event], background: Callable[[Callable[[], None]], None]) -> None:
+    """Saves states, in the background if there is one process; several of them wait for the one that writes."""
+    parts = [
+        (
+            seed.folder / "checkpoints",
+            checkpoint.snapshot(event.state),
+            checkpoint.Progress(list(event.history), event.loss_sum, {**seed.clock.seconds}, _owner(seed)),
+        )
+        for seed, event in zip(seeds, events, strict=True)
+        if hosts.is_first()
+    ]
+
+    def write() -> None:
+        for part in parts:
+            checkpoint.save(*part)
+
+    if hosts.several():
+        hosts.together(write)
+    else:
+        background(write)
 
 
 def _stored(ready: Ready) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import hashlib
 import json
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from jpeft.core.files import file_hash, read_record, write_record
 from jpeft.core.tree import num_bytes
 from jpeft.training.step import State
 
-__all__ = ["Progress", "Restored", "restore", "save"]
+__all__ = ["Progress", "Restored", "in_background", "restore", "save", "snapshot"]
 
 SPARE = 500_000  # bytes that a checkpoint takes besides its arrays, and some more
 KIND = "list of a checkpoint's files"
@@ -48,6 +50,38 @@ class Restored(NamedTuple):
 
     state: State
     progress: Progress
+
+
+def snapshot(state: State) -> State:
+    """The state in memory of the host, which the next step does not overwrite as it does the device's."""
+    return jax.tree.map(np.array, jax.device_get(state))
+
+
+@contextmanager
+def in_background() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Within it, the function it gives has work done in a thread, while training goes on.
+
+    One piece at a time: a call waits for the piece before, and so does the end of the context. Both raise what that
+    piece raised, so that nothing is taken for saved that is not.
+    """
+    pending: Future[None] | None = None
+
+    def wait() -> None:
+        nonlocal pending
+        done, pending = pending, None
+        if done is not None:
+            done.result()
+
+    def submit(work: Callable[[], None]) -> None:
+        nonlocal pending
+        wait()
+        pending = pool.submit(work)
+
+    with ThreadPoolExecutor(1, "checkpoint") as pool:
+        try:
+            yield submit
+        finally:
+            wait()
 
 
 def _manager(folder: Path) -> Any:

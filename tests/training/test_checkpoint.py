@@ -1,13 +1,16 @@
 import gc
 import shutil
+import threading
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from jpeft.core.errors import UserError
+from jpeft.run.stopping import Stopped
 from jpeft.training import checkpoint
 from jpeft.training.checkpoint import Progress
 from jpeft.training.step import State
@@ -179,3 +182,47 @@ def test_leftovers_of_a_crash_do_not_matter(tmp_path):
 def test_only_leftovers_are_no_checkpoint(tmp_path):
     (tmp_path / "9.orbax-checkpoint-tmp-1234" / "state").mkdir(parents=True)
     assert checkpoint.restore(tmp_path, like()) is None
+
+
+def test_work_in_the_background_is_done_in_turn_while_other_work_goes_on():
+    done, go = [], threading.Event()
+
+    def first():
+        assert go.wait(60)
+        done.append("first")
+
+    with checkpoint.in_background() as background:
+        background(first)
+        done.append("meanwhile")
+        go.set()
+        background(lambda: done.append("second"))
+        assert done[:2] == ["meanwhile", "first"]  # a piece waits for the one before
+    assert done == ["meanwhile", "first", "second"]
+
+
+def failing():
+    raise UserError("the disk is full")
+
+
+def twice(background):
+    background(failing)
+    background(lambda: None)
+
+
+def stop(background):
+    background(failing)
+    raise Stopped("stopped and saved")  # which is not true
+
+
+@pytest.mark.parametrize("work", [lambda background: background(failing), twice, stop])
+def test_work_in_the_background_that_fails_is_heard_of(work):
+    with pytest.raises(UserError, match="the disk is full"), checkpoint.in_background() as background:
+        work(background)
+
+
+def test_a_snapshot_stays_when_the_state_is_given_up():
+    given = State(jnp.int32(3), {"params": jnp.arange(4.0)}, ())
+    kept = checkpoint.snapshot(given)
+    jax.jit(lambda x: jax.tree.map(lambda y: y + 1, x), donate_argnums=0)(given)
+    np.testing.assert_array_equal(kept.trainable["params"], np.arange(4.0))
+    assert kept.step == 3
