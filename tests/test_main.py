@@ -114,6 +114,13 @@ def test_a_pattern_is_set_by_its_json(tmp_path, config, capsys):
     assert "--config.peft.lora.rank_pattern={" in (work / "report.md").read_text()
 
 
+def test_a_message_is_no_longer_than_anyone_reads(failing, config):
+    assert "neither a file nor a named plan" in failing(f"--config={config}", "--config.fishpal.plan=" + 9999 * "[")
+    line = failing(f"--config={config}", "--config.model=" + 9999 * "m" + "/end")
+    assert "mmm ... mmm" in line
+    assert len(line) < 1100
+
+
 def test_a_full_disk_is_one_line(failing, config, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "somewhere")

@@ -255,7 +255,7 @@ def _lines(file: Path, given: BinaryIO | None = None) -> Iterator[str | UserErro
                 except UnicodeDecodeError:
                     text = UserError(f"{file}, line {number}: not UTF-8")
                 else:
-                    if not text.strip("\r\n"):  # at the end of a file such lines mean nothing
+                    if not text.strip(" \r\n"):  # at the end of a file such lines mean nothing
                         blank.append(text)
                         continue
                 yield from blank

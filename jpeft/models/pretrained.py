@@ -22,10 +22,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jpeft.core.errors import UserError
-from jpeft.core.files import read_json
+from jpeft.core.files import read_json, write_safetensors
 from jpeft.models import hf_config
 from jpeft.models.bert import BertConfig
 from jpeft.models.conversion import fingerprint, from_hf, hf_module, listed, shapes, to_hf
@@ -167,11 +166,10 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-        save_file(tensors, Path(aside, _WEIGHTS), metadata={"format": "pt"})
+        write_safetensors(Path(aside, _WEIGHTS), tensors, {"format": "pt"})
         for file in copied:
             shutil.copyfile(file, Path(aside, file.name))
         Path(aside, "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        shutil.copymode(Path(aside, "config.json"), Path(aside, _WEIGHTS))  # safetensors creates private files
         for name in [_WEIGHTS, *(file.name for file in copied), "config.json"]:
             os.replace(Path(aside, name), folder / name)
 
@@ -206,7 +204,7 @@ def _find(name: str, revision: str | None) -> tuple[Path, str]:
         raise UserError("the name of the model is empty; expected a folder, a name on the hub, or 'minilm'")
     path = Path(name).expanduser()
     if os.path.isdir(path):  # which, unlike the path's own, is False for a name too long
-        return path, str(path.resolve())
+        return path, os.path.realpath(path)  # where `resolve` raises on links in a circle
     if os.path.exists(path) or name.startswith((".", "/", "~")):
         raise UserError(
             f"{name!r} {'is a file' if os.path.exists(path) else 'does not exist'}; expected a model's folder"

@@ -8,6 +8,7 @@ not list are not in the graph.
 
 import inspect
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -293,8 +294,9 @@ def read(name_or_path: str) -> Plan:
     if name_or_path in PLANS:
         return {layer: list(entries) for layer, entries in PLANS[name_or_path].items()}
     path = Path(name_or_path)
-    if not path.is_file():
-        raise UserError(f"plan {name_or_path!r} is neither a file nor a named plan: {nearest(name_or_path, PLANS)}")
+    if not os.path.isfile(path):  # which, unlike the path's own, is False for a name too long
+        given = name_or_path[:60]
+        raise UserError(f"plan {given!r} is neither a file nor a named plan: {nearest(given, PLANS)}")
     try:
         return loads(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:

@@ -1,25 +1,78 @@
-"""Compares finished runs: python -m jpeft.report runs/mnli_fishpal runs/mnli_lora"""
+"""Compares finished runs: python -m jpeft.report runs/mnli_fishpal runs/mnli_lora
+
+Prints a table with one row a run. It also writes, where a file is given:
+
+    --html page.html    tables that sort, learning curves, confusion matrices, calibration and more, in one file
+    --latex table.tex   the table for LaTeX (needs its package booktabs)
+    --csv table.csv     the table, comma-separated
+"""
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jpeft.core.errors import UserError
-from jpeft.core.files import read_record
-from jpeft.report.tables import REPORT, compare
+from jpeft.core import files
+from jpeft.core.errors import UserError, nearest
+from jpeft.report import formats
+from jpeft.report.tables import REPORT, compare, table
+
+Writer = Callable[[Sequence[Path], Sequence[dict]], str]
+
+
+def _html(workdirs: Sequence[Path], reports: Sequence[dict]) -> str:
+    from jpeft.report.page import finished, page  # with Matplotlib, which takes a second
+
+    names = [path.name or str(path) for path in workdirs]
+    alike = len(set(names)) < len(names)
+    return page([finished(path, str(path) if alike else path.name) for path in workdirs])
+
+
+WRITERS: dict[str, Writer] = {
+    "--html": _html,
+    "--latex": lambda _, reports: formats.latex(table(reports)),
+    "--csv": lambda _, reports: formats.separated(table(reports)),
+}
+
+
+def parsed(argv: Sequence[str]) -> tuple[list[Path], dict[str, Path]]:
+    """The workdirs, and the file for each writer that is asked for.
+
+    Raises:
+      UserError: if a flag is unknown or has no file, or no workdir is named.
+    """
+    workdirs, asked, rest = [], {}, iter(argv)
+    for argument in rest:
+        flag, has_value, value = argument.partition("=")
+        if not flag.startswith("--"):
+            workdirs.append(Path(argument))
+        elif flag not in WRITERS:
+            raise UserError(f"unknown flag {flag!r}: {nearest(flag, WRITERS)}")
+        else:
+            value = value if has_value else next(rest, "")
+            if not value or value.startswith("--"):
+                raise UserError(f"{flag} needs the name of a file to write")
+            asked[flag] = Path(value)
+    if not workdirs:
+        raise UserError("name one or more workdirs: python -m jpeft.report runs/a runs/b")
+    return workdirs, asked
 
 
 def main(argv: list[str]) -> int:
-    """Prints one row for each workdir; exit code 2 if one has no report."""
+    """Prints one row for each workdir, and writes what is asked for; exit code 2 if one has no report."""
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
     try:
-        if not argv:
-            raise UserError("name one or more workdirs: python -m jpeft.report runs/a runs/b")
-        missing = [folder for folder in argv if not (Path(folder) / "report.json").is_file()]
+        workdirs, asked = parsed(argv)
+        missing = [str(folder) for folder in workdirs if not (folder / "report.json").is_file()]
         if missing:
             raise UserError(f"no report.json in {', '.join(missing)}: is the run finished?")
-        print(compare([read_record(Path(folder) / "report.json", REPORT) for folder in argv]))
+        reports = [files.read_record(folder / "report.json", REPORT) for folder in workdirs]
+        texts = {path: WRITERS[flag](workdirs, reports) for flag, path in asked.items()}
+        print(compare(reports))
+        for path, text in texts.items():
+            files.write_text(path, text)
+            print(f"written: {path}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

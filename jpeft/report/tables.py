@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jpeft.core.files import Kind
+from jpeft.report import formats
 
-__all__ = ["REPORT", "average", "compare", "markdown", "no_better", "plan_lines", "spread"]
+__all__ = [
+    "REPORT", "average", "compare", "differences", "markdown", "no_better", "percent", "plan_lines", "spread", "table",
+]  # fmt: skip
 
 # The record report.json. An entry that only the page shows need not be here: the page is made with the report.
 REPORT = Kind(
@@ -187,10 +190,15 @@ def no_better(report: Mapping[str, Any]) -> str:
 
 
 def compare(reports: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of several runs, one row each: scores in percent, sizes and speed.
+    """A Markdown table of several runs. Below it stands in what they differ that should be alike."""
+    told = differences(reports)
+    return "\n".join([formats.markdown(table(reports)), *(["", *told] if told else [])])
 
-    The first row of a task is what an answer scores that reads no text. Below the table stands in what the runs differ
-    that should be alike for their scores to be compared.
+
+def table(reports: Sequence[Mapping[str, Any]]) -> formats.Table:
+    """Several runs, one row each: scores in percent, sizes and speed.
+
+    The first row of a task is what an answer scores that reads no text.
     """
     names = list(dict.fromkeys(name for report in reports for name in report["metrics"]["mean"]))
     head = ["method", "task", "model", *names, "trainable %", "added %", "train examples/s"]
@@ -205,13 +213,11 @@ def compare(reports: Sequence[Mapping[str, Any]]) -> str:
         cells += [_cell(mean.get(name), std.get(name)) for name in names]
         cells += [f"{counts['trainable_percent']:.2f}", f"{counts['added_percent']:.2f}"]
         rows.append([*cells, f"{report['examples_per_second']:.1f}"])
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    text = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in [head, *rows]]
-    table = [text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]]
-    return "\n".join([*table, *_differences(reports)])
+    return head, rows
 
 
-def _differences(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+def differences(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In what runs differ that should be alike for their scores to be compared: no line, or one."""
     found = {
         "task": [report["task"] for report in reports],
         "model": [report["model"] for report in reports],
@@ -228,7 +234,7 @@ def _differences(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     other = [task for task, seen in data.items() if len(seen) > 1]
     told = [f"the data of {task}" for task in other]
     told += [f"{name} ({', '.join(dict.fromkeys(values))})" for name, values in found.items() if len(set(values)) > 1]
-    return ["", f"Not alike, so compare with care: {'; '.join(told)}."] if told else []
+    return [f"Not alike, so compare with care: {'; '.join(told)}."] if told else []
 
 
 def _cell(mean: float | None, std: float | None) -> str:

@@ -21,6 +21,8 @@ from jpeft.version import __version__
 
 __all__ = ["Arguments", "Parser", "call", "parse"]
 
+MOST_SHOWN = 1000  # characters of a message
+
 
 class Parser(argparse.ArgumentParser):
     """For programs without a config; a mistake is a `UserError`."""
@@ -157,8 +159,9 @@ def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
 
 
 def _line(error: Exception) -> str:
-    """The message in one line, with what no terminal can show escaped."""
-    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+    """The message in one line, with what no terminal can show escaped, and no longer than anyone reads."""
+    line = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+    return line if len(line) <= MOST_SHOWN else f"{line[: MOST_SHOWN // 2]} ... {line[-MOST_SHOWN // 2 :]}"
 
 
 def _made(given: str, standard: Any) -> Any:

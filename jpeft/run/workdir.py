@@ -135,6 +135,9 @@ def locked(workdir: Path, warn: Callable[[str], None] = lambda text: None) -> It
     foreign = [name for name in WRITTEN if (own / name).exists()] if not (own / LOCK).exists() else []
     if foreign and not _is_ours(own / INPUTS):
         raise UserError(f"workdir {workdir} holds a {foreign[0]} that is not of a run: choose a folder of its own")
+    for seed in own.glob("seed_*"):
+        if not seed.is_dir():
+            raise UserError(f"{seed} is not a folder, as a seed's must be: delete it")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -1,5 +1,7 @@
 """Exports trained modules to other libraries' folders, with a model card that says what that changed."""
 
+import os
+import shutil
 from pathlib import Path
 
 from jpeft.core import files
@@ -48,8 +50,23 @@ def export(model: Path, form: str, output: Path, console: Console, license: str 
         raise UserError(f"--output {output} is there already: choose a new folder")
     folder = find_modules(model, console)
     saved = modules_on_disk.load(folder)
-    description, kept = modules_on_disk.read(folder)
     console.title(f"exporting {folder} as {form}")
+    new = not output.exists()
+    try:
+        drift = _write(output, form, folder, saved, console)
+        description = modules_on_disk.verify(folder)
+        files.write_text(output / CARD, card.write(folder, form, description, saved, drift, license))
+    except BaseException:
+        if new:  # or the same command would be refused
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+    console.say(f"written: {output}")
+    return drift
+
+
+def _write(output: Path, form: str, folder: Path, saved: Saved, console: Console) -> list[Drift]:
+    """Writes the format, and returns what `measure` finds."""
+    description, kept = modules_on_disk.read(folder)
     if form == "hf":
         _write_merged(output, saved)
     elif form == "stablehlo":
@@ -65,10 +82,7 @@ def export(model: Path, form: str, output: Path, console: Console, license: str 
             adapterhub.write(output, modules, saved.model.config, base, saved.labels)
             if card.gated(modules.leaves):
                 console.warn(card.PADDING)
-    drift = measure(folder, form, output, saved, console)
-    files.write_text(output / CARD, card.write(folder, form, description, saved, drift, license))
-    console.say(f"written: {output}")
-    return drift
+    return measure(folder, form, output, saved, console)
 
 
 def find_modules(model: Path, console: Console) -> Path:
@@ -77,7 +91,7 @@ def find_modules(model: Path, console: Console) -> Path:
     Raises:
       UserError: if it is neither.
     """
-    model = model.resolve()  # what is around a folder is asked for, too
+    model = Path(os.path.realpath(model))  # what is around a folder is asked for, too
     if (model / modules_on_disk.DESCRIPTION).is_file():
         return model
     if not (model / "report.json").is_file():

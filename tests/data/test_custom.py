@@ -98,7 +98,7 @@ def test_blank_lines_at_the_end_mean_nothing_and_others_are_refused(tmp_path, en
     path = tmp_path / f"train.{ending}"
     write(path)
     whole = path.read_text()
-    path.write_text(whole + "\n\r\n")
+    path.write_text(whole + "\n\r\n  \n\n")
     splits = custom(str(path), ("one",), "answer").splits().splits
     assert sum(len(split["label"]) for split in splits.values()) == 12
     first, rest = whole.split("\n", 1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jpeft.core.errors import UserError
@@ -99,7 +100,7 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(pretrained, "save_file", fail)
+    monkeypatch.setattr("safetensors.numpy.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         pretrained.save(tmp_path, model.config, jax.tree.map(jnp.zeros_like, model.params))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -184,6 +185,16 @@ def test_a_pooler_that_nobody_trained_is_new(tmp_path):
     assert not np.array_equal(model.params["pooler"]["kernel"], again)
     assert load(write(tmp_path / "with_a_head", drawn)).fresh == ()
     assert load(write(tmp_path / "trained", body(weights()))).fresh == ("classifier",)
+
+
+def test_a_disk_that_is_full_is_named_as_that(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    model = load(write(tmp_path / "model"))
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(OSError, match=r"cannot write .*No space left on device"):
+        pretrained.save(tmp_path / "out", model.config, model.params)
 
 
 def test_tensors_that_do_not_fit_are_listed(tmp_path):

@@ -324,6 +324,14 @@ def test_links_in_a_circle(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("how", ["touch", "symlink_to"])
+def test_a_seed_that_is_no_folder_is_refused_before_anything_is_rewritten(begun, how):
+    shutil.rmtree(begun / "seed_11", ignore_errors=True)
+    getattr(begun / "seed_11", how)(*(["seed_11"] if how == "symlink_to" else []))
+    with pytest.raises(UserError, match="seed_11 is not a folder, as a seed's must be"), workdirs.locked(begun):
+        pass
+
+
 @pytest.mark.parametrize("where", ["file", "file/below"])
 def test_a_file_where_a_folder_should_be(tmp_path, where):
     files.write_text(tmp_path / "file", "text")

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import randomised
+from safetensors import SafetensorError
 
 import jpeft
 from jpeft import export as program
@@ -186,7 +187,11 @@ def test_data_that_changed_do_not_pass_for_the_runs_own(trained, tiny_config, ti
     assert "the evaluation data" in console.warnings[0]
 
 
-def test_what_cannot_be_exported(trained, tmp_path, fails):
+def disk_is_full(*args, **kwargs):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_what_cannot_be_exported(trained, tmp_path, fails, monkeypatch):
     workdir = trained("pfeiffer", bottleneck=4)
     out = tmp_path / "out"
     to = ("--model", workdir, "--output", out)
@@ -194,6 +199,11 @@ def test_what_cannot_be_exported(trained, tmp_path, fails):
     assert "peft has no pfeiffer" in fails(*to, "--format", "peft")
     assert "--format 'onxn' is unknown" in fails(*to, "--format", "onxn")
     assert not out.exists()
+    monkeypatch.setattr("safetensors.numpy.save_file", disk_is_full)
+    assert "cannot write" in fails(*to, "--format", "adapters")
+    assert not out.exists()  # or the same command would be refused
+    (tmp_path / "loop").symlink_to("loop")
+    assert "neither a folder of" in fails("--model", tmp_path / "loop", "--output", out, "--format", "hf")
     assert "the following arguments are required: --format" in fails(*to)
     assert "neither a folder of trained modules" in fails("--model", tmp_path, "--output", out, "--format", "hf")
     (out / "x").mkdir(parents=True)
