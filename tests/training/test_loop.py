@@ -17,7 +17,7 @@ from jpeft.training.compiled import Compiled, Steps
 from jpeft.training.loop import Schedule
 
 SHAPE = {
-    "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
     "max_position_embeddings": 16, "num_labels": 2,
 }  # fmt: skip
 METHOD = jpeft.chain(jpeft.lora(rank=2))
