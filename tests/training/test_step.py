@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -31,26 +32,40 @@ def batch(size=6, seed=0, regression=False):
     return Batch(ids, mask, np.zeros_like(ids), labels, np.ones(size, np.float32))
 
 
-def setup(method=METHOD, trains=lambda path: path[0] == "classifier", dropout=0.1, num_labels=3):
+def head(path):
+    return path[0] == "classifier"
+
+
+@functools.cache
+def setup(method=METHOD, trains=head, dropout=0.1, num_labels=3):
     """(model, trainable, frozen) of a tiny BERT."""
     config = BertConfig(**SHAPE, num_labels=num_labels, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0)
     model = Bert(config)
     x = jnp.ones((1, 8), jnp.int32)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     trained, frozen = tree.split(params, trains)
     leaves = jpeft.init(method, jax.random.key(1), jpeft.sites(model, x), params)
     return model, {"params": trained, "peft": leaves}, {"params": frozen}
 
 
+OPTIMIZER = optim.adamw(optax.constant_schedule(1e-2), 0.1)
+
+
 @pytest.fixture
 def optimizer():
-    return optim.adamw(optax.constant_schedule(1e-2), 0.1)
+    return OPTIMIZER
+
+
+@functools.cache
+def stepped(dropout):
+    """The compiled step of the model that `setup` makes, for all tests; it leaves the state's buffers alone."""
+    return jax.jit(stepping.train_step(setup(dropout=dropout)[0], METHOD, OPTIMIZER))
 
 
 def test_only_the_trainable_changes_and_all_of_it(key, optimizer):
-    model, trainable, frozen = setup()
+    _, trainable, frozen = setup()
     before = jax.tree.map(np.array, frozen)
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    step = stepped(0.1)
     state = stepping.init_state(trainable, optimizer)
     for _ in range(3):  # B starts at 0, so A has no gradient in the first step
         state, _ = step(state, frozen, batch(), key)
@@ -81,7 +96,7 @@ def test_metrics_are_the_loss_before_the_step_and_its_gradient(key, optimizer):
         return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(6), b.labels])
 
     value, grads = jax.jit(jax.value_and_grad(loss))(trainable)
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    step = stepped(0.0)
     _, metrics = step(stepping.init_state(trainable, optimizer), frozen, batch(), key)
     np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
@@ -106,8 +121,8 @@ def test_example_losses_by_hand():
 
 
 def test_rows_of_weight_0_do_not_matter(key, optimizer):
-    model, trainable, frozen = setup(dropout=0.0)
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    _, trainable, frozen = setup(dropout=0.0)
+    step = stepped(0.0)
     weights = np.array([1, 1, 1, 1, 0, 0], np.float32)
     first, other = batch(seed=0)._replace(weights=weights), batch(seed=1)
     mixed = jax.tree.map(lambda a, b: np.concatenate([a[:4], b[4:]]), first, other)._replace(weights=weights)
@@ -121,8 +136,8 @@ def test_rows_of_weight_0_do_not_matter(key, optimizer):
 
 def test_a_batch_in_parts_is_the_same_step(key, optimizer):
     """Of different sizes, padded to different lengths, and with rows that do not count."""
-    model, trainable, frozen = setup(dropout=0.0)
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    _, trainable, frozen = setup(dropout=0.0)
+    step = stepped(0.0)
     b = batch(seed=3)._replace(weights=np.array([1, 1, 0, 1, 1, 1], np.float32))
     order = np.argsort(b.attention_mask.sum(1))
     b = jax.tree.map(lambda x: x[order], b)
@@ -138,8 +153,8 @@ def test_a_batch_in_parts_is_the_same_step(key, optimizer):
 
 
 def test_parts_of_a_batch_have_dropout_of_their_own(key, optimizer):
-    model, trainable, frozen = setup(dropout=0.3)
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    _, trainable, frozen = setup(dropout=0.3)
+    step = stepped(0.3)
     state = stepping.init_state(trainable, optimizer)
     half = batch()
     once, twice = (step(state, frozen, each, key)[1].loss for each in (half, (half, half)))
@@ -148,7 +163,7 @@ def test_parts_of_a_batch_have_dropout_of_their_own(key, optimizer):
 
 def test_the_dropout_key_is_folded_with_the_step(key, optimizer):
     model, trainable, frozen = setup(dropout=0.3)
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    step = stepped(0.3)
     state = stepping.init_state(trainable, optimizer)
 
     def loss(number, key):
@@ -216,8 +231,8 @@ def test_steps_of_one_shape_are_traced_once(key, optimizer):
 
 
 def test_a_few_steps_cut_the_loss(key, optimizer):
-    model, trainable, frozen = setup()
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer), donate_argnums=0)
+    _, trainable, frozen = setup()
+    step = stepped(0.1)
     state = stepping.init_state(trainable, optimizer)
     losses = []
     for _ in range(80):
