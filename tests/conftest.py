@@ -39,6 +39,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(200_000, 20, 100)  # tracing makes many objects, and few of them are garbage
 
 
+OPTION = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+
+
 def _compile_cheaply() -> str:
     """Spares a third of the time to compile: without optimisation, XLA's older code generator is much the faster one.
 
@@ -46,17 +49,16 @@ def _compile_cheaply() -> str:
     public setting for this; where the private one is gone, the tests only take longer. Returns the flag that does the
     same in the processes that tests start.
     """
-    option = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
     try:
         from jax._src import compiler
 
-        jax.jit(lambda x: x + 1, compiler_options=option).lower(0).compile()  # does this version know it?
+        jax.jit(lambda x: x + 1, compiler_options=OPTION).lower(0).compile()  # does this version know it?
         standard = compiler.get_compile_options
     except (ImportError, AttributeError, jax.errors.JaxRuntimeError):
         return ""
 
     def cheap(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        own = option if jax.config.read("jax_disable_most_optimizations") else {}
+        own = OPTION if jax.config.read("jax_disable_most_optimizations") else {}
         return standard(*args, env_options_overrides={**own, **(env_options_overrides or {})}, **kwargs)
 
     compiler.get_compile_options = cheap
@@ -91,6 +93,20 @@ def optimised() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def half_optimised(optimised: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For programs that run long, and need not run as users run them: a third of the time to compile."""
+    if CHEAP:
+        from jax._src import compiler
+
+        standard, some = compiler.get_compile_options, {**OPTION, "xla_backend_optimization_level": 1}
+
+        def half(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+            return standard(*args, env_options_overrides={**some, **(env_options_overrides or {})}, **kwargs)
+
+        monkeypatch.setattr(compiler, "get_compile_options", half)
 
 
 @pytest.fixture
