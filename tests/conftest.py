@@ -139,8 +139,8 @@ class Toy(NamedTuple):
 
 def randomised(leaves: Any, seed: int = 7, scale: float = 0.3) -> Any:
     """The same tree with every entry drawn anew: what starts at zero hides what it does."""
-    rng = np.random.default_rng(seed)  # NumPy: JAX would compile a program for every shape
-    return jax.tree.map(lambda x: jax.numpy.asarray(scale * rng.normal(size=x.shape), jax.numpy.float32), leaves)
+    rng = np.random.default_rng(seed)  # NumPy: JAX would compile programs for every shape, for asarray another one
+    return jax.tree.map(lambda x: jax.device_put(np.float32(scale * rng.normal(size=x.shape))), leaves)
 
 
 def setting(toy: Toy, method: jpeft.Transform | jpeft.Chain, key: jax.Array) -> jpeft.Setting:

@@ -24,14 +24,26 @@ from jpeft.transforms.registry import METHODS
 QUIET = Console(quiet=True)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Finished runs, by what was asked for."""
+    return tmp_path_factory.mktemp("runs"), []
+
+
 @pytest.fixture
-def trained(tiny_config, tmp_path):
+def trained(tiny_config, tmp_path, runs):
+    """Makes the workdir of a finished run, a copy of the test's own."""
+    folder, made = runs
+
     def make(method="lora", task="mrpc", seeds=(11,), **options):
-        config = tiny_config(method, task, num_epochs=1, max_length=8)
-        config.seeds = seeds
-        config.peft[method].update(options)
-        experiment.run(config, tmp_path / "run", QUIET)
-        return tmp_path / "run"
+        asked = method, task, seeds, options
+        if asked not in made:
+            config = tiny_config(method, task, num_epochs=1, max_length=8)
+            config.seeds = seeds
+            config.peft[method].update(options)
+            experiment.run(config, folder / str(len(made)), QUIET)
+            made.append(asked)
+        return shutil.copytree(folder / str(made.index(asked)), tmp_path / "run")
 
     return make
 

@@ -18,10 +18,10 @@ from jpeft.training import optim
 from jpeft.training import step as stepping
 
 SHAPE = {
-    "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
     "max_position_embeddings": 16,
 }  # fmt: skip
-METHOD = jpeft.chain(jpeft.lora(rank=2, layers=[0]), jpeft.prefix(3, mlp_hidden=8, layers=[1]))
+METHOD = jpeft.chain(jpeft.lora(rank=2), jpeft.prefix(3, mlp_hidden=8))
 
 
 def batch(size=6, seed=0, regression=False):
@@ -106,7 +106,7 @@ def test_metrics_are_the_loss_before_the_step_and_its_gradient(key, optimizer):
 def test_regression_is_the_mean_squared_error(key, optimizer):
     model, trainable, frozen = setup(dropout=0.0, num_labels=1)
     b = batch(regression=True)
-    predicted = np.asarray(stepping.eval_step(model, METHOD)(trainable, frozen, b))[:, 0]
+    predicted = np.asarray(jax.jit(stepping.eval_step(model, METHOD))(trainable, frozen, b))[:, 0]
     state = stepping.init_state(trainable, optimizer)
     _, metrics = jax.jit(stepping.train_step(model, METHOD, optimizer))(state, frozen, b, key)
     np.testing.assert_allclose(metrics.loss, np.mean((predicted - b.labels) ** 2), rtol=1e-5)
@@ -172,21 +172,20 @@ def test_the_dropout_key_is_folded_with_the_step(key, optimizer):
     assert loss(0, key) == loss(0, key)
     assert loss(0, key) != loss(1, key)
     assert loss(0, key) != loss(0, jax.random.key(1))
-    by_hand = stepping.forward(
-        model, METHOD, trainable, frozen, batch(), jax.random.fold_in(jax.random.fold_in(key, 5), 0)
-    )
+    forward = jax.jit(lambda *args: stepping.forward(model, METHOD, *args))
+    by_hand = forward(trainable, frozen, batch(), jax.random.fold_in(jax.random.fold_in(key, 5), 0))
     by_hand = jnp.mean(example_losses(by_hand, batch().labels))
     np.testing.assert_allclose(loss(5, key), by_hand, rtol=1e-5)
 
 
 def test_evaluation_has_no_dropout():
     model, trainable, frozen = setup(dropout=0.5)
-    evaluate = stepping.eval_step(model, METHOD)
+    evaluate = jax.jit(stepping.eval_step(model, METHOD))
     logits = evaluate(trainable, frozen, batch())
     chex.assert_shape(logits, (6, 3))
     chex.assert_trees_all_equal(logits, evaluate(trainable, frozen, batch()))
     same, _, _ = setup(dropout=0.0)
-    chex.assert_trees_all_equal(logits, stepping.eval_step(same, METHOD)(trainable, frozen, batch()))
+    chex.assert_trees_all_equal(logits, jax.jit(stepping.eval_step(same, METHOD))(trainable, frozen, batch()))
 
 
 def test_full_fine_tuning_is_plain_optax(key, optimizer):
@@ -244,8 +243,8 @@ def test_a_few_steps_cut_the_loss(key, optimizer):
 def test_single_loss_is_the_loss_of_one_row(key):
     model, trainable, frozen = setup()
     b = batch()
-    expected = example_losses(stepping.eval_step(model, METHOD)(trainable, frozen, b), b.labels)
-    single = stepping.single_loss(model, METHOD)
+    expected = example_losses(jax.jit(stepping.eval_step(model, METHOD))(trainable, frozen, b), b.labels)
+    single = jax.jit(stepping.single_loss(model, METHOD))
     for i in range(2):
         row = jax.tree.map(lambda x, i=i: x[i], b)
         got = single(trainable, row, frozen)
@@ -280,9 +279,7 @@ def test_a_penalty_is_added_to_the_loss_of_each_example(key, optimizer):
     assert seen
     np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(grads), rtol=1e-4)
-    _, plain = jax.jit(stepping.train_step(model, bare, optimizer))(
-        stepping.init_state(trainable, optimizer), frozen, data, key
-    )
+    _, plain = stepped(0.1)(stepping.init_state(trainable, optimizer), frozen, data, key)
     assert float(metrics.loss) > float(plain.loss) + 1e-3
 
 

@@ -123,7 +123,7 @@ def make(name: str) -> Made:
 def moved(leaves, by=None, scale=1.0):
     """Leaves moved by a number or by noise; in NumPy, since JAX would compile a program for every shape."""
     by = randomised(leaves, scale=scale) if by is None else jax.tree.map(lambda x: by, leaves)
-    return jax.tree.map(lambda x, y: jnp.asarray(np.asarray(x) + np.asarray(y), x.dtype), leaves, by)
+    return jax.tree.map(lambda x, y: jax.device_put(np.asarray(np.asarray(x) + np.asarray(y), x.dtype)), leaves, by)
 
 
 @functools.cache
