@@ -70,8 +70,8 @@ CHEAP = _compile_cheaply()
 
 # Start with the files that take longest, so that no worker is left waiting for another's last file.
 LONGEST = (
-    "test_experiment", "test_placement", "test_registry", "test_train", "test_examples", "test_resume", "test_finished",
-    "test_loop", "test_criteria", "test_step", "test_fisher",
+    "test_experiment", "test_registry", "test_hosts", "test_fisher", "test_criteria", "test_finished", "test_export",
+    "test_resume", "test_loop", "test_examples", "test_train", "test_placement", "test_lifted", "test_step",
 )  # fmt: skip
 
 
