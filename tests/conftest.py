@@ -4,12 +4,20 @@ import gc
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if sys.dont_write_bytecode:
+    # All that the workers and the processes of tests import would be compiled anew in each: two thirds of their start.
+    # Kept apart, it leaves no file beside the sources.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 # Programs that run once need not be fast. Set here, so that the processes that tests start have it too.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # One cache of compiled programs for all workers, kept from one run of the tests to the next.
@@ -31,6 +39,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(200_000, 20, 100)  # tracing makes many objects, and few of them are garbage
 
 
+OPTION = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+
+
 def _compile_cheaply() -> str:
     """Spares a third of the time to compile: without optimisation, XLA's older code generator is much the faster one.
 
@@ -38,17 +49,16 @@ def _compile_cheaply() -> str:
     public setting for this; where the private one is gone, the tests only take longer. Returns the flag that does the
     same in the processes that tests start.
     """
-    option = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
     try:
         from jax._src import compiler
 
-        jax.jit(lambda x: x + 1, compiler_options=option).lower(0).compile()  # does this version know it?
+        jax.jit(lambda x: x + 1, compiler_options=OPTION).lower(0).compile()  # does this version know it?
         standard = compiler.get_compile_options
     except (ImportError, AttributeError, jax.errors.JaxRuntimeError):
         return ""
 
     def cheap(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        own = option if jax.config.read("jax_disable_most_optimizations") else {}
+        own = OPTION if jax.config.read("jax_disable_most_optimizations") else {}
         return standard(*args, env_options_overrides={**own, **(env_options_overrides or {})}, **kwargs)
 
     compiler.get_compile_options = cheap
@@ -60,8 +70,8 @@ CHEAP = _compile_cheaply()
 
 # Start with the files that take longest, so that no worker is left waiting for another's last file.
 LONGEST = (
-    "test_experiment", "test_placement", "test_registry", "test_train", "test_examples", "test_resume", "test_finished",
-    "test_loop", "test_criteria", "test_step", "test_fisher",
+    "test_experiment", "test_registry", "test_hosts", "test_fisher", "test_criteria", "test_finished", "test_export",
+    "test_resume", "test_loop", "test_examples", "test_train", "test_placement", "test_lifted", "test_step",
 )  # fmt: skip
 
 
@@ -83,6 +93,20 @@ def optimised() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def half_optimised(optimised: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For programs that run long, and need not run as users run them: a third of the time to compile."""
+    if CHEAP:
+        from jax._src import compiler
+
+        standard, some = compiler.get_compile_options, {**OPTION, "xla_backend_optimization_level": 1}
+
+        def half(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+            return standard(*args, env_options_overrides={**some, **(env_options_overrides or {})}, **kwargs)
+
+        monkeypatch.setattr(compiler, "get_compile_options", half)
 
 
 @pytest.fixture
@@ -115,8 +139,8 @@ class Toy(NamedTuple):
 
 def randomised(leaves: Any, seed: int = 7, scale: float = 0.3) -> Any:
     """The same tree with every entry drawn anew: what starts at zero hides what it does."""
-    rng = np.random.default_rng(seed)  # NumPy: JAX would compile a program for every shape
-    return jax.tree.map(lambda x: jax.numpy.asarray(scale * rng.normal(size=x.shape), jax.numpy.float32), leaves)
+    rng = np.random.default_rng(seed)  # NumPy: JAX would compile programs for every shape, for asarray another one
+    return jax.tree.map(lambda x: jax.device_put(np.float32(scale * rng.normal(size=x.shape))), leaves)
 
 
 def setting(toy: Toy, method: jpeft.Transform | jpeft.Chain, key: jax.Array) -> jpeft.Setting:

@@ -2,7 +2,6 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jpeft
@@ -38,7 +37,7 @@ class Net(nn.Module):
 
 def randomise(tree, seed, scale=0.5):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), tree)
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(scale * rng.normal(size=x.shape), x.dtype)), tree)
 
 
 def toy(name, wrap, targets="proj", layers=None, merge=None, fold=None):

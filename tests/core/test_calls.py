@@ -34,7 +34,7 @@ class Autoencoder(nn.Module):
 @pytest.mark.parametrize("method", ["encode", Autoencoder.encode])
 def test_another_method_than_call(method):
     model = Autoencoder()
-    params = randomise(model.init(jax.random.key(0), X)["params"], 1)
+    params = randomise(jax.eval_shape(model.init, jax.random.key(0), X)["params"], 1)
     lora = jpeft.lora(2, targets="encoder|decoder")
     leaves = randomise(jpeft.init(lora, jax.random.key(1), jpeft.sites(model, X), params), 2)
     variables = {"params": params, "peft": leaves}
@@ -54,7 +54,7 @@ class ByKeyword(nn.Module):
 
 def test_arguments_by_keyword():
     model = ByKeyword()
-    params = randomise(model.init(jax.random.key(0), x=X)["params"], 1)
+    params = randomise(jax.eval_shape(lambda: model.init(jax.random.key(0), x=X)["params"]), 1)
     sites = jpeft.sites(model, x=X)
     assert sites["proj"].args[0].shape == X.shape
     leaves = randomise(jpeft.init(LORA, jax.random.key(1), sites, params), 2)

@@ -144,7 +144,7 @@ def test_the_arguments_of_model_apply_pass_through(key):
             return self(x, factor=2.0)
 
     model = Noted()
-    params = randomise(model.init(key, X, factor=1.0)["params"], 3)
+    params = randomise(jax.eval_shape(lambda: model.init(key, X, factor=1.0)["params"]), 3)
     method = shifted()
     leaves = randomise(jpeft.init(method, key, jpeft.sites(model, X, factor=1.0)), 4)
     variables = {"params": params, "peft": leaves}

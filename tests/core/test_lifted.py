@@ -114,7 +114,7 @@ def moved(leaves):
 
 def setting(name, method="lora"):
     model, x, targets = MODELS[name]
-    params = randomise(model.init(jax.random.key(0), x)["params"], 1)
+    params = randomise(jax.eval_shape(model.init, jax.random.key(0), x)["params"], 1)
     transform = METHODS[method](targets)
     return model, x, params, transform, jpeft.init(transform, jax.random.key(2), jpeft.sites(model, x), params)
 

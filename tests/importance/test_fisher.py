@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -218,23 +219,29 @@ def whole(toy, request):
     return loss, logits, params, (toy.ids, toy.mask, toy.labels)
 
 
+@functools.cache
+def of_one_example(loss, logits):
+    """Log-probabilities, the gradient of one of them, and that of the loss; compiled once for all variants."""
+    logs = jax.jit(lambda tree, example: jax.nn.log_softmax(logits(tree, example)))
+    grad_of_class = jax.jit(jax.grad(lambda tree, example, c: jax.nn.log_softmax(logits(tree, example))[c]))
+    return logs, grad_of_class, jax.jit(jax.grad(loss))
+
+
 def definition(loss, logits, tree, examples, labels, values, key):
     """Each variant written out: a loop over examples and classes, with plain gradients of log-probabilities."""
     measure = {"square": np.square, "absolute": np.abs}[values]
-    logs = jax.jit(lambda tree, example: jax.nn.log_softmax(logits(tree, example)))
-    grad_of_class = jax.jit(jax.grad(lambda tree, example, c: jax.nn.log_softmax(logits(tree, example))[c]))
-    grad = jax.jit(jax.grad(loss))
+    logs, grad_of_class, grad = of_one_example(loss, logits)
     n, total = len(examples[0]), jax.tree.map(lambda x: np.zeros(x.shape), tree)
     for i in range(n):
         example = jax.tree.map(lambda x, i=i: x[i], examples)
         log = logs(tree, example)
         drawn = int(jax.random.categorical(jax.random.fold_in(key, i), log))
         terms = {
-            "empirical": [(1.0, grad(tree, example))],
-            "expected": [(np.exp(log[c]), grad_of_class(tree, example, c)) for c in range(len(log))],
-            "sampled": [(1.0, grad_of_class(tree, example, drawn))],
+            "empirical": lambda: [(1.0, grad(tree, example))],
+            "expected": lambda: [(np.exp(log[c]), grad_of_class(tree, example, c)) for c in range(len(log))],
+            "sampled": lambda: [(1.0, grad_of_class(tree, example, drawn))],
         }
-        for weight, g in terms[labels]:
+        for weight, g in terms[labels]():
             total = jax.tree.map(lambda t, g, w=weight: t + w * measure(np.asarray(g)) / n, total, g)
     return total
 

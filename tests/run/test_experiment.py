@@ -62,12 +62,35 @@ def check_report(config, workdir, report):
     assert abs(file.stat().st_size - report["parameters"]["module_bytes"]) < 500
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A folder for a run that several tests look at, and what it gave."""
+    return tmp_path_factory.mktemp("once"), []
+
+
 @pytest.fixture
-def fishpal_run(tiny_config, tmp_path):
+def fishpal_run(tiny_config, tmp_path, once):
+    """A finished run in a folder of the test's own, with its config, its report and what it said."""
     config = tiny_config("fishpal")
     config.seeds = (1, 2)
-    console = Heard()
-    return config, tmp_path, experiment.run(config, tmp_path, console), console
+    folder, gave = once
+    if not gave:
+        console = Heard()
+        gave += [experiment.run(config, folder, console), console]
+    return config, shutil.copytree(folder, tmp_path / "work"), *gave
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Runs train in name only: that steps are right is tested elsewhere, and compiling them takes most of the time."""
+
+    def train(state, frozen, batch, key):
+        return state._replace(step=state.step + 1), StepMetrics(np.float32(1.0), np.float32(1.0))
+
+    def evaluate(trainable, frozen, batch):
+        return np.zeros((len(batch.labels), len(trainable["params"]["classifier"]["bias"])), np.float32)
+
+    monkeypatch.setattr(Steps, "compiled", lambda *_: Steps(train, evaluate))
 
 
 def test_fishpal(fishpal_run):
@@ -146,7 +169,7 @@ def test_a_pooler_that_nobody_trained_is_drawn_by_the_seed_and_trains(tiny_confi
     assert np.isfinite(answers).all()
 
 
-def test_a_plan_of_one_method_is_warned_of(tiny_config, tmp_path):
+def test_a_plan_of_one_method_is_warned_of(tiny_config, tmp_path, untrained):
     plan = tmp_path / "plan.json"
     plan.write_text('{"0": [{"method": "lora"}], "1": [{"method": "lora"}]}')
     config = tiny_config("lora", num_epochs=1)
@@ -159,9 +182,10 @@ def test_a_plan_of_one_method_is_warned_of(tiny_config, tmp_path):
     assert not (tmp_path / "work" / "choice.png").exists()
 
 
-def test_max_train_examples(tiny_config, tmp_path):
+def test_max_train_examples(tiny_config):
     console = Heard()
-    experiment.run(tiny_config("head", num_epochs=1, max_train_examples=20), tmp_path, console)
+    data, *_ = loading.load(tiny_config("head", max_train_examples=20), console)
+    assert (data.train.size, data.dev.size) == (20, 18)
     assert any("20 examples to train on" in line and "18 of validation" in line for line in console.lines)
 
 
@@ -200,16 +224,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("method", [*OTHERS, "ia3+layer_norm"])
-def test_every_method_runs_from_its_name_and_is_restored(tiny_config, tmp_path, monkeypatch, method):
-    """It trains in name only: that its step is right is tested elsewhere, and compiling takes most of the time."""
-
-    def train(state, frozen, batch, key):
-        return state._replace(step=state.step + 1), StepMetrics(np.float32(1.0), np.float32(1.0))
-
-    def evaluate(trainable, frozen, batch):
-        return np.zeros((len(batch.labels), 2), np.float32)
-
-    monkeypatch.setattr(Steps, "compiled", lambda *_: Steps(train, evaluate))
+def test_every_method_runs_from_its_name_and_is_restored(tiny_config, tmp_path, untrained, method):
     config = tiny_config(method, num_epochs=1, max_length=8)
     if method in OPTIONS:
         config.peft[method].update(OPTIONS[method])
@@ -222,7 +237,7 @@ def test_every_method_runs_from_its_name_and_is_restored(tiny_config, tmp_path, 
     assert (trained.leaves == {}) == (report["parameters"]["added_at_inference"] == 0)
 
 
-def test_what_data_decided_is_asked_once(tiny_config, tmp_path, monkeypatch):
+def test_what_data_decided_is_asked_once(tiny_config, tmp_path, monkeypatch, untrained):
     """A run that goes on reads the mask that its first start measured."""
     config = tiny_config("fish", num_epochs=1, max_length=8)
     config.peft.fish.update(ratio=0.1, num_examples=8)
@@ -232,9 +247,13 @@ def test_what_data_decided_is_asked_once(tiny_config, tmp_path, monkeypatch):
     assert (about["num_examples"], about["task"], about["labels"]) == (8, "mrpc", "empirical")
     assert sum(x.size for x in arrays.values()) == first["parameters"]["base"]
     (tmp_path / "seed_11" / "result.json").unlink()
+    modules = tmp_path / "seed_11" / "model" / "modules.safetensors"
+    kept = modules.read_bytes()
+    modules.unlink()
     monkeypatch.setattr(jpeft.core.transform, "prepare", lambda *_: pytest.fail("it looked at the data again"))
     again = run(config, tmp_path)
     assert again["metrics"] == first["metrics"]
+    assert modules.read_bytes() == kept
 
 
 def test_a_plan_that_was_edited_since_is_refused(fishpal_run):
@@ -292,7 +311,7 @@ def test_texts_of_unknown_words_are_refused(tiny_config, tmp_path):
         run(config, tmp_path / "work")
 
 
-def test_a_class_without_rows_is_warned_of(tiny_config, tmp_path):
+def test_a_class_without_rows_is_warned_of(tiny_config, tmp_path, untrained):
     path = tmp_path / "train.csv"
     path.write_text("text,label\n" + "".join(f"the dog,{'ab'[i % 2]}\n" for i in range(40)))
     config = tiny_config("head", task="custom", num_epochs=1, max_length=8)

@@ -11,6 +11,7 @@ from heard import again, run
 import jpeft
 from jpeft.core.errors import UserError
 from jpeft.core.files import read_leaves, write_record
+from jpeft.report import plots
 from jpeft.run import experiment
 from jpeft.run.finished import RESULT, Result, read, save
 from jpeft.transforms.registry import METHODS
@@ -23,11 +24,13 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture
-def finished(tiny_config, tmp_path, once):
-    """A finished run, its config, and its files."""
+def finished(tiny_config, tmp_path, once, monkeypatch):
+    """A finished run, its config, and its files; its picture is drawn by the first run alone."""
     config = tiny_config("lora", num_epochs=2, max_length=8)
     if not (once / "report.json").exists():
         run(config, once)
+        assert list(once.glob("*.png"))
+    monkeypatch.setattr(plots, "curves", lambda *_: None)
     workdir = tmp_path / "finished"
     shutil.copytree(once, workdir)
     kept = ("model/jpeft.json", "model/modules.safetensors", experiment.PREDICTIONS, "result.json")

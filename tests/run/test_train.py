@@ -8,7 +8,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from training.test_loop import DATA, METHOD, MODEL
+from training.test_loop import DATA, METHOD, MODEL, divided
 
 import jpeft
 from jpeft.run import log
@@ -71,10 +71,7 @@ def start(monkeypatch, compiled):
 
         monkeypatch.setattr(Steps, "compiled", steps)
         folder.mkdir(exist_ok=True)
-        x = jax.numpy.ones((1, 8), int)
-        params = MODEL.init(jax.random.key(0), x)["params"]
-        sites = jpeft.sites(MODEL, x)
-        parts = jpeft.partition(METHOD, params, jpeft.init(METHOD, jax.random.key(1), sites, params), "classifier")
+        sites, parts = divided()
         clock, key = Clock({"fisher": 0.0}), jax.random.key(3)
         seed = Seed(CONFIG, 5, DATA, None, MODEL, sites, key, key, folder, Console(quiet=True), clock)
         (last,) = running.train([Ready(seed, [], METHOD, parts, None, {}, [])])

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from jpeft.training.compiled import Compiled, Steps
 from jpeft.training.loop import Schedule
 
 SHAPE = {
-    "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
     "max_position_embeddings": 16, "num_labels": 2,
 }  # fmt: skip
 METHOD = jpeft.chain(jpeft.lora(rank=2))
@@ -42,12 +44,21 @@ def steps():
     return Steps(Compiled(train, 2), Compiled(evaluate, 2))
 
 
+INIT = jax.jit(MODEL.init)
+
+
+@functools.cache
+def divided():
+    """The sites of the model, and what of it trains and what is frozen."""
+    x = jax.numpy.ones((1, 8), int)
+    params, sites = INIT(jax.random.key(0), x)["params"], jpeft.sites(MODEL, x)
+    leaves = jpeft.init(METHOD, jax.random.key(1), sites, params)
+    return sites, jpeft.partition(METHOD, params, leaves, trains="classifier")
+
+
 def started():
     """The state before the first step, and what is frozen."""
-    x = jax.numpy.ones((1, 8), int)
-    params = MODEL.init(jax.random.key(0), x)["params"]
-    leaves = jpeft.init(METHOD, jax.random.key(1), jpeft.sites(MODEL, x), params)
-    parts = jpeft.partition(METHOD, params, leaves, trains="classifier")
+    _, parts = divided()
     return stepping.init_state(parts.trainable, OPTIMIZER), parts.frozen
 
 
@@ -137,10 +148,10 @@ def several():
     """Three runs of one model: each with its own head, leaves, fixed leaves, order of rows and dropout."""
     method = jpeft.chain(jpeft.lora(rank=2), jpeft.said(8, targets="query"))
     x = jax.numpy.ones((1, 8), int)
-    base, sites = MODEL.init(jax.random.key(0), x)["params"], jpeft.sites(MODEL, x)
+    base, sites = INIT(jax.random.key(0), x)["params"], jpeft.sites(MODEL, x)
     found = []
     for schedule in SEVERAL:
-        head = MODEL.init(schedule.key, x)["params"]["classifier"]
+        head = INIT(schedule.key, x)["params"]["classifier"]
         leaves = jpeft.init(method, schedule.key, sites, {**base, "classifier": head})
         found.append(jpeft.partition(method, {**base, "classifier": head}, leaves, trains="classifier"))
     optimizer = optim.adamw(optax.constant_schedule(1e-2), 0.1, found[0])

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -17,10 +18,10 @@ from jpeft.training import optim
 from jpeft.training import step as stepping
 
 SHAPE = {
-    "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
     "max_position_embeddings": 16,
 }  # fmt: skip
-METHOD = jpeft.chain(jpeft.lora(rank=2, layers=[0]), jpeft.prefix(3, mlp_hidden=8, layers=[1]))
+METHOD = jpeft.chain(jpeft.lora(rank=2), jpeft.prefix(3, mlp_hidden=8))
 
 
 def batch(size=6, seed=0, regression=False):
@@ -31,26 +32,40 @@ def batch(size=6, seed=0, regression=False):
     return Batch(ids, mask, np.zeros_like(ids), labels, np.ones(size, np.float32))
 
 
-def setup(method=METHOD, trains=lambda path: path[0] == "classifier", dropout=0.1, num_labels=3):
+def head(path):
+    return path[0] == "classifier"
+
+
+@functools.cache
+def setup(method=METHOD, trains=head, dropout=0.1, num_labels=3):
     """(model, trainable, frozen) of a tiny BERT."""
     config = BertConfig(**SHAPE, num_labels=num_labels, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0)
     model = Bert(config)
     x = jnp.ones((1, 8), jnp.int32)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     trained, frozen = tree.split(params, trains)
     leaves = jpeft.init(method, jax.random.key(1), jpeft.sites(model, x), params)
     return model, {"params": trained, "peft": leaves}, {"params": frozen}
 
 
+OPTIMIZER = optim.adamw(optax.constant_schedule(1e-2), 0.1)
+
+
 @pytest.fixture
 def optimizer():
-    return optim.adamw(optax.constant_schedule(1e-2), 0.1)
+    return OPTIMIZER
+
+
+@functools.cache
+def stepped(dropout):
+    """The compiled step of the model that `setup` makes, for all tests; it leaves the state's buffers alone."""
+    return jax.jit(stepping.train_step(setup(dropout=dropout)[0], METHOD, OPTIMIZER))
 
 
 def test_only_the_trainable_changes_and_all_of_it(key, optimizer):
-    model, trainable, frozen = setup()
+    _, trainable, frozen = setup()
     before = jax.tree.map(np.array, frozen)
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    step = stepped(0.1)
     state = stepping.init_state(trainable, optimizer)
     for _ in range(3):  # B starts at 0, so A has no gradient in the first step
         state, _ = step(state, frozen, batch(), key)
@@ -81,7 +96,7 @@ def test_metrics_are_the_loss_before_the_step_and_its_gradient(key, optimizer):
         return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(6), b.labels])
 
     value, grads = jax.jit(jax.value_and_grad(loss))(trainable)
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    step = stepped(0.0)
     _, metrics = step(stepping.init_state(trainable, optimizer), frozen, batch(), key)
     np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
@@ -91,7 +106,7 @@ def test_metrics_are_the_loss_before_the_step_and_its_gradient(key, optimizer):
 def test_regression_is_the_mean_squared_error(key, optimizer):
     model, trainable, frozen = setup(dropout=0.0, num_labels=1)
     b = batch(regression=True)
-    predicted = np.asarray(stepping.eval_step(model, METHOD)(trainable, frozen, b))[:, 0]
+    predicted = np.asarray(jax.jit(stepping.eval_step(model, METHOD))(trainable, frozen, b))[:, 0]
     state = stepping.init_state(trainable, optimizer)
     _, metrics = jax.jit(stepping.train_step(model, METHOD, optimizer))(state, frozen, b, key)
     np.testing.assert_allclose(metrics.loss, np.mean((predicted - b.labels) ** 2), rtol=1e-5)
@@ -106,8 +121,8 @@ def test_example_losses_by_hand():
 
 
 def test_rows_of_weight_0_do_not_matter(key, optimizer):
-    model, trainable, frozen = setup(dropout=0.0)
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    _, trainable, frozen = setup(dropout=0.0)
+    step = stepped(0.0)
     weights = np.array([1, 1, 1, 1, 0, 0], np.float32)
     first, other = batch(seed=0)._replace(weights=weights), batch(seed=1)
     mixed = jax.tree.map(lambda a, b: np.concatenate([a[:4], b[4:]]), first, other)._replace(weights=weights)
@@ -121,8 +136,8 @@ def test_rows_of_weight_0_do_not_matter(key, optimizer):
 
 def test_a_batch_in_parts_is_the_same_step(key, optimizer):
     """Of different sizes, padded to different lengths, and with rows that do not count."""
-    model, trainable, frozen = setup(dropout=0.0)
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    _, trainable, frozen = setup(dropout=0.0)
+    step = stepped(0.0)
     b = batch(seed=3)._replace(weights=np.array([1, 1, 0, 1, 1, 1], np.float32))
     order = np.argsort(b.attention_mask.sum(1))
     b = jax.tree.map(lambda x: x[order], b)
@@ -138,8 +153,8 @@ def test_a_batch_in_parts_is_the_same_step(key, optimizer):
 
 
 def test_parts_of_a_batch_have_dropout_of_their_own(key, optimizer):
-    model, trainable, frozen = setup(dropout=0.3)
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    _, trainable, frozen = setup(dropout=0.3)
+    step = stepped(0.3)
     state = stepping.init_state(trainable, optimizer)
     half = batch()
     once, twice = (step(state, frozen, each, key)[1].loss for each in (half, (half, half)))
@@ -148,7 +163,7 @@ def test_parts_of_a_batch_have_dropout_of_their_own(key, optimizer):
 
 def test_the_dropout_key_is_folded_with_the_step(key, optimizer):
     model, trainable, frozen = setup(dropout=0.3)
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer))
+    step = stepped(0.3)
     state = stepping.init_state(trainable, optimizer)
 
     def loss(number, key):
@@ -157,21 +172,20 @@ def test_the_dropout_key_is_folded_with_the_step(key, optimizer):
     assert loss(0, key) == loss(0, key)
     assert loss(0, key) != loss(1, key)
     assert loss(0, key) != loss(0, jax.random.key(1))
-    by_hand = stepping.forward(
-        model, METHOD, trainable, frozen, batch(), jax.random.fold_in(jax.random.fold_in(key, 5), 0)
-    )
+    forward = jax.jit(lambda *args: stepping.forward(model, METHOD, *args))
+    by_hand = forward(trainable, frozen, batch(), jax.random.fold_in(jax.random.fold_in(key, 5), 0))
     by_hand = jnp.mean(example_losses(by_hand, batch().labels))
     np.testing.assert_allclose(loss(5, key), by_hand, rtol=1e-5)
 
 
 def test_evaluation_has_no_dropout():
     model, trainable, frozen = setup(dropout=0.5)
-    evaluate = stepping.eval_step(model, METHOD)
+    evaluate = jax.jit(stepping.eval_step(model, METHOD))
     logits = evaluate(trainable, frozen, batch())
     chex.assert_shape(logits, (6, 3))
     chex.assert_trees_all_equal(logits, evaluate(trainable, frozen, batch()))
     same, _, _ = setup(dropout=0.0)
-    chex.assert_trees_all_equal(logits, stepping.eval_step(same, METHOD)(trainable, frozen, batch()))
+    chex.assert_trees_all_equal(logits, jax.jit(stepping.eval_step(same, METHOD))(trainable, frozen, batch()))
 
 
 def test_full_fine_tuning_is_plain_optax(key, optimizer):
@@ -216,8 +230,8 @@ def test_steps_of_one_shape_are_traced_once(key, optimizer):
 
 
 def test_a_few_steps_cut_the_loss(key, optimizer):
-    model, trainable, frozen = setup()
-    step = jax.jit(stepping.train_step(model, METHOD, optimizer), donate_argnums=0)
+    _, trainable, frozen = setup()
+    step = stepped(0.1)
     state = stepping.init_state(trainable, optimizer)
     losses = []
     for _ in range(80):
@@ -229,8 +243,8 @@ def test_a_few_steps_cut_the_loss(key, optimizer):
 def test_single_loss_is_the_loss_of_one_row(key):
     model, trainable, frozen = setup()
     b = batch()
-    expected = example_losses(stepping.eval_step(model, METHOD)(trainable, frozen, b), b.labels)
-    single = stepping.single_loss(model, METHOD)
+    expected = example_losses(jax.jit(stepping.eval_step(model, METHOD))(trainable, frozen, b), b.labels)
+    single = jax.jit(stepping.single_loss(model, METHOD))
     for i in range(2):
         row = jax.tree.map(lambda x, i=i: x[i], b)
         got = single(trainable, row, frozen)
@@ -265,9 +279,7 @@ def test_a_penalty_is_added_to_the_loss_of_each_example(key, optimizer):
     assert seen
     np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(grads), rtol=1e-4)
-    _, plain = jax.jit(stepping.train_step(model, bare, optimizer))(
-        stepping.init_state(trainable, optimizer), frozen, data, key
-    )
+    _, plain = stepped(0.1)(stepping.init_state(trainable, optimizer), frozen, data, key)
     assert float(metrics.loss) > float(plain.loss) + 1e-3
 
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import randomised
 
 import jpeft
 from jpeft.core.errors import UserError
@@ -23,14 +24,7 @@ D = 32
 KINDS = {"houlsby": jpeft.houlsby, "pfeiffer": jpeft.pfeiffer, "parallel": jpeft.parallel}
 
 
-def randomise(tree, seed, scale=0.3):
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    made = [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, made)
-
-
-PARAMS = randomise(jax.eval_shape(lambda: MODEL.init(jax.random.key(0), IDS)["params"]), 1)
+PARAMS = randomised(jax.eval_shape(lambda: MODEL.init(jax.random.key(0), IDS)["params"]), 1)
 
 
 def run(method, leaves, model=MODEL, jit=True):
@@ -81,7 +75,7 @@ def draw():
     hidden, residual = rng.normal(size=(2, 3, 6)), rng.normal(size=(2, 3, 6))
     zeros = {"down": {"kernel": jnp.zeros((6, 4)), "bias": jnp.zeros(4)},
              "up": {"kernel": jnp.zeros((4, 6)), "bias": jnp.zeros(6)}}  # fmt: skip
-    return hidden.astype(np.float32), residual.astype(np.float32), randomise(zeros, 4, 0.7)
+    return hidden.astype(np.float32), residual.astype(np.float32), randomised(zeros, 4, 0.7)
 
 
 @pytest.mark.parametrize("activation", ACTIVATION)
@@ -124,7 +118,7 @@ def test_zero_leaves_change_nothing_and_random_ones_do(kind):
     method = KINDS[kind](4)
     leaves = jpeft.init(method, jax.random.key(1), SITES)
     np.testing.assert_allclose(run(method, jax.tree.map(jnp.zeros_like, leaves)), base(), atol=1e-6)
-    assert np.abs(run(method, randomise(leaves, 2)) - base()).max() > 0.01
+    assert np.abs(run(method, randomised(leaves, 2)) - base()).max() > 0.01
 
 
 def test_a_fresh_parallel_one_leaves_the_logits():
@@ -175,7 +169,7 @@ def test_initial_values(kind):
 def test_bfloat16(kind):
     model = Bert(BertConfig(**SHAPE, dtype="bfloat16"))
     method = KINDS[kind](4)
-    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+    leaves = randomised(jpeft.init(method, jax.random.key(1), SITES), 2)
     assert 0 < np.abs(run(method, leaves, model) - run(method, leaves)).max() < 0.15
     x = jnp.ones((1, 2, 6), jnp.bfloat16)
     _, _, own = draw()
@@ -247,7 +241,7 @@ def test_options(kind, options):
     }
     targets = KINDS[kind](4, targets="ffn" if kind == "parallel" else "ffn_add_norm", activation="tanh", **options)
     leaves = next(iter(targets.init(jax.random.key(0), at, None).values()))
-    leaves = randomise(leaves, 3, 0.8)
+    leaves = randomised(leaves, 3, 0.8)
     mask = np.array([[1, 1, 0], [1, 2, 2]])
     ctx = Context(False, None, jnp.asarray(mask), {}, {})
     site = Site("x", None, "Toy", {}, ())
@@ -277,7 +271,7 @@ def test_the_leaves_that_options_add(kind):
 def test_a_learned_scale_starts_where_the_constant_one_is():
     same = jpeft.parallel(4), jpeft.parallel(4, learned_scale=True)
     leaves = [jpeft.init(method, jax.random.key(1), SITES) for method in same]
-    drawn = randomise(leaves[0], 2)
+    drawn = randomised(leaves[0], 2)
     learned = {
         "parallel_0": {path: {**leaves[1]["parallel_0"][path], **own} for path, own in drawn["parallel_0"].items()}
     }

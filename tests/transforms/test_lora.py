@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import randomised
 
 import jpeft
 from jpeft.core import tree
@@ -23,14 +24,7 @@ IDS = jax.random.randint(jax.random.key(5), (3, 6), 1, 20)
 SITES = jpeft.sites(MODEL, IDS)
 
 
-def randomise(tree, seed, scale=0.3):
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    made = [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, made)
-
-
-PARAMS = randomise(jax.eval_shape(lambda: MODEL.init(jax.random.key(0), IDS)["params"]), 1)
+PARAMS = randomised(jax.eval_shape(lambda: MODEL.init(jax.random.key(0), IDS)["params"]), 1)
 
 
 def run(method, leaves, params=PARAMS, model=MODEL, jit=True, **options):
@@ -60,7 +54,7 @@ def test_a_fresh_one_leaves_the_logits_bit_identical(jit, targets):
 
 def test_equals_the_materialised_weight_and_the_merged_one():
     method = jpeft.lora(3, 12.0, targets="query|value|intermediate|ffn/output|pooler")
-    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+    leaves = randomised(jpeft.init(method, jax.random.key(1), SITES), 2)
     assert len(leaves["lora_0"]) == 2 * 4 + 1
     flat = tree.flatten(PARAMS)
     for path, own in leaves["lora_0"].items():
@@ -119,7 +113,7 @@ def test_dropout_falls_on_what_goes_into_a_and_nowhere_else():
 def test_dropout_is_reproducible_by_key():
     config = BertConfig(**SHAPE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     method, never = jpeft.lora(2, dropout=0.5), jpeft.lora(2)
-    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+    leaves = randomised(jpeft.init(method, jax.random.key(1), SITES), 2)
 
     def train(method, seed):
         rngs = {"dropout": jax.random.key(seed)}
@@ -145,7 +139,7 @@ def test_dropout_differs_by_site(key):
 def test_bfloat16():
     model = Bert(BertConfig(**SHAPE, dtype="bfloat16"))
     method = jpeft.lora(2)
-    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+    leaves = randomised(jpeft.init(method, jax.random.key(1), SITES), 2)
     now = run(method, leaves, model=model)
     assert now.dtype == jnp.float32
     assert 0 < np.abs(now - run(method, leaves)).max() < 0.1
@@ -185,7 +179,7 @@ def test_a_target_that_is_not_there():
 
 def test_rslora_divides_by_the_root_of_the_rank():
     method = rslora(9, 12.0)
-    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+    leaves = randomised(jpeft.init(method, jax.random.key(1), SITES), 2)
     kernel = np.asarray(jax.random.normal(jax.random.key(3), (16, 16)), np.float64)
     x = jax.random.normal(jax.random.key(4), (2, 5, 16))
     own = leaves["rslora_0"]["encoder/layer_1/attention/value"]
@@ -200,7 +194,7 @@ def test_ranks_and_alphas_by_pattern_the_first_match_counts():
     method = jpeft.lora(
         4, 8.0, rank_pattern={"layer_0/.*": 2, "query": 3}, alpha_pattern={"layer_1/attention/query": 6.0}
     )
-    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+    leaves = randomised(jpeft.init(method, jax.random.key(1), SITES), 2)
     flat = tree.flatten(PARAMS)
     for layer, name, rank, scale in ((0, "query", 2, 4), (0, "value", 2, 4), (1, "query", 3, 2), (1, "value", 4, 2)):
         path = f"encoder/layer_{layer}/attention/{name}"
@@ -240,7 +234,7 @@ def gated_by_loop(x, y, own, mask):
 def test_a_gate_takes_the_place_of_the_scale(prompts):
     method = jpeft.lora(3, 99.0, gate=True)
     assert method.merge is None
-    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2, scale=0.5)
+    leaves = randomised(jpeft.init(method, jax.random.key(1), SITES), 2, scale=0.5)
     own = leaves["lora_0"]["encoder/layer_0/attention/query"]
     assert jax.tree.map(jnp.shape, own) == {"a": (16, 3), "b": (3, 16), "gate": {"kernel": (16, 1), "bias": (1,)}}
     x = jax.random.normal(jax.random.key(4), (3, 5 + prompts, 16))
@@ -264,7 +258,7 @@ def test_a_fresh_gated_one_leaves_the_logits_bit_identical():
 
 def test_padding_does_not_move_a_gated_one():
     method = jpeft.lora(2, gate=True)
-    leaves = randomise(jpeft.init(method, jax.random.key(1), SITES), 2)
+    leaves = randomised(jpeft.init(method, jax.random.key(1), SITES), 2)
     mask = jnp.ones_like(IDS).at[:, 4:].set(0)
 
     def logits(ids, mask):

@@ -81,7 +81,7 @@ def test_a_template_mixes_prompts_and_anchors(toy, key):
 def test_tokens_stand_where_the_template_says(toy, key, template, wanted, architecture):
     """With word vectors for virtual tokens it is a text with more words, of one row without padding at a time."""
     model = Bert(BertConfig(**{**vars(toy.model.config), "model_type": architecture, "pad_token_id": 0}))
-    params = randomised(model.init(key, toy.ids)["params"], seed=3)
+    params = randomised(jax.eval_shape(model.init, key, toy.ids)["params"], seed=3)
     table = params["embeddings"]["word_embeddings"]["embedding"]
     own = {"vectors": table[jnp.array([3, 20])], "fixed": {"anchors": table[jnp.array([7])]}}
     method, variables = (

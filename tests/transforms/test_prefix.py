@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import randomised
 
 import jpeft
 from jpeft.core.errors import UserError
@@ -22,10 +23,7 @@ METHODS = {"mlp": jpeft.prefix(3, 8), "flat": jpeft.prefix(3, None)}
 
 
 def randomise(tree, seed, scale=0.4):
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    made = [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, made)
+    return randomised(tree, seed, scale)
 
 
 PARAMS = randomise(jax.eval_shape(lambda: MODEL.init(jax.random.key(0), IDS)["params"]), 1)

@@ -35,7 +35,7 @@ def test_on_roberta_positions_count_through(key):
     )  # fmt: skip
     model, ids = Bert(config), jax.random.randint(key, (3, 5), 2, 30)
     mask = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
-    params = randomised(model.init(key, ids)["params"])
+    params = randomised(jax.eval_shape(model.init, key, ids)["params"])
     method = prompt(2, token_ids=(4, 9))
     leaves = jpeft.init(method, key, jpeft.sites(model, ids), params)
     longer = jnp.concatenate([jnp.broadcast_to(jnp.array([[4, 9]]), (3, 2)), ids], 1)
