@@ -67,7 +67,7 @@ def start(tiny_config):
 
 def ended(processes):
     """Exit codes, and what was printed."""
-    found = [process.communicate(timeout=120) for process in processes]
+    found = [process.communicate(timeout=300) for process in processes]
     return [process.returncode for process in processes], [out + err for out, err in found], found
 
 

@@ -54,7 +54,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, start, tiny_co
     assert process.returncode == -signal.SIGKILL
     assert 3 <= epochs(workdir) < EPOCHS
     last = start()
-    printed, _ = last.communicate(timeout=120)
+    printed, _ = last.communicate(timeout=300)
     assert last.returncode == 0, printed
     assert "resuming at step" in printed
 
