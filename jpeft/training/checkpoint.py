@@ -145,10 +145,14 @@ def restore(
       The state and its progress, or None if there is no checkpoint yet.
 
     Raises:
-      UserError: if there are checkpoints, but none of this structure that can be read and is as it was written.
+      UserError: if there are checkpoints, but none of this structure that can be read and is as it was written, or
+        something else than files.
     """
     if not folder.is_dir():
         return None
+    for path in folder.rglob("*"):
+        if not path.is_file() and not path.is_dir():  # Orbax would wait for what comes out of a pipe
+            raise UserError(f"{path} is neither a file nor a folder: delete it")
     with _manager(folder) as manager:
         steps = sorted(manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):

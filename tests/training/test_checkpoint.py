@@ -1,4 +1,5 @@
 import gc
+import os
 import shutil
 import threading
 
@@ -182,6 +183,13 @@ def test_leftovers_of_a_crash_do_not_matter(tmp_path):
 def test_only_leftovers_are_no_checkpoint(tmp_path):
     (tmp_path / "9.orbax-checkpoint-tmp-1234" / "state").mkdir(parents=True)
     assert checkpoint.restore(tmp_path, like()) is None
+
+
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
+    checkpoint.save(tmp_path / "latest", state(), PROGRESS)
+    os.mkfifo(tmp_path / "latest" / "3" / "pipe")
+    with pytest.raises(UserError, match="pipe is neither a file nor a folder: delete it"):
+        checkpoint.restore(tmp_path / "latest", like())
 
 
 def test_work_in_the_background_is_done_in_turn_while_other_work_goes_on():
