@@ -95,6 +95,8 @@ def race(path: Path, by_seed: Mapping[int, Mapping[str, Any]], title: str) -> No
         winner = max(scores, key=scores.__getitem__)
         for name in scores:
             losses = [row[name] for row in found["held_out_losses"] if name in row]
+            if not losses:
+                continue  # the run was too short for a race of kinds
             steps = [found["steps"] * (i + 1) for i in range(len(losses))]
             chosen = name == winner
             label = f"{name} (chosen)" if chosen else name

@@ -27,6 +27,7 @@ __all__ = ["leading", "loss_drop", "race", "race_steps", "ranking", "tried"]
 RACE_SHARE = 0.06  # of the run's steps, for the whole race
 RACE_MOST = 0.1  # of the run's passes, with what comes on top: fitting the head, looking at the held-out examples
 RACE_HELD = 256  # held-out examples of a race
+TELLING = 20  # steps before a look tells anything: after 8 a faster rate is behind, after 24 it is ahead
 DROP_STEPS = 8
 DROP_HELD = 64  # held-out examples of `loss_drop`
 WARMUP = 4  # steps of a trial
@@ -56,6 +57,9 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
     A lead of less than one standard error is no lead: among candidates that close to the best, the one that
     the config names first is ahead (the rule of Breiman et al. 1984, *Classification and Regression Trees*). Successive
     halving: Karnin et al. 2013 (ICML); Jamieson and Talwalkar 2016, arXiv:1502.07943.
+
+    Short runs have too few steps for both. There the candidate that is named first is taken, and all steps go to its
+    rates, which differ sooner than kinds of modules do, and by more.
     """
     batch_size, layers = seed.config.train.batch_size, seed.base.config.num_hidden_layers
     total = seed.config.train.num_epochs * batching.num_batches(seed.data.train.size, batch_size)
@@ -64,8 +68,16 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
         sizes.append(math.ceil(sizes[-1] / 2))
     own, *faster = configs.raced_rates(seed.config)
     ready = prepare(seed, 2 * RACE_HELD)
-    fixed = (ready.passes + (sum(sizes) + len(faster)) * ready.b.size / 3) / (total * batch_size)
-    steps = race_steps(total, [*sizes, *(len(sizes) for _ in faster)], fixed)
+
+    def steps_of(sizes: Sequence[int]) -> int:
+        fixed = (ready.passes + (sum(sizes) + len(faster)) * ready.b.size / 3) / (total * batch_size)
+        return race_steps(total, [*sizes, *(len(sizes) for _ in faster)], fixed)
+
+    steps, alive = steps_of(sizes), list(candidates)
+    if faster and steps < TELLING and len(alive) > 1:
+        sizes, alive = [1], alive[:1]
+        steps = steps_of(sizes)
+        seed.console.say(f"  too short a run to tell kinds of modules apart: {alive[0]}, which is named first")
     # All but the held-out half is there to train on.
     out = set(ready.rows[ready.a.size :].tolist())
     train = batching.take(seed.data.train, [i for i in range(seed.data.train.size) if i not in out])
@@ -73,9 +85,8 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
     def begun(name: str, every: int, rate: float) -> Iterator[Reached]:
         return tried(seed, candidates[name], ready.params, train, ready.b, every, False, rate)
 
-    runs = {name: begun(name, steps, own) for name in candidates}
-    passes = ready.passes
-    alive, order, history = list(candidates), [], []
+    runs = {name: begun(name, steps, own) for name in alive}
+    passes, order, history = ready.passes, [], []
     for size in sizes:
         losses = {name: next(runs[name]).losses for name in alive}
         passes += len(alive) * (steps * batch_size + ready.b.size / 3)
@@ -85,6 +96,7 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
         ranked = ranking(losses)
         alive = [name for name in candidates if name in ranked[: math.ceil(size / 2)]]
         order = [*ranked, *(name for name in order if name not in ranked)]
+    order += [name for name in candidates if name not in order]
     # Ranks, not losses, since those who dropped out early have not trained as long.
     scores = {name: float(len(order) - order.index(name)) for name in candidates}
     about = {"steps": steps, "held_out_losses": history, **({} if own == 1 else {"rate": own})}

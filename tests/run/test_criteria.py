@@ -91,6 +91,7 @@ def test_a_race_is_won_by_the_lowest_loss_of_those_who_are_left(seed, monkeypatc
             yield Reached(0, np.full(10, loss))
 
     monkeypatch.setattr(trials, "tried", trial)
+    monkeypatch.setattr(trials, "TELLING", 0)
     found = trials.race(seed("race"), entries, unkept)
     first, second = ({n: round(x, 3) for n, x in row.items()} for row in found.about["held_out_losses"])
     assert (first, second) == ({"slow": 0.9, "middle": 0.7, "quick": 0.6}, {"quick": 0.65, "middle": 0.6})
@@ -108,6 +109,7 @@ def test_the_winner_races_against_itself_at_other_rates(seed, monkeypatch, faste
         yield Reached(0, np.full(10, faster if rate == 4 else entry.options["alpha"] / 2))
 
     monkeypatch.setattr(trials, "tried", trial)
+    monkeypatch.setattr(trials, "TELLING", 0)
     found = trials.race(seed("race"), entries, unkept)
     assert found.about["rate"] == taken
     assert found.about["rate_losses"] == pytest.approx({"1": 0.5, "4": faster})
@@ -116,6 +118,23 @@ def test_the_winner_races_against_itself_at_other_rates(seed, monkeypatch, faste
     assert "rate" not in alone.about
     assert trials.race(seed("race", rates=(2,)), entries, unkept).about["rate"] == 2
     assert found.passes - alone.passes == pytest.approx(4 * 16 + 11 / 3)
+
+
+def test_in_a_short_run_all_steps_go_to_the_rates_of_the_first_candidate(seed, monkeypatch):
+    entries, asked = {name: plans.Entry("lora", {"rank": 2, "alpha": x}) for name, x in (("a", 1.0), ("b", 2.0))}, []
+
+    def trial(seed, entry, params, train, held, every, attribute, rate):
+        asked.append((entry.options["alpha"], every, rate))
+        yield Reached(0, np.full(10, 1 / rate))
+
+    monkeypatch.setattr(trials, "tried", trial)
+    found = trials.race(seed("race"), entries, unkept)
+    assert asked == [(1.0, 4, 1), (1.0, 4, 4)]
+    assert found.scores == {0: {"a": 2.0, "b": 1.0}, 1: {"a": 2.0, "b": 1.0}}
+    assert found.about["held_out_losses"] == [{"a": 1.0}]
+    assert found.about["rate"] == 4
+    trials.race(seed("race", rates=(1,)), entries, unkept)  # without rates to tell, kinds race however short it is
+    assert asked[2:] == [(1.0, 4, 1), (2.0, 4, 1)]
 
 
 def test_a_rate_leads_by_more_than_the_noise_of_its_own_difference():
