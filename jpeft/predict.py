@@ -29,7 +29,7 @@ def run(argv: list[str]) -> None:
     from jpeft.run.console import Console
     from jpeft.serving import stream
 
-    text = tuple(given.text.split(",")) if given.text else None
+    text = None if given.text is None else tuple(given.text.split(","))
     try:
         stream.predict(given.model, given.input, given.output, Console(), text)
     except Stopped:  # the output is not whole: not a success, as it is for a training that saved

@@ -57,6 +57,21 @@ def parsed(argv: Sequence[str]) -> tuple[list[Path], dict[str, Path]]:
     return workdirs, asked
 
 
+def _report(workdir: Path) -> dict:
+    """The report of a run, held against the run's inputs, where they are there.
+
+    Raises:
+      UserError: if it is none, was changed, or is that of another run.
+    """
+    path, inputs = workdir / "report.json", workdir / "inputs.json"
+    report = files.read_record(path, REPORT)
+    if inputs.is_file() and (data := report.get("data")):
+        own = files.read_record(inputs, "list of a run's inputs")
+        if any(own[name][1] != digest for name, digest in data.items()):
+            raise UserError(f"{path} is of another run than {inputs}: restore it, or run it again")
+    return report
+
+
 def main(argv: list[str]) -> int:
     """Prints one row for each workdir, and writes what is asked for; exit code 2 if one has no report."""
     if argv[:1] in (["-h"], ["--help"]):
@@ -67,7 +82,7 @@ def main(argv: list[str]) -> int:
         missing = [str(folder) for folder in workdirs if not (folder / "report.json").is_file()]
         if missing:
             raise UserError(f"no report.json in {', '.join(missing)}: is the run finished?")
-        reports = [files.read_record(folder / "report.json", REPORT) for folder in workdirs]
+        reports = [_report(folder) for folder in workdirs]
         texts = {path: WRITERS[flag](workdirs, reports) for flag, path in asked.items()}
         print(compare(reports))
         for path, text in texts.items():

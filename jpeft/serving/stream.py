@@ -137,7 +137,7 @@ def _columns(folder: Path, saved: Saved, text: Sequence[str] | None) -> tuple[st
             found = ()
     if not found:
         raise UserError(f"name the columns with text, as in --text sentence1{',sentence2' * (saved.num_texts == 2)}")
-    if len(found) != saved.num_texts or len(set(found)) < len(found):
+    if len(found) != saved.num_texts or len(set(found)) < len(found) or "" in found:
         raise UserError(
             f"--text must name {saved.num_texts} column{'s' * (saved.num_texts > 1)}, as in training, got {found}"
         )

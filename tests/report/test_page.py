@@ -16,7 +16,8 @@ def leave(workdir, classes=2, **changes):
     """Files of a finished run of two seeds."""
     about, rng = report(**changes), np.random.default_rng(len(str(workdir)))
     files.write_record(workdir / "report.json", tables.REPORT, about)
-    files.write_record(workdir / "inputs.json", "list of a run's inputs", {"labels": ["no <b>", "yes"][:classes]})
+    inputs = {"labels": ["no <b>", "yes"][:classes], **{name: [40, digest] for name, digest in about["data"].items()}}
+    files.write_record(workdir / "inputs.json", "list of a run's inputs", inputs)
     for row in about["metrics"]["per_seed"]:
         folder = workdir / f"seed_{row['seed']}"
         history = [{"epoch": i, "train_loss": 1 / i, **row["last"]} for i in (1, 2)]
@@ -94,6 +95,14 @@ def test_flags_that_are_wrong(tmp_path, capsys, arguments, says):
     out = capsys.readouterr()
     assert out.err.startswith(says)
     assert not out.out
+
+
+def test_a_report_of_another_run_is_refused(tmp_path, capsys):
+    run, other = leave(tmp_path / "one"), leave(tmp_path / "other", data={"train": "b", "dev": "b"})
+    (run / "report.json").write_bytes((other / "report.json").read_bytes())
+    assert __main__.main([str(run)]) == 2
+    assert "report.json is of another run than" in capsys.readouterr().err
+    assert __main__.main([str(other)]) == 0
 
 
 def test_a_page_of_nothing():

@@ -450,7 +450,7 @@ PLANS = ("{}", "[]", "null", "3", '"lora"', '{"0": []}', '{"0": [], "1": []}', '
     '{"0": [{"method": "__class__"}]}', '{"0": [{"method": []}]}', '{"0": [{"method": null}]}',
         '{"0": [{"options": {}}]}',
     '{"0": [{"method": "lora", "other": 3}]}', '{"0": ["lora"]}', '{"0": [[]]}', '{"0": [{"method": "\\ud800"}]}',
-    '{"0": [{"method": "prefix", "options": {"num_virtual_tokens": 100}}]}',
+    '{"0": [{"method": "prefix", "options": {"num_virtual_tokens": 0}}]}',
         '{"0": [{"method": "pfeiffer", "options": {"activation": "x"}}]}',
     '{"0": [{"method": "lora", "options": {"rank": 100000000000}}]}', "{", '{"0": [{"method": "lora"}]} x',
         "[" * 100_000, '{"0":' * 100_000, '{"0": [{"method": "lora", "options": {"rank": ' + "9" * 5000 + "}}]}",
@@ -760,7 +760,8 @@ def described_cases(seed: int) -> Iterator[Case]:
 
     jp, mod = "run/seed_1/model/jpeft.json", "run/seed_1/model/modules.safetensors"
     edits: dict[str, Damage] = {
-        "alpha": lambda: re_edit(jp, r'("alpha": )16(\.0)?', r"\g<1>32.0"), "rank": lambda: re_edit(jp, r'("rank": )2',
+        "alpha": lambda: re_edit(jp, r'("rank": 2)', r'\g<1>, "alpha": 32.0'),
+            "rank": lambda: re_edit(jp, r'("rank": )2',
             r"\g<1>4"), "labels": lambda: re_edit(jp, r'"n",(\s*)"p"', r'"p",\1"n"'), "version": lambda: re_edit(jp,
             r'("(?:version|format)": )("?)[^,]*', r"\g<1>\g<2>99\g<2>"),
         "no hash": edit(jp, lambda c: {k: v for k, v in c.items() if k != "sha256"}), "list": put(jp, "[]"),
@@ -921,12 +922,12 @@ def library_cases() -> Iterator[Case]:
         return call
 
     for texts in ("'hello world'", "b'hello'", "None", "3", "[3]", "[None]", "[('a', 'b')]", "['a', ('b', 'c')]",
-        "[['a', 'b']]", "[b'a']", "[['a']]", "[()]", "{'a': 1}",
+        "[['a', 'b']]", "[b'a']", "[()]", "{'a': 1}",
                   "[('a', 'b', 'c')]", "[float('nan')]", "np.array([1])", "[('a', None)]", "[['a', 3]]", "{'a'}",
                       "(x for x in 'ab')", "[['a', 'b'], 'c']"):
         yield Case("library", f"predict({texts})", predicts(texts), "refused", None, "run")
-    for texts in ("[]", "['']", "['\\ud800']", "['a' * 10**6]", "np.array(['a', 'b'])", "('a', 'b')", "[np.str_('a')]",
-        "['\\0']"):
+    for texts in ("[]", "['']", "[['a']]", "['\\ud800']", "['a' * 10**6]", "np.array(['a', 'b'])", "('a', 'b')",
+        "[np.str_('a')]", "['\\0']"):
         yield Case("library", f"predict({texts})", predicts(texts), "sane", None, "run")
     for texts in ("['a sentence']", "['ab']", "'ab'", "[('a',)]", "[('a', 'b', 'c')]", "['ab', 'cd']",
         "np.array(['ab'])"):
