@@ -63,7 +63,7 @@ def partition(transform: Transform | Chain, params: Params, leaves: Leaves, trai
         if name not in params:
             raise UserError(f"trains names {name!r}, which is not in params: {nearest(name, params)}")
         if holds_quantised(params[name]):
-            raise UserError(f"trains names {name!r}, which is quantised, and codes cannot train: leave it as it was loaded")
+            raise UserError(f"trains names {name!r}, which has quantised kernels: train leaves, which lie beside them")
     own, rest = tree.split(params, lambda path: path[0] in trains)
     modified, fixed = split(leaves)
     trainable = {"params": own, "peft": modified}

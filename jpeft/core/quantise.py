@@ -17,7 +17,7 @@ from jpeft.core.quantised import BLOCK, BOOKS, DYNAMIC, KINDS, NESTED, Quantised
 from jpeft.core.site import ALL, Site, Sites, find, matches
 from jpeft.core.transform import Params
 
-__all__ = ["check_kind", "quantise"]
+__all__ = ["quantise"]
 
 TINY = np.float32(1e-38)  # stands for the absmax of a block of zeros
 
@@ -30,10 +30,10 @@ def quantise(
         params = jpeft.quantise(params, sites, "nf4")  # a tenth of the memory; everything else stays as it was
 
     "nf4" and "fp4" take blocks of 64 values, 4 bits each, with their absmax in 8 bits (double quantisation), which is
-    0.129 of float32; "int8" takes 8 bits a value and one float32 an output. `jpeft.apply` dequantises a kernel where its
-    layer is called, and again in the backward pass, so no dense copy is kept. Any method trains on top; those
-    that change kernels themselves (FISH, SAID, the top layers) keep dense copies of these. `jpeft.merge` gives dense
-    weights.
+    0.129 of float32; "int8" takes 8 bits a value and one float32 an output, with zero at zero. `jpeft.apply`
+    dequantises a kernel where its layer is called, and again in the backward pass: no dense copy is kept. Any method
+    trains on top; those that change kernels themselves (FISH, SAID, the top layers) hold dense ones of these.
+    `jpeft.merge` gives dense weights.
 
     Args:
       params: the parameters of the model; not edited.
@@ -47,10 +47,11 @@ def quantise(
       A tree like `params`, with a `jpeft.core.quantised.Quantised` in the place of each chosen "kernel".
 
     Raises:
-      UserError: if the kind is unknown, a pattern matches nothing, or a kernel is quantised already, is not finite or is
-        stacked on an axis that is not the first.
+      UserError: if the kind is unknown, a pattern matches nothing, or a kernel is quantised already, is not finite, or
+        is stacked on an axis that is not the first.
     """
-    check_kind(kind)
+    if kind not in KINDS:
+        raise UserError(f"cannot quantise as {kind!r:.60}: {nearest(str(kind), KINDS)}")
     for site in _chosen(sites, targets, exceptions):
         old = tree.get(params, f"{site.path}/kernel")
         if isinstance(old, Quantised):
@@ -63,12 +64,6 @@ def quantise(
         new = _quantised(np.asarray(old), kind, len(site.stack), site.path)
         params = tree.replace(params, f"{site.path}/kernel", lambda _, new=new: new)
     return dict(params)
-
-
-def check_kind(kind: str) -> None:
-    """Raises a UserError if there is no such kind of codes."""
-    if kind not in KINDS:
-        raise UserError(f"cannot quantise as {kind!r:.60}: {nearest(str(kind), KINDS)}")
 
 
 def _chosen(sites: Sites, targets: str, exceptions: str | None) -> list[Site]:

@@ -16,19 +16,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-__all__ = ["BLOCK", "BOOKS", "DYNAMIC", "KINDS", "NESTED", "Quantised", "dense", "holds_quantised", "is_quantised", "remade"]
+__all__ = [
+    "BLOCK",
+    "BOOKS",
+    "DYNAMIC",
+    "KINDS",
+    "NESTED",
+    "Quantised",
+    "dense",
+    "holds_quantised",
+    "is_quantised",
+    "remade",
+]
 
 KINDS = ("nf4", "fp4", "int8")
 BLOCK = 64  # values with one absmax, of the 4-bit kinds
 NESTED = 256  # absmaxes with one scale of their own
 HALF = (0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4)  # the order of FP4's bits: sign, exponent, mantissa
 BOOKS = {
-    "nf4": np.float32([
+    "nf4": np.array([
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
         0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ]),
-    "fp4": np.float32([*HALF, *(-x for x in HALF)]),
+    ], np.float32),
+    "fp4": np.array([*HALF, *(-x for x in HALF)], np.float32),
 }  # fmt: skip
 
 
@@ -142,10 +153,10 @@ def _look_up(book: np.ndarray, codes: Array) -> Array:
 def remade(fn: Callable[..., Any], quantised: Any, *args: Any) -> Any:
     """fn(quantised, *args), of which no dense kernel outlives the call: the backward pass makes them anew.
 
-    `jax.checkpoint` is meant to do this. But XLA for CPU drops its barriers: it finds that both passes compute the same,
-    computes it once, and all of it first of all, since it depends on nothing, so that a step holds every dense kernel
-    of a model at once. Here the codes depend, as far as a compiler can tell, on the arguments in the forward pass, and
-    on the cotangent in the backward pass.
+    `jax.checkpoint` is meant to do this. But XLA for CPU drops its barriers. It finds that both passes compute the
+    same, computes it once, and first of all, since it depends on nothing: a step holds every dense kernel of a model at
+    once. Here the codes depend, as far as a compiler can tell, on the arguments in the forward pass, and on the
+    cotangent in the backward pass.
 
     Args:
       fn: (quantised, *args) -> a pytree of arrays. It must not close over what is differentiated.

@@ -54,7 +54,7 @@ class Pretrained(NamedTuple):
 
     Attributes:
       config: the shape of the model.
-      params: the float32 `params` tree of `Bert(config)`.
+      params: the float32 `params` tree of `Bert(config)`; from `jpeft.models.coded` with quantised kernels.
       fresh: the groups ("classifier", "pooler") that the checkpoint lacked and that were newly initialised.
       source: the name that loads the same weights again: a hub name, "minilm" or an absolute path.
       folder: where the files are, for the tokenizer.
