@@ -98,7 +98,8 @@ def _bytes(rows: np.ndarray) -> tuple[np.ndarray, ...]:
     """Codes int8 [entries] and the absmax of each row, float32 [rows]."""
     rows = rows.reshape(len(rows), -1)
     absmax = np.abs(rows).max(1)
-    return np.rint(rows * (127 / np.maximum(absmax, TINY))[:, None]).astype(np.int8).reshape(-1), absmax
+    scale = 127 / np.where(absmax > 127 * TINY, absmax, 1)
+    return np.rint(rows * scale[:, None]).astype(np.int8).reshape(-1), absmax
 
 
 def _blocks(values: np.ndarray, kind: str) -> tuple[np.ndarray, ...]:
