@@ -138,12 +138,19 @@ def _from_bytes(x: Quantised) -> Array:
 
 def _from_blocks(x: Quantised) -> Array:
     """[*stack, entries]."""
-    absmax, nested, mean = x.scales
-    per_block = jnp.repeat(nested, NESTED, axis=-1, total_repeat_length=NESTED * nested.shape[-1])
-    scale = _look_up(DYNAMIC, absmax) * per_block[..., : absmax.shape[-1]] + mean[..., None]
+    absmax = _absmax(*x.scales)
     pairs = jnp.stack([x.codes >> 4, x.codes & 15], axis=-1)
-    values = _look_up(BOOKS[x.kind], pairs.reshape(*absmax.shape, BLOCK)) * scale[..., None]
+    values = _look_up(BOOKS[x.kind], pairs.reshape(*absmax.shape, BLOCK)) * absmax[..., None]
     return values.reshape(*absmax.shape[:-1], -1)[..., : math.prod(x.own_shape)]
+
+
+def _absmax(codes: Array, nested: Array, mean: Array) -> Array:
+    """[*stack, blocks]. By broadcasting: an index into `nested` would be computed for every value of a kernel."""
+    blocks = codes.shape[-1]
+    surplus = NESTED * nested.shape[-1] - blocks
+    padded = jnp.pad(codes, [*((0, 0) for _ in codes.shape[:-1]), (0, surplus)])
+    scaled = _look_up(DYNAMIC, padded.reshape(*nested.shape, NESTED)) * nested[..., None]
+    return scaled.reshape(*nested.shape[:-1], -1)[..., :blocks] + mean[..., None]
 
 
 def _look_up(book: np.ndarray, codes: Array) -> Array:
