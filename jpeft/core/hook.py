@@ -2,6 +2,8 @@
 
 The leaves of a site are put in the "params" collection, next to the site's own parameters, so they go wherever those
 go: `nn.scan`, `nn.vmap` and `nn.RNN` pass on the collections they are given, and "params" is always one of them.
+
+A module with a quantised kernel is called with a dense one in its place, be there leaves at its site or not.
 """
 
 import functools
@@ -15,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from jpeft.core.errors import UserError, nearest
+from jpeft.core.quantised import dense, holds_quantised, is_quantised, remade
 from jpeft.core.site import check_linen, in_order, path_of, site_of, sites
 from jpeft.core.transform import SHARED, STACKED, Call, Chain, Context, Params, Transform, checked
 
@@ -60,7 +63,8 @@ def apply(
     Args:
       model: any linen module.
       transform: a method or a chain.
-      variables: as for `model.apply`, with the leaves under "peft".
+      variables: as for `model.apply`, with the leaves under "peft". Kernels may be quantised (`jpeft.quantise`); wraps
+        see them dense.
       *args: positional arguments of the model's `__call__`.
       mask: passed to the wraps as `ctx.mask`; for our encoders, the attention mask.
       rngs: as for `model.apply`: keys by name, or one key for all. With a "dropout" key, or one for all, the wraps
@@ -94,9 +98,12 @@ def apply(
     variables["params"] = params
     reached: set[str] = set()
     missed: set[str] = set()
+    quantised = holds_quantised(params)
 
     def hook(call: Call, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         path, module = path_of(context), context.module
+        if quantised and path:
+            call = _dequantised(module, call)
         if path not in placed:
             return call(*args, **kwargs)
         # A wrap may run its own module with `.apply`: nothing is stored in that scope, so it is left alone.
@@ -107,7 +114,7 @@ def apply(
         held: _Held = module.get_variable("params", _HELD)
         if held.stack.shape != (0,):
             raise UserError(f"the leaves at site {path!r} are stacked, but its parameters are not: use the model's own")
-        own_params = _without_held(module.variables.get("params", {}))
+        own_params = dense(_without_held(module.variables.get("params", {})))
         args, kwargs = in_order(module, args, kwargs)
         site = site_of(path, module, args)._replace(params=own_params)
         ambient = held.ambient
@@ -132,6 +139,21 @@ def apply(
     if kwargs.get("mutable", False) is False or "params" not in out[1]:
         return out
     return out[0], {**out[1], "params": _without_held(out[1]["params"])}
+
+
+def _dequantised(module: nn.Module, call: Call) -> Call:
+    """The call of a module, with dense kernels in the place of its own quantised ones."""
+    params = _without_held(module.variables.get("params", {}))
+    own = {name: x for name, x in params.items() if is_quantised(x)}
+    if not own:
+        return call
+    bare = module.clone(parent=None)  # whose parameters can be given; the hook leaves it alone
+    rest = {**module.variables, "params": {name: x for name, x in params.items() if name not in own}}
+
+    def run(own: Params, rest: Any, args: tuple, kwargs: dict) -> Any:
+        return bare.apply({**rest, "params": {**rest["params"], **dense(own)}}, *args, **kwargs)
+
+    return lambda *args, **kwargs: remade(run, own, rest, args, kwargs)
 
 
 def _held(path: str, at_site: Mapping[str, Any], named: Mapping[str, Transform], key: Any, mask: Any) -> _Held:

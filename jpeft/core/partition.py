@@ -10,6 +10,7 @@ from jax import Array
 
 from jpeft.core import tree
 from jpeft.core.errors import UserError, nearest
+from jpeft.core.quantised import holds_quantised
 from jpeft.core.transform import FIXED, STACKED, Chain, Leaves, Params, Transform, checked, instances, members
 
 __all__ = ["Partition", "decays", "is_matrix", "map_leaves", "partition", "penalty", "rates", "split"]
@@ -53,13 +54,16 @@ def partition(transform: Transform | Chain, params: Params, leaves: Leaves, trai
       The parts. Arrays are not copied: an optimiser step that donates them needs a copy.
 
     Raises:
-      UserError: if a name in `trains` is not in `params`, or the leaves are not those of the transform.
+      UserError: if a name in `trains` is not in `params` or has quantised kernels, or the leaves are not those of the
+        transform.
     """
     checked(transform, leaves)
     trains = [trains] if isinstance(trains, str) else list(trains)
     for name in trains:
         if name not in params:
             raise UserError(f"trains names {name!r}, which is not in params: {nearest(name, params)}")
+        if holds_quantised(params[name]):
+            raise UserError(f"trains names {name!r}, which has quantised kernels: train leaves, which lie beside them")
     own, rest = tree.split(params, lambda path: path[0] in trains)
     modified, fixed = split(leaves)
     trainable = {"params": own, "peft": modified}

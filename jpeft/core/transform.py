@@ -28,6 +28,7 @@ import jax
 from jax import Array
 
 from jpeft.core.errors import UserError
+from jpeft.core.quantised import dense
 from jpeft.core.site import Site, Sites
 
 __all__ = [
@@ -70,7 +71,7 @@ class Context(NamedTuple):
       key: the dropout key of this pass, the same at every site: use it directly for one draw per step, with `site_key`
         for one per site. None unless `train`.
       mask: the `mask` given to `apply`, such as [b, t] segment numbers with 0 for padding; None if none was given.
-      params: the site's own frozen parameters.
+      params: the site's own frozen parameters, dense.
       shared: the leaves that this instance's sites share; {} if there are none.
       model: the model that `apply` was given, for what a site does not know, such as its longest input; None if the
         wrap was called by hand.
@@ -249,7 +250,8 @@ def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merge
     Members without a wrap come first, as in the forward pass, then the others in the order of the chain. A member
     stays if it cannot be merged, or if it wraps one that stays: folded into the weights, it would act before that one.
     If a member that reads the site's own parameters wraps another, both stay. Matrix products are computed in full
-    float32 precision, and the result has the dtypes of the base.
+    float32 precision, and the result has the dtypes of the base. Quantised kernels become dense, whether anything is
+    folded into them or not.
 
     Args:
       transform: a method or a chain.
@@ -268,7 +270,7 @@ def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merge
             if name not in staying and member.merge is not None:
                 params = member.merge(leaves[name], params)
     left = Chain(tuple(named[name] for name in staying))
-    return Merged(params, left, dict(zip(instances(left), (leaves[name] for name in staying), strict=True)))
+    return Merged(dense(params), left, dict(zip(instances(left), (leaves[name] for name in staying), strict=True)))
 
 
 def stays(transform: Transform | Chain, leaves: Leaves) -> list[str]:

@@ -7,8 +7,9 @@ import jax
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
 from jpeft.core.errors import UserError, nearest
+from jpeft.core.quantised import dense, is_quantised
 
-__all__ = ["at", "count", "empty_paths", "flatten", "num_bytes", "replace", "split", "unflatten", "union"]
+__all__ = ["at", "count", "empty_paths", "flatten", "get", "num_bytes", "replace", "split", "unflatten", "union"]
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
@@ -32,7 +33,16 @@ def empty_paths(tree: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def at(tree: Mapping[str, Any], path: str) -> Any:
-    """The leaf or subtree at "a/b/c".
+    """The leaf or subtree at "a/b/c", quantised kernels in it dequantised, for whoever computes with it.
+
+    Raises:
+      UserError: if there is none.
+    """
+    return dense(get(tree, path))
+
+
+def get(tree: Mapping[str, Any], path: str) -> Any:
+    """The leaf or subtree at "a/b/c", as it is.
 
     Raises:
       UserError: if there is none.
@@ -47,14 +57,17 @@ def at(tree: Mapping[str, Any], path: str) -> Any:
 
 
 def replace(tree: Mapping[str, Any], path: str, fn: Callable[[Any], Any]) -> dict[str, Any]:
-    """A new tree with fn applied to the leaf or subtree at "a/b/c"; everything else is shared.
+    """A new tree with fn applied to the leaf or subtree at "a/b/c", as `at` gives it; everything else is shared.
 
     Raises:
       UserError: if there is none.
     """
-    at(tree, path)  # names the whole path where it is missing
+    return _put(tree, path, fn(at(tree, path)))
+
+
+def _put(tree: Mapping[str, Any], path: str, new: Any) -> dict[str, Any]:
     head, _, rest = path.partition("/")
-    return {**tree, head: replace(tree[head], rest, fn) if rest else fn(tree[head])}
+    return {**tree, head: _put(tree[head], rest, new) if rest else new}
 
 
 def split(tree: Mapping[str, Any], belongs: Callable[[tuple[str, ...]], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -76,8 +89,8 @@ def union(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
 
 
 def count(tree: Any) -> int:
-    """The number of entries in all leaves."""
-    return sum(x.size for x in jax.tree.leaves(tree))
+    """The number of entries in all leaves; of a quantised kernel, those that it stands for."""
+    return sum(x.size for x in jax.tree.leaves(tree, is_leaf=is_quantised))
 
 
 def num_bytes(tree: Any) -> int:

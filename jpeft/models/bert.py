@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.core.errors import UserError
+from jpeft.core.quantised import is_quantised
 
 __all__ = ["ACTIVATIONS", "Bert", "BertConfig", "Intermediates", "narrowed"]
 
@@ -387,11 +388,13 @@ class Bert(nn.Module):
 def narrowed(params: Any, dtype: str) -> Any:
     """Parameters in the dtype that the encoder computes in, with the same results.
 
-    All but those of LayerNorm and of the head, which compute in float32 whatever the dtype is.
+    All but those of LayerNorm and of the head, which compute in float32 whatever the dtype is, and quantised kernels,
+    which become dense in float32 and are then cast.
     """
 
-    def cast(keys: Any, x: Array) -> Array:
+    def cast(keys: Any, x: Any) -> Any:
         names = [key.key for key in keys]
-        return x if "LayerNorm" in names or names[0] in Bert.HEAD else x.astype(dtype)
+        wide = "LayerNorm" in names or names[0] in Bert.HEAD or is_quantised(x)
+        return x if wide else x.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_quantised)

@@ -53,7 +53,7 @@ class Pretrained(NamedTuple):
 
     Attributes:
       config: the shape of the model.
-      params: the float32 `params` tree of `Bert(config)`.
+      params: the float32 `params` tree of `Bert(config)`; from `jpeft.models.coded` with quantised kernels.
       fresh: the groups ("classifier", "pooler") that have to be trained, whatever the method is: those that the
         checkpoint lacked, newly initialised, and a pooler that it holds as it was drawn (`_untrained`).
       source: the name that loads the same weights again: a hub name, "minilm" or an absolute path.

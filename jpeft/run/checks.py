@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jpeft.core.errors import UserError, nearest
+from jpeft.core.quantised import KINDS
 from jpeft.core.tree import flatten
 from jpeft.data import hub
 from jpeft.data.tasks import TASKS
@@ -30,6 +31,7 @@ def check(config: Config) -> None:
     _check_fields(config, configs.default("mrpc", "head"), "config")
     check_names(config)
     _check_data(config)
+    _check_quantised(config)
     for method in MODULES:
         try:
             plans.make(method, **configs.options(config, method))
@@ -167,6 +169,21 @@ def _check_data(config: Config) -> None:
         for name in ("train", "text") if config.data.hub is None else ("text",):
             if not config.data[name]:
                 raise UserError(f"config.task 'custom' needs config.data.{name}: expected {OWN[name]}")
+
+
+def _check_quantised(config: Config) -> None:
+    kind, pattern = config.quantise, config.quantise_except
+    if kind is None:
+        if pattern is not None:
+            raise UserError("config.quantise_except is set, but config.quantise is not: drop it")
+        return
+    if kind not in KINDS:
+        raise UserError(f"config.quantise {kind!r} is unknown: {nearest(kind, KINDS)}")
+    if METHODS[config.method.split("+")[0]].trains_base:
+        raise UserError(
+            f"config.quantise is set, but config.method {config.method!r} trains the kernels themselves, and codes "
+            "cannot train: drop it, or train modules, such as 'lora'"
+        )
 
 
 def _check_seeds(seeds: Any) -> None:

@@ -69,6 +69,8 @@ def default(task: str, method: str) -> Config:
     `train.together` is how many seeds train at once at most, in one program with one base model; None is as many as
     fit on an accelerator, and one on a CPU.
     All devices of a machine divide the rows of a batch; with `train.shard_base` they hold the base model in parts.
+    `quantise` holds the kernels of the encoder in codes, "nf4", "fp4" (QLoRA, 0.13 of their memory) or "int8" (0.25),
+    and any method but `full` trains on top; `quantise_except` is a pattern of layers that are left as they are.
     `train.remat` recomputes each layer in the backward pass; `train.tensorboard` writes the log for it, too.
     """
     return ConfigDict(
@@ -77,6 +79,8 @@ def default(task: str, method: str) -> Config:
             "model": "bert-base-uncased",
             "method": method,
             "init_from": placeholder(str),
+            "quantise": placeholder(str),
+            "quantise_except": placeholder(str),
             "data": {
                 "path": placeholder(str),
                 "hub": placeholder(str),

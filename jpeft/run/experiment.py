@@ -184,6 +184,8 @@ def _export(ready: Ready, last: Event) -> Result:
         base=seed.base.source,
         fingerprint=pretrained.fingerprint(parts.frozen["params"]),
         identity=pretrained.identity(seed.base),
+        quantise=config.quantise,
+        quantise_except=config.quantise_except,
         task=data.task.name,
         labels=data.task.labels,
         kind=data.task.kind,

@@ -12,6 +12,7 @@ from jpeft.core.errors import UserError
 from jpeft.core.site import Sites
 from jpeft.data.task import Data, Task
 from jpeft.models import Bert, BertConfig, pretrained
+from jpeft.models.coded import coded
 from jpeft.models.pretrained import Pretrained
 from jpeft.plans import plan as plans
 from jpeft.run import config as configs
@@ -98,4 +99,9 @@ def load_model(config: Config, task: Task, seed: int) -> Pretrained:
         raise UserError(f"config.train.max_length {config.train.max_length}: {config.model} takes at most {longest}")
     if config.fishpal.plan is not None:
         plans.check(plans.read(config.fishpal.plan), base.config.num_hidden_layers)
-    return base
+    try:
+        params = coded(base.config, base.params, config.quantise, config.quantise_except)
+    except UserError as error:
+        field = "quantise" if config.quantise_except is None else "quantise_except"
+        raise UserError(f"config.{field}: {error}") from None
+    return base._replace(params=params)

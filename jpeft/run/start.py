@@ -12,6 +12,7 @@ from jpeft.core.tree import flatten, split, union
 from jpeft.models.pretrained import fingerprint, identity
 from jpeft.plans.plan import Spec
 from jpeft.run.seed import Seed
+from jpeft.store import bases
 from jpeft.store import modules as modules_on_disk
 
 __all__ = ["start"]
@@ -36,6 +37,12 @@ def start(seed: Seed, modules: Spec, leaves: Leaves) -> tuple[dict[str, Any], Le
     theirs, ours = description["modules"], json.loads(json.dumps(modules))
     if theirs != ours:
         raise UserError(f"config.init_from {given} holds {_told(theirs)}, but this run trains {_told(ours)}")
+    (kind, exceptions), config = bases.codes(description), seed.config
+    if (kind, exceptions) != (config.quantise, config.quantise_except):
+        raise UserError(
+            f"config.init_from {given} was trained on {bases.told(kind)}, and this run has "
+            f"{bases.told(config.quantise)}: set config.quantise to {kind!r}, config.quantise_except to {exceptions!r}"
+        )
     trained = flatten(kept["params"])
     _, frozen = split(params, lambda path: path in trained or path[0] in seed.model.HEAD)
     if fingerprint(frozen) != description["base"]["fingerprint"]:

@@ -10,10 +10,12 @@ from jpeft.core import files
 from jpeft.core.tree import flatten
 from jpeft.report import tables
 from jpeft.serving.drift import Drift
+from jpeft.store import bases
 from jpeft.store.modules import Saved
 
 __all__ = ["PADDING", "gated", "on_the_hub", "write"]
 
+BESIDE = ("peft", "adapters")  # a base that is loaded from elsewhere
 LIBRARY = {"hf": "transformers", "peft": "peft", "adapters": "adapters", "stablehlo": "jax", "onnx": "onnx"}
 PADDING = "the gates of adapters also average over padding, so rows with padding have other logits there"
 ABOUT = {
@@ -119,6 +121,10 @@ def write(
         lines += ["| computed in | largest difference of a logit | other answers |", "| --- | ---: | ---: |"]
         lines += [f"| {d.dtype} | {d.largest:.1e} | {'-' if d.changed is None else d.changed} |" for d in drift]
         lines.append("")
+    kind, _ = bases.codes(description)
+    if kind is not None:
+        here = "is put on the weights as they were before" if form in BESIDE else "has these kernels, dequantised"
+        lines += [f"Note: trained on a base with kernels quantised as {kind}; what is here {here}.", ""]
     if form == "adapters" and gated(saved.variables["peft"]):
         lines += [f"Note: {PADDING}.", ""]
     example = '["a sentence"]' + (', ["and another"]' if saved.num_texts == 2 else "")

@@ -11,6 +11,7 @@ import numpy as np
 
 from jpeft.core import files
 from jpeft.core.errors import UserError
+from jpeft.core.quantised import holds_quantised
 from jpeft.core.transform import Chain
 from jpeft.core.tree import union
 from jpeft.data.batching import Batch
@@ -95,8 +96,16 @@ def _read_adapters(output: Path, saved: Saved) -> Opened:
 
 
 def _with_modules(saved: Saved, modules: huggingface.Modules) -> Opened:
-    params = union(saved.variables["params"], modules.params)
+    base = saved.variables["params"]
+    if holds_quantised(base):  # which the other library does not have: it puts the modules on the float32 weights
+        base = _read_base(saved)
+    params = union(base, modules.params)
     return _opened(saved, build(modules.spec), {"params": params, "peft": jax.tree.map(jnp.asarray, modules.leaves)})
+
+
+def _read_base(saved: Saved) -> dict[str, Any]:
+    num_labels, by_token = len(saved.labels) or 1, KINDS[saved.kind].by_token
+    return pretrained.load(saved.base, num_labels=num_labels, key=jax.random.key(0), by_token=by_token).params
 
 
 def _opened(saved: Saved, transform: Chain, variables: dict[str, Any]) -> Opened:

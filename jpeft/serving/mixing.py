@@ -108,8 +108,12 @@ def _different(name: str, saved: Saved, base: Saved) -> dict[Path, Array]:
     return own
 
 
-def _equal(x: Array, y: Array | None) -> bool:
-    return x is y or (y is not None and x.shape == y.shape and bool(jnp.array_equal(x, y)))
+def _equal(x: Any, y: Any) -> bool:
+    """Whether two parameters are equal, quantised kernels by their codes."""
+    if x is y or jax.tree.structure(x) != jax.tree.structure(y):
+        return x is y
+    pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    return all(a.shape == b.shape and bool(jnp.array_equal(a, b)) for a, b in pairs)
 
 
 def _refusal(name: str, member: Transform, why: str) -> UserError:

@@ -1,6 +1,7 @@
 """Trained modules on disk: what a run leaves in `model/`, and what `jpeft.load` makes of it.
 
-    model/jpeft.json            which base model (name and fingerprint), which modules in which layers, task and labels
+    model/jpeft.json            which base model (name, fingerprint, how it is quantised), which modules in which
+                                layers, task and labels
     model/modules.safetensors   the folded leaves, the head, and base parameters where they were trained
 
 Names in the safetensors file are tree paths joined by ":", such as "peft:lora_0:encoder/layer_3/attention/query:a".
@@ -20,11 +21,14 @@ import numpy as np
 from jpeft.core.errors import UserError
 from jpeft.core.files import Kind, file_hash, read_leaves, read_record, write_leaves, write_record
 from jpeft.core.transform import Chain, checked, fold
-from jpeft.core.tree import flatten, split, union
+from jpeft.core.tree import flatten, union
 from jpeft.data import tokenizer as tokenizers
 from jpeft.data.kinds import KINDS
 from jpeft.models.bert import Bert
+from jpeft.models.coded import coded
+from jpeft.models.conversion import fingerprint
 from jpeft.plans.plan import Spec, build
+from jpeft.store import bases
 from jpeft.version import __version__
 
 __all__ = ["Saved", "load", "read", "save", "verify"]
@@ -36,7 +40,10 @@ KIND = Kind(
     {
         "format": int, "jpeft": str, "weights": str, "task": str, "labels": list[str], "max_length": int,
         "num_texts": int, "answers": str | None, "modules": [{"method": str, "options": dict}],
-        "base": {"name": str, "fingerprint": str, "config": str, "tokenizer": str},
+        "base": {
+            "name": str, "fingerprint": str, "config": str, "tokenizer": str,
+            "quantise": str | None, "quantise_except": str | None,
+        },
     },
 )  # fmt: skip
 MOST_TOKENS = 2**16  # as `config.train.max_length` has it
@@ -56,7 +63,8 @@ class Saved(NamedTuple):
       tokenizer: of the base model, from `transformers`.
       num_texts: 1 if it was trained on sentences, 2 if on pairs.
       base: folder of the base model.
-      identity: of the base model: hashes of what did not train, of its shape and of its tokenizer.
+      identity: of the base model: hashes of what did not train, of its shape and of its tokenizer, and how it is
+        quantised, if it is.
       kind: of answer, a key of `jpeft.data.kinds.KINDS`.
     """
 
@@ -86,6 +94,8 @@ def save(
     kind: str,
     max_length: int,
     num_texts: int,
+    quantise: str | None = None,
+    quantise_except: str | None = None,
 ) -> int:
     """Writes a folder that `load` reads.
 
@@ -101,6 +111,9 @@ def save(
       kind: of answer, a key of `jpeft.data.kinds.KINDS`.
       max_length: tokens that inputs were cut to.
       num_texts: 1 for sentences, 2 for pairs.
+      quantise: what the kernels of the base are quantised as; None if they are not. Codes are never saved: `load` makes
+        them again.
+      quantise_except: pattern of those that are not.
 
     Returns:
       The size of the weights file in bytes.
@@ -111,7 +124,13 @@ def save(
         "format": FORMAT,
         "jpeft": __version__,
         "weights": file_hash(folder / WEIGHTS),
-        "base": {"name": base, "fingerprint": fingerprint, **identity},
+        "base": {
+            "name": base,
+            "fingerprint": fingerprint,
+            **identity,
+            "quantise": quantise,
+            "quantise_except": quantise_except,
+        },
         "task": task,
         "labels": list(labels),
         "answers": kind,
@@ -175,13 +194,15 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return description, kept
 
 
-def load(folder: str | Path, base: str | Saved | None = None) -> Saved:
+def load(folder: str | Path, base: str | Saved | None = None, quantised: bool = True) -> Saved:
     """Restores what a run saved in its `model/` folder.
 
     Args:
       folder: a `seed_<n>/model` folder of a workdir.
       base: where the base model is now, if not where it was in training; or another loaded model, whose arrays of the
         base are shared in the place of reading them again, which takes milliseconds.
+      quantised: whether modules that were trained on a quantised base get that base. False gives them the same base as
+        it was before, in float32: it is compared all the same, and the answers differ a little from those in training.
 
     Returns:
       The model, its transform and its variables.
@@ -198,30 +219,33 @@ def load(folder: str | Path, base: str | Saved | None = None) -> Saved:
     description, kept = read(folder)
     labels, kind = tuple(description["labels"]), _kind(description)
     if isinstance(base, Saved):
-        return _beside(base, folder, description, kept)
+        return _beside(base, folder, description, kept, quantised)
     name, by_token = base or description["base"]["name"], KINDS[kind].by_token
     loaded = pretrained.load(name, num_labels=len(labels) or 1, key=jax.random.key(0), by_token=by_token)
-    trained = flatten(kept["params"])
-    _, frozen = split(loaded.params, lambda path: path in trained)
-    if pretrained.fingerprint(frozen) != description["base"]["fingerprint"]:
+    identity = bases.identity(description)
+    params = coded(loaded.config, loaded.params, *bases.codes(description))
+    if fingerprint(bases.frozen(params, kept)) != identity["fingerprint"]:
         raise UserError(
             f"{folder} was trained on other base weights than those of {name}: restore them, or give jpeft.load their "
             "place as `base`"
         )
     for what, found in pretrained.identity(loaded).items():
-        if found != description["base"][what]:
+        if found != identity[what]:
             raise UserError(f"the {what} of {name} is not the one that {folder} was trained with: restore it")
+    if not quantised:
+        params = loaded.params
+        identity = bases.unquantised(identity, fingerprint(bases.frozen(params, kept)))
     return Saved(
         Bert(loaded.config),
         build(description["modules"]),
-        {"params": union(loaded.params, kept["params"]), "peft": kept.get("peft", {})},
+        {"params": union(params, kept["params"]), "peft": kept.get("peft", {})},
         labels,
         description["task"],
         description["max_length"],
         tokenizers.load(loaded.folder, loaded.config.vocab_size, words=by_token),
         description["num_texts"],
         loaded.folder,
-        _identity(description),
+        identity,
         kind,
     )
 
@@ -233,19 +257,27 @@ def _kind(description: Mapping[str, Any]) -> str:
     return kind
 
 
-def _identity(description: Mapping[str, Any]) -> dict[str, str]:
-    return {name: value for name, value in description["base"].items() if name != "name"}
-
-
-def _beside(other: Saved, folder: Path, description: Mapping[str, Any], kept: Mapping[str, Any]) -> Saved:
+def _beside(
+    other: Saved, folder: Path, description: Mapping[str, Any], kept: Mapping[str, Any], quantised: bool
+) -> Saved:
     """The modules of a folder on the base of a loaded model, which was verified when that was loaded."""
-    if other.identity != _identity(description):
+    frozen, wanted = bases.frozen(other.variables["params"], kept, *Bert.HEAD), bases.identity(description)
+    theirs, ours = wanted.get("quantise"), other.identity.get("quantise")
+    if theirs is not None and ours is None and not quantised:
+        as_trained = coded(other.model.config, frozen, *bases.codes(description))
+        if fingerprint(as_trained) == wanted["fingerprint"]:
+            wanted = bases.unquantised(wanted, fingerprint(frozen))
+    elif theirs != ours:
+        raise UserError(
+            f"{folder} was trained on {bases.told(theirs)}, and the loaded model has {bases.told(ours)}: "
+            f"{'load it with quantised=False' if ours is None else 'load it by itself'}"
+        )
+    if other.identity != wanted:
         raise UserError(
             f"{folder} was trained on another base than the loaded model, with other parts of it frozen, or for "
             "another kind of answer"
         )
-    trained, labels = flatten(kept["params"]), tuple(description["labels"])
-    _, frozen = split(other.variables["params"], lambda path: path in trained or path[0] in Bert.HEAD)
+    labels = tuple(description["labels"])
     kind = _kind(description)
     by_token, config = KINDS[kind].by_token, other.model.config
     tokenizer = other.tokenizer

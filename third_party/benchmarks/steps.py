@@ -1,9 +1,11 @@
-"""What a training step costs by the length of its rows, and for several seeds together.
+"""What a training step costs by the length of its rows, for several seeds together, and on a quantised base.
 
     JPEFT_GLUE_DIR=GLUE_FOLDER python third_party/benchmarks/steps.py
 
 LoRA on MiniLM, float32. 768 tokens are cut into rows of several lengths, all timed in turn; and a step of four seeds
-together is timed against four steps of one seed, on 16 rows of 48 tokens. Medians of nine rounds.
+together is timed against four steps of one seed, on 16 rows of 48 tokens. Steps on a quantised base are timed against
+those on the same base as it is, of 16 rows whole and in four parts, as `jpeft.data.padding` cuts them. Medians of nine
+rounds.
 """
 
 import statistics
@@ -16,12 +18,14 @@ import jax
 import numpy as np
 
 import jpeft
+from jpeft.core.quantised import KINDS
 from jpeft.data.batching import Batch
 from jpeft.models import Bert
 from jpeft.training import optim
 from jpeft.training import step as stepping
 
 TOKENS, LENGTHS, ROUNDS, SEEDS = 768, (32, 48, 64, 96, 128), 9, 4
+LAYOUTS = {"16 x 48": ((16, 48),), "16 x 128": ((16, 128),), "4 x 32, 40, 56, 96": ((4, 32), (4, 40), (4, 56), (4, 96))}
 
 
 def by_length(base: Any) -> dict[int, float]:
@@ -60,6 +64,20 @@ def together(base: Any) -> list[float]:
     return [_seconds(at_once) / _seconds(apart) for _ in range(ROUNDS)]
 
 
+def quantised(base: Any) -> dict[tuple[str, str], list[float]]:
+    """The time of a step on a quantised base over that of one on the base as it is, by kind and layout, sorted."""
+    sites = jpeft.sites(Bert(base.config), np.ones((1, 8), np.int32))
+    bases = {kind: base._replace(params=jpeft.quantise(base.params, sites, kind)) for kind in KINDS}
+    steps = {kind: batches.Steps(each) for kind, each in {"": base, **bases}.items()}
+    found: dict[tuple[str, str], list[float]] = {}
+    for name, shapes in LAYOUTS.items():
+        for each in steps.values():
+            each.seconds(shapes)  # compiles
+        rounds = [{kind: each.seconds(shapes) for kind, each in steps.items()} for _ in range(ROUNDS)]
+        found |= {(kind, name): sorted(took[kind] / took[""] for took in rounds) for kind in KINDS}
+    return found
+
+
 def _seconds(call: Callable[[], None]) -> float:
     start = time.perf_counter()
     call()
@@ -76,6 +94,10 @@ def main() -> None:
         f"{SEEDS} seeds together: {statistics.median(ratios):.2f} of one after the other "
         f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
     )
+    for (kind, name), ratios in quantised(base).items():
+        print(
+            f"{kind}, batch of {name}: {statistics.median(ratios):.2f} of float32 ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        )
 
 
 if __name__ == "__main__":

@@ -31,15 +31,15 @@ def retrain(name: str, where: Callable[[Sites], Sequence[Site]], trains: Callabl
         for site in where(sites):
             own = [leaf for leaf in own_parameters(site) if trains(leaf)]
             if own:
-                values = at(params, site.path)
-                leaves[site.path] = {leaf: values[leaf] for leaf in own}
+                leaves[site.path] = {leaf: at(params, f"{site.path}/{leaf}") for leaf in own}
         if not leaves:
             raise UserError(f"{name} finds no parameters at the given sites")
         return leaves
 
     def merge(leaves: Leaves, params: Params) -> Params:
         for path, own in leaves.items():
-            params = replace(params, path, lambda old, own=own: {**old, **own})
+            for leaf, x in own.items():  # one by one: beside them there may be a quantised kernel
+                params = replace(params, f"{path}/{leaf}", lambda _, x=x: x)
         return params
 
     return Transform(name, init, None, merge)
