@@ -51,9 +51,9 @@ def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Rel
     of = np.minimum((confidence * bins).astype(int), bins - 1)
     counts = np.bincount(of, minlength=bins)
     own = counts > 0
-    means = [np.bincount(of, weights=x, minlength=bins)[own] / counts[own] for x in (confidence, right)]
+    mean, accuracy = (np.bincount(of, weights=x, minlength=bins)[own] / counts[own] for x in (confidence, right))
     share = counts[own] / len(labels)
-    return Reliability(*means, share, float(share @ np.abs(means[0] - means[1])))
+    return Reliability(mean, accuracy, share, float(share @ np.abs(mean - accuracy)))
 
 
 def agreement(wrong: np.ndarray) -> np.ndarray:

@@ -39,10 +39,13 @@ def plan(seed: Seed) -> Plan:
     It is written to `plan.json`, and what was measured to `choice.json`.
 
     Raises:
-      UserError: if no plan fits the budget, or the plan was edited since.
+      UserError: if no plan fits the budget, the plan was edited since, or something else is in its place.
     """
     config, path, record = seed.config, seed.folder / "plan.json", seed.folder / "choice.json"
     given = config.fishpal.plan
+    for own in (path, record):
+        if own.exists() and not own.is_file():
+            raise UserError(f"{own} is not a file: delete it")
     if path.is_file() and (given is not None or record.is_file()):
         found = plans.read(str(path))
         was = plans.read(given) if given is not None else files.read_record(record, CHOICE)["plan"]

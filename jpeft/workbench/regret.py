@@ -152,7 +152,8 @@ def _table(task: str, verdicts: Mapping[str, Verdict], ceiling: float, room: flo
 def run(argv: list[str]) -> None:
     """Measures what is not measured yet, and prints the table of each task."""
     own = {"cells": "Folder of the finished cells.", "criteria": "Comma-separated; all by default."}
-    given = command.parse(argv, __doc__ or "", own, "configs/compare_plans.py:sst2", lambda: "see the file")
+    example = "configs/compare_plans.py:sst2"
+    given = command.parse(argv, __doc__ or "", own, example, lambda: compare.default(("fishpal",), ("sst2",)))
     grid, folder, console = given.config, Path(given.flags["cells"] or "cells"), Console()
     asked = given.flags["criteria"]
     chosen = asked.split(",") if asked else list(CRITERIA)

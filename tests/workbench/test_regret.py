@@ -1,10 +1,12 @@
 """What a criterion predicts, held against trained scores, on numbers where the answer is known."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
 from jpeft.plans.plan import Entry
+from jpeft.run import command
 from jpeft.workbench import regret
 
 KINDS = {"good": Entry("lora", {"rank": 2}), "bad": Entry("lora", {"rank": 1})}
@@ -62,3 +64,44 @@ def test_headroom_is_not_flattered_by_the_noise_that_chose_the_plan():
     assert regret.headroom(TRAINED, uniform) == pytest.approx(0.0)
     gap = TRAINED[2]["bad-good-bad"] - TRAINED[2]["good-good-good"]
     assert regret.headroom(lucky, uniform) == pytest.approx((gap + 0.0) / 2)
+
+
+GRID = """
+import json
+from jpeft.workbench import compare
+def get_config():
+    pool = {"all 1": 1, "all 2": 2}
+    entry = lambda rank: [{"method": "lora", "options": {"rank": rank}}]
+    plan = lambda rank: json.dumps({layer: entry(rank) for layer in range(2)})
+    variants = {name: {"method": "fishpal", "fishpal": {"plan": plan(rank)}} for name, rank in pool.items()}
+    return compare.default(variants, tasks=("mrpc",), seeds=(1, 2))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of how absl reads configs
+def test_the_program_measures_once_and_prints_the_table(tmp_path, monkeypatch, capsys):
+    (tmp_path / "grid.py").write_text(GRID)
+    asked = []
+
+    def measure(config, seed, criterion, pool, console):
+        asked.append((criterion, config.task, seed))
+        scores = {str(i): {regret._name(row[0]): row[0].options["rank"] for row in ([e] for p in pool.values()
+                           for e in p[i])} for i in range(2)}  # fmt: skip
+        return {"criterion": criterion, "seed": seed, "passes": 7, "scores": scores}
+
+    outcomes = [
+        SimpleNamespace(task=SimpleNamespace(name="mrpc"), seed=seed, variant=f"all {rank}", score=lambda r=rank: r / 4)
+        for seed in (1, 2)
+        for rank in (1, 2)
+    ]
+    monkeypatch.setattr(regret, "measure", measure)
+    monkeypatch.setattr(regret.compare, "outcomes", lambda grid, folder: outcomes)
+    call = ["regret", f"--config={tmp_path / 'grid.py'}", f"--cells={tmp_path}", "--criteria=size,size@cola"]
+    for _ in range(2):
+        assert command.call(regret.run, call) == 0
+    assert asked == [("size", "mrpc", 1), ("size", "mrpc", 2), ("size", "cola", 1), ("size", "cola", 2)]
+    printed = capsys.readouterr().out
+    assert "| size | +1.00 | +0.00 | +0.00 | 7 | 0-1 lora(rank=2) |" in printed
+    assert "| size@cola | +1.00 |" in printed
+    assert command.call(regret.run, [*call[:-1], "--criteria=sise"]) == 2
+    assert "the criterion 'sise' is unknown: did you mean 'size' or" in capsys.readouterr().err
