@@ -23,7 +23,7 @@ def linear(time=3.0, half=HALF):
     return kernel.Linear(kernels, START, -2 * (START - TARGETS), 2.0, half, time, squares)
 
 
-def descended(plan, a, b, time, steps=20_000):
+def descended(plan, a, b, time, steps=4_000):
     """The loss on b after gradient descent on the mean loss of a, with tiny steps."""
     jacobian = np.concatenate([JACOBIANS[layer][name] for layer, name in plan.items()], -1)
     weights = np.zeros(jacobian.shape[-1])

@@ -18,6 +18,7 @@ from jpeft.run.seed import begin
 from jpeft.training.step import single_logits
 
 QUIET = Console(quiet=True)
+PREFIX = plans.Entry("prefix", {"num_virtual_tokens": 2, "mlp_hidden": 3})  # with leaves that all layers share
 
 
 @pytest.fixture
@@ -28,23 +29,22 @@ def seed(tiny_config, tmp_path):
     return begin(config, 11, *loading.load(config, QUIET)[:2], tmp_path, QUIET)
 
 
-@pytest.mark.parametrize("entry", [plans.Entry("lora", {"rank": 2}), plans.Entry("prefix", {"num_virtual_tokens": 2})])
+@pytest.mark.parametrize("entry", [plans.Entry("lora", {"rank": 2}), PREFIX])
 def test_a_kernel_is_made_of_products_of_gradients(seed, entry, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 2)
-    monkeypatch.setattr(kernels, "SKETCH", 10**6)
     method, leaves = measuring.alone(seed, entry)
     part, fixed = split(leaves)
     examples = batching.take(seed.data.train, range(3))
     batch = batching.together(examples, (8,))
     rest, logits = {"params": seed.base.params, "peft": fixed}, single_logits(seed.model, method)
     scale = jax.tree.map(lambda x: np.random.default_rng(x.size).uniform(0.5, 2, x.shape).astype(np.float32), part)
-    found = kernels.kernels(kernels.features(logits)(part, scale, batch, rest))
+    found = kernels.kernels(jax.jit(kernels.features(logits))(part, scale, batch, rest))
     assert list(found) == [0, 1]
+    one = jax.jit(jax.grad(lambda tree, example, c: logits({"peft": tree}, example, rest)[c]))
     rows = []
     for i in range(3):
-        example = jax.tree.map(lambda x, i=i: x[i], batch)
         for c in range(2):
-            gradient = jax.grad(lambda tree, e=example, c=c: logits({"peft": tree}, e, rest)[c])(part)
+            gradient = one(part, jax.tree.map(lambda x, i=i: x[i], batch), c)
             rows.append(jax.tree.map(lambda g, s: np.float64(g) * s, gradient, scale))
     whole = np.array([[sum(gains.by_layer(jax.tree.map(np.multiply, x, y)).values()) for y in rows] for x in rows])
     np.testing.assert_allclose(sum(found.values()), whole, rtol=1e-4, atol=1e-6 * abs(whole).max())
@@ -74,6 +74,7 @@ def test_adam_moves_an_entry_by_its_rate_over_the_size_of_its_gradient():
 def test_a_prediction_of_a_plan_is_the_one_that_chose(seed):
     entries = {"pfeiffer": plans.Entry("pfeiffer", {"bottleneck": 4}), "lora": plans.Entry("lora", {"rank": 2})}
     found = kernels.by_kernel(seed, entries, print)
+    assert [list(row) for row in found.scores.values()] == [["pfeiffer", "lora"]] * 2
     chosen = {layer: max(row, key=row.get) for layer, row in found.scores.items()}
     said = {names: found.predict(dict(enumerate(names))) for names in [(a, b) for a in entries for b in entries]}
     assert said[tuple(chosen.values())] >= max(said[name, name] for name in entries)
