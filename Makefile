@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check parity benchmark
+.PHONY: demo test lint check parity benchmark
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -16,9 +16,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-check: $(VENV)/.installed
+lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check: lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Python compiles what it imports; compiling all that is installed takes longer than the rest of the installation.

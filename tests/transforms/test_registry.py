@@ -157,7 +157,7 @@ REPRESENTATIVES = ("dora", "pfeiffer", "unipelt", "p_tuning", "ladder_side", "fi
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs_under_jit_and_vmap_and_traces_once(name):
+def test_it_runs_under_jit_and_traces_once(name):
     method, trained, fixed, now, value, grads, program, traced = make(name)
     program(moved(trained, 0.01))
     assert len(traced) == 1
@@ -165,6 +165,11 @@ def test_it_runs_under_jit_and_vmap_and_traces_once(name):
     assert value == pytest.approx(float(expected), rel=1e-5)
     assert any(np.any(g) for g in jax.tree.leaves(grads))
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, trained)
+
+
+@pytest.mark.parametrize("name", [*REPRESENTATIVES, "lora", "adamix", "prompt", "said", "prefix"])
+def test_it_runs_under_vmap_over_rows_and_over_leaves(name):
+    method, trained, fixed, now, *_ = make(name)
 
     def one(trained, ids, mask):
         return logits(method, trained, fixed, ids[None], mask[None])[0]
