@@ -17,7 +17,6 @@ from jpeft.report.tables import REPORT as REPORT_KIND
 from jpeft.run import experiment, loading, measured
 from jpeft.training.compiled import Steps
 from jpeft.training.step import StepMetrics
-from jpeft.transforms.registry import MODULES
 
 REPORT = {
     "task", "method", "model", "split", "primary_metric", "metrics", "parameters", "seconds", "examples_per_second",

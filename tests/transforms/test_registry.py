@@ -158,7 +158,7 @@ REPRESENTATIVES = ("dora", "pfeiffer", "unipelt", "p_tuning", "ladder_side", "fi
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_under_jit_and_traces_once(name):
-    method, trained, fixed, now, value, grads, program, traced = make(name)
+    _, trained, _, now, value, grads, program, traced = make(name)
     program(moved(trained, 0.01))
     assert len(traced) == 1
     expected = -np.mean((now - np.log(np.exp(now).sum(1, keepdims=True)))[np.arange(len(now)), LABELS])
