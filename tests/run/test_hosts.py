@@ -32,12 +32,12 @@ def main(argv):
     train.EVENT_STEPS = 2
     config = c.default("mrpc", "lora")
     config.model, config.data.path, config.seeds, config.peft.lora.rank = model, data, (1,), 2
-    config.train.update(num_epochs=int(epochs), max_length=16, batch_size=4, shard_base=True)
+    config.train.update(num_epochs=int(epochs), max_length=16, shard_base=True)
     experiment.run(config, Path(work))
 
 sys.exit(command.call(main, sys.argv))
 """
-EPOCHS = 5  # of twelve steps: 60
+EPOCHS = 17  # of three steps: 51
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def ended(processes):
 
 
 def test_two_processes_stop_and_resume_and_end_as_one_does(tiny_config, start, tmp_path):
-    config = tiny_config("lora", num_epochs=EPOCHS, batch_size=4)
+    config = tiny_config("lora", num_epochs=EPOCHS)
     config.seeds = (1,)
     experiment.run(config, tmp_path / "one", Console(quiet=True))
 

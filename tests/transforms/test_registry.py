@@ -167,7 +167,10 @@ def test_it_runs_under_jit_and_traces_once(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, trained)
 
 
-@pytest.mark.parametrize("name", [*REPRESENTATIVES, "lora", "adamix", "prompt", "said", "prefix"])
+VARIED = (*REPRESENTATIVES, "lora", "adamix", "prompt", "said", "prefix")
+
+
+@pytest.mark.parametrize("name", VARIED)
 def test_it_runs_under_vmap_over_rows_and_over_leaves(name):
     method, trained, fixed, now, *_ = make(name)
 
@@ -199,7 +202,7 @@ def test_gradients_are_the_same_by_example_and_with_remat(name):
     close(recomputed, grads)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*VARIED, "pissa", "ia3", "krona", "bitfit"])
 def test_it_computes_in_bfloat16_with_float32_leaves(name):
     method, trained, fixed, now, *_ = make(name)
     low = Bert(BertConfig(**{**vars(CONFIG), "dtype": "bfloat16"}))
