@@ -11,7 +11,7 @@ from jax import Array
 from jpeft.core.errors import UserError
 from jpeft.core.partition import map_leaves, rates, split
 from jpeft.core.site import layer_of
-from jpeft.core.transform import SHARED, Leaves
+from jpeft.core.transform import SHARED, Chain, Leaves
 from jpeft.core.tree import flatten
 from jpeft.data import batching
 from jpeft.data.batching import Batch
@@ -46,26 +46,23 @@ def by_kernel(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -
     original = np.argsort(order)
     rate = configs.learning_rate(seed.config)
     labels = jnp.asarray(examples.labels)
+    # Where training starts: without modules, although some, such as prefixes, act before they have trained.
+    look, base = jax.jit(eval_step(seed.model, Chain(()))), {"params": ready.params, "peft": {}}
+    found = [np.asarray(look({}, base, batch)) for batch in batches]
+    logits = np.concatenate(found)[original].astype(np.float64)
     tables: dict[str, dict[int, np.ndarray]] = {}
-    logits, passes = np.zeros((0, 0)), ready.passes
+    passes = ready.passes + examples.size / 3
     for name, entry in candidates.items():
         method, leaves = alone(seed, entry)
         part, fixed = split(leaves)
         tree, rest = {"peft": part}, {"params": ready.params, "peft": fixed}
-        loss, factor, rate = (
-            single_loss(seed.model, method, task.loss),
-            rates(method),
-            configs.learning_rate(seed.config),
-        )
+        loss, factor = single_loss(seed.model, method, task.loss), rates(method)
         squares = fisher(loss, tree, batches, rest, values="moments", grouped=True)["peft"]
         moments = gains.moments(squares, examples.size)
-        scale = preconditioner(moments, lambda path, f=factor, r=rate: r * f(path), train.batch_size)
+        scale = preconditioner(moments, lambda path, f=factor: rate * f(path), train.batch_size)
         read = jax.jit(features(single_logits(seed.model, method)))
         found = [jax.device_get(read(part, scale, batch, rest)) for batch in batches]
         tables[name] = kernels({key: np.concatenate([each[key] for each in found])[original] for key in found[0]})
-        if not logits.size:  # before training, no candidate has changed anything
-            look = jax.jit(eval_step(seed.model, method))
-            logits = np.concatenate([look(tree, rest, batch) for batch in batches])[original].astype(np.float64)
         passes += examples.size * (1 + (1 + 2 * logits.shape[1]) / 3)
         seed.console.say(f"  {name}: tangent kernels of {examples.size} examples")
 

@@ -24,10 +24,10 @@ from jpeft.training.trial import Reached, held_out_gradient, held_out_loss, tria
 
 __all__ = ["leading", "loss_drop", "race", "race_steps", "ranking", "tried"]
 
-RACE_SHARE = 0.06  # of the run's steps, for the whole race
-RACE_MOST = 0.1  # of the run's passes, with what comes on top: fitting the head, looking at the held-out examples
+RACE_SHARE = 0.08  # of the run's steps, for the whole race
+RACE_MOST = 0.1  # of the run's passes, with what looking at the held-out examples takes on top
 RACE_HELD = 256  # held-out examples of a race
-TELLING = 20  # steps before a look tells anything: after 8 a faster rate is behind, after 24 it is ahead
+TELLING = 30  # steps before a look tells anything: a faster rate is behind at first (docs/choice.md)
 DROP_STEPS = 8
 DROP_HELD = 64  # held-out examples of `loss_drop`
 WARMUP = 4  # steps of a trial
@@ -58,6 +58,9 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
     the config names first is ahead (the rule of Breiman et al. 1984, *Classification and Regression Trees*). Successive
     halving: Karnin et al. 2013 (ICML); Jamieson and Talwalkar 2016, arXiv:1502.07943.
 
+    It begins with the head that the run begins with, and not with a fitted one. On top of that, held-out losses rise in
+    the first steps, and the more the higher the rate is: the weights of a fitted head are large (docs/choice.md).
+
     Short runs have too few steps for both. There the candidate that is named first is taken, and all steps go to its
     rates, which differ sooner than kinds of modules do, and by more.
     """
@@ -67,10 +70,12 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
     while sizes[-1] > 2:
         sizes.append(math.ceil(sizes[-1] / 2))
     own, *faster = configs.raced_rates(seed.config)
-    ready = prepare(seed, 2 * RACE_HELD)
+    held, rows = batching.sample(seed.data.train, min(RACE_HELD, seed.data.train.size // 4), seed.seed)
+    # All others are there to train on.
+    train = batching.take(seed.data.train, np.setdiff1d(np.arange(seed.data.train.size), rows))
 
     def steps_of(sizes: Sequence[int]) -> int:
-        fixed = (ready.passes + (sum(sizes) + len(faster)) * ready.b.size / 3) / (total * batch_size)
+        fixed = (sum(sizes) + len(faster)) * held.size / 3 / (total * batch_size)
         return race_steps(total, [*sizes, *(len(sizes) for _ in faster)], fixed)
 
     steps, alive = steps_of(sizes), list(candidates)
@@ -78,18 +83,15 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
         sizes, alive = [1], alive[:1]
         steps = steps_of(sizes)
         seed.console.say(f"  too short a run to tell kinds of modules apart: {alive[0]}, which is named first")
-    # All but the held-out half is there to train on.
-    out = set(ready.rows[ready.a.size :].tolist())
-    train = batching.take(seed.data.train, [i for i in range(seed.data.train.size) if i not in out])
 
     def begun(name: str, every: int, rate: float) -> Iterator[Reached]:
-        return tried(seed, candidates[name], ready.params, train, ready.b, every, False, rate)
+        return tried(seed, candidates[name], seed.base.params, train, held, every, False, rate)
 
     runs = {name: begun(name, steps, own) for name in alive}
-    passes, order, history = ready.passes, [], []
+    passes, order, history = 0.0, [], []
     for size in sizes:
         losses = {name: next(runs[name]).losses for name in alive}
-        passes += len(alive) * (steps * batch_size + ready.b.size / 3)
+        passes += len(alive) * (steps * batch_size + held.size / 3)
         history.append({name: float(x.mean()) for name, x in losses.items()})
         told = ", ".join(f"{name} {loss:.4f}" for name, loss in history[-1].items())
         seed.console.say(f"  held-out loss after {steps * len(history)} steps: {told}")
@@ -103,7 +105,7 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
     if faster:
         most = steps * len(sizes)
         rivals = {f"{rate:g}": next(begun(order[0], most, rate)).losses for rate in faster}
-        passes += len(faster) * (most * batch_size + ready.b.size / 3)
+        passes += len(faster) * (most * batch_size + held.size / 3)
         by_rate = {f"{own:g}": losses[order[0]], **rivals}
         about |= {"rate": float(leading(by_rate)), "rate_losses": {x: float(y.mean()) for x, y in by_rate.items()}}
         told = ", ".join(f"{loss:.4f} at {name} times its rate" for name, loss in about["rate_losses"].items())
@@ -117,8 +119,8 @@ def race_steps(total: int, sizes: Sequence[int], fixed: float) -> int:
     Args:
       total: steps of the run.
       sizes: how many candidates train in each round.
-      fixed: the share of the run's passes that fitting the head and looking take. In short runs it leaves less for
-        training, so that all together take at most `RACE_MOST`.
+      fixed: the share of the run's passes that looking takes. In short runs it leaves less for training, so that all
+        together take at most `RACE_MOST`.
     """
     return max(4, min(round(RACE_SHARE * total / sum(sizes)), math.floor((RACE_MOST - fixed) * total / sum(sizes))))
 
@@ -164,7 +166,7 @@ def tried(
     attribute: bool,
     rate: float = 1,
 ) -> Iterator[Reached]:
-    """A trial of a candidate in all layers, at a multiple of its own rate, from the fitted head on."""
+    """A trial of a candidate in all layers, at a multiple of its own rate, from `params` on."""
     method, leaves = alone(seed, entry)
     parts = partition(method, params, leaves, trains=seed.head)
     # A warm-up in which Adam's variances settle, then the full rate: a schedule down to zero would end before it tells.

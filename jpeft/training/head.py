@@ -81,7 +81,7 @@ def fit_head(params: Params, site: Site, read: np.ndarray, labels: np.ndarray) -
             least = 0 if len(classes) < 2 else counts.min()
             raise UserError(
                 f"a head cannot be fitted on {len(labels)} examples with {least} of a class: expected {LEAST} or "
-                "more; give more training data, or set config.fishpal.criterion=thesis, which needs no fitted head"
+                "more; give more training data, or set config.fishpal.criterion=race, which needs no fitted head"
             )
         model = _logistic(read, labels)
         if len(classes) == 2:  # one direction, which tells the second class from the first

@@ -72,16 +72,25 @@ def test_adam_moves_an_entry_by_its_rate_over_the_size_of_its_gradient():
 
 
 def test_a_prediction_of_a_plan_is_the_one_that_chose(seed):
-    entries = {"pfeiffer": plans.Entry("pfeiffer", {"bottleneck": 4}), "lora": plans.Entry("lora", {"rank": 2})}
+    entries = {"prefix": PREFIX, "lora": plans.Entry("lora", {"rank": 2})}
     found = kernels.by_kernel(seed, entries, print)
-    assert [list(row) for row in found.scores.values()] == [["pfeiffer", "lora"]] * 2
+    assert [list(row) for row in found.scores.values()] == [["prefix", "lora"]] * 2
     chosen = {layer: max(row, key=row.get) for layer, row in found.scores.items()}
     said = {names: found.predict(dict(enumerate(names))) for names in [(a, b) for a in entries for b in entries]}
     assert said[tuple(chosen.values())] >= max(said[name, name] for name in entries)
     lost = {layer: name for layer, name in chosen.items() if layer != 0}
     gain = said[tuple(chosen.values())] - found.predict(lost)
     assert found.scores[0][chosen[0]] == pytest.approx(gain)
-    assert found.passes == pytest.approx(37 / 3 + 2 * 8 * (1 + 5 / 3))
+    assert found.passes == pytest.approx(45 / 3 + 2 * 8 * (1 + 5 / 3))
+    ready = measuring.prepare(seed, 8)  # without modules nothing moves, not even by a prefix that is random at first
+    loss = [_loss(seed, ready.params, half) for half in (ready.a, ready.b)]
+    assert found.predict({}) == pytest.approx(-np.mean(loss), rel=1e-5)
+
+
+def _loss(seed, params, examples):
+    batch = batching.together(examples, (8,))
+    logits, _ = seed.model.apply({"params": params}, batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    return float(seed.data.task.loss(logits, batch.labels).mean())
 
 
 def test_tagging_has_no_kernel(seed):
