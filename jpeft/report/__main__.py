@@ -1,18 +1,15 @@
 """Compares finished runs: python -m jpeft.report runs/mnli_fishpal runs/mnli_lora
 
-Prints a table with one row a run. It also writes, where a file is given:
-
-    --html page.html    tables that sort, learning curves, confusion matrices, calibration and more, in one file
-    --latex table.tex   the table for LaTeX (needs its package booktabs)
-    --csv table.csv     the table, comma-separated
+Prints a table with one row for each run, and writes what else is asked for.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jpeft.core import files
-from jpeft.core.errors import UserError, nearest
+from jpeft.core.errors import UserError
 from jpeft.report import formats
 from jpeft.report.tables import REPORT, compare, table
 
@@ -27,34 +24,31 @@ def _html(workdirs: Sequence[Path], reports: Sequence[dict]) -> str:
     return page([finished(path, str(path) if alike else path.name) for path in workdirs])
 
 
-WRITERS: dict[str, Writer] = {
-    "--html": _html,
-    "--latex": lambda _, reports: formats.latex(table(reports)),
-    "--csv": lambda _, reports: formats.separated(table(reports)),
+WRITERS: dict[str, tuple[Writer, str]] = {
+    "html": (_html, "tables that sort, learning curves, confusion matrices, calibration and more, in one file"),
+    "latex": (lambda _, reports: formats.latex(table(reports)), "the table for LaTeX; needs its package booktabs"),
+    "csv": (lambda _, reports: formats.separated(table(reports)), "the table, comma-separated"),
 }
 
 
-def parsed(argv: Sequence[str]) -> tuple[list[Path], dict[str, Path]]:
-    """The workdirs, and the file for each writer that is asked for.
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message}; see --help")
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The workdirs, and the file to write in each format that is asked for.
 
     Raises:
       UserError: if a flag is unknown or has no file, or no workdir is named.
     """
-    workdirs, asked, rest = [], {}, iter(argv)
-    for argument in rest:
-        flag, has_value, value = argument.partition("=")
-        if not flag.startswith("--"):
-            workdirs.append(Path(argument))
-        elif flag not in WRITERS:
-            raise UserError(f"unknown flag {flag!r}: {nearest(flag, WRITERS)}")
-        else:
-            value = value if has_value else next(rest, "")
-            if not value or value.startswith("--"):
-                raise UserError(f"{flag} needs the name of a file to write")
-            asked[flag] = Path(value)
-    if not workdirs:
-        raise UserError("name one or more workdirs: python -m jpeft.report runs/a runs/b")
-    return workdirs, asked
+    parser = _Parser(
+        "python -m jpeft.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("workdirs", type=Path, nargs="+", help="of finished runs")
+    for name, (_, what) in WRITERS.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
+    return parser.parse_args(argv)
 
 
 def _report(workdir: Path) -> dict:
@@ -74,18 +68,17 @@ def _report(workdir: Path) -> dict:
 
 def main(argv: list[str]) -> int:
     """Prints one row for each workdir, and writes what is asked for; exit code 2 if one has no report."""
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
     try:
-        workdirs, asked = parsed(argv)
+        given = parsed(argv)
+        workdirs = given.workdirs
         missing = [str(folder) for folder in workdirs if not (folder / "report.json").is_file()]
         if missing:
             raise UserError(f"no report.json in {', '.join(missing)}: is the run finished?")
         reports = [_report(folder) for folder in workdirs]
-        texts = {path: WRITERS[flag](workdirs, reports) for flag, path in asked.items()}
+        asked = [(path, write) for name, (write, _) in WRITERS.items() if (path := getattr(given, name)) is not None]
+        texts = [(path, write(workdirs, reports)) for path, write in asked]
         print(compare(reports))
-        for path, text in texts.items():
+        for path, text in texts:
             files.write_text(path, text)
             print(f"written: {path}")
     except (UserError, OSError) as error:

@@ -32,9 +32,9 @@ def is_classes(logits: np.ndarray, labels: np.ndarray) -> bool:
 
 def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """[C, C] counts: rows are the labels, columns the answers."""
-    table = np.zeros((logits.shape[1],) * 2, int)
-    np.add.at(table, (labels, logits.argmax(-1)), 1)
-    return table
+    from sklearn.metrics import confusion_matrix
+
+    return confusion_matrix(labels, logits.argmax(-1), labels=range(logits.shape[1]))
 
 
 def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Reliability:
@@ -45,8 +45,9 @@ def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Rel
       labels: [n], class ids.
       bins: how many.
     """
-    wide = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    probabilities = np.exp(wide) / np.exp(wide).sum(-1, keepdims=True)
+    from scipy.special import softmax
+
+    probabilities = softmax(logits.astype(np.float64), axis=-1)
     confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
     of = np.minimum((confidence * bins).astype(int), bins - 1)
     counts = np.bincount(of, minlength=bins)

@@ -83,10 +83,10 @@ def test_the_program_writes_what_is_asked_for(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--htm=x"], "error: unknown flag '--htm': did you mean '--html'?"),
-        (["--html"], "error: --html needs the name of a file to write"),
-        (["--html", "--csv"], "error: --html needs the name of a file to write"),
-        ([], "error: name one or more workdirs"),
+        (["--htm=x"], "error: unrecognized arguments: --htm=x; see --help"),
+        (["--html"], "error: argument --html: expected one argument"),
+        (["--html", "--csv"], "error: argument --html: expected one argument"),
+        ([], "error: the following arguments are required: workdirs"),
     ],
 )
 def test_flags_that_are_wrong(tmp_path, capsys, arguments, says):

@@ -13,6 +13,7 @@ from jpeft.core.errors import UserError
 from jpeft.core.files import read_leaves, read_record
 from jpeft.data.tasks import TASKS
 from jpeft.plans import fishpal
+from jpeft.report import page as pages
 from jpeft.report.tables import REPORT as REPORT_KIND
 from jpeft.run import experiment, loading, measured
 from jpeft.training.compiled import Steps
@@ -100,6 +101,7 @@ def test_fishpal(fishpal_run):
     assert report["seconds"]["fisher"] > 0
     page = (workdir / "report.md").read_text()
     assert "](choice.png)" in page
+    assert pages.page([pages.finished(workdir, "run")]).count("<svg") == 3  # curves, calibration, confusions
     assert (workdir / "choice.png").read_bytes().startswith(b"\x89PNG")
     uniform = 0
     candidates = dict.fromkeys(config.fishpal.candidates)
