@@ -125,6 +125,9 @@ def test_in_a_short_run_all_steps_go_to_the_rates_of_the_first_candidate(seed, m
     entries, asked = {name: plans.Entry("lora", {"rank": 2, "alpha": x}) for name, x in (("a", 1.0), ("b", 2.0))}, []
 
     def trial(seed, entry, params, train, held, every, attribute, rate):
+        assert params is seed.base.params  # with the head that the run begins with
+        rows = [ids.tobytes() for ids in (*train.input_ids, *held.input_ids)]
+        assert (sorted(rows), held.size) == (sorted(ids.tobytes() for ids in seed.data.train.input_ids), 11)
         asked.append((entry.options["alpha"], every, rate))
         yield Reached(0, np.full(10, 1 / rate))
 

@@ -16,6 +16,7 @@ from jpeft.plans import fishpal
 from jpeft.report import page as pages
 from jpeft.report.tables import REPORT as REPORT_KIND
 from jpeft.run import experiment, loading, measured
+from jpeft.run.seed import begin
 from jpeft.training.compiled import Steps
 from jpeft.training.step import StepMetrics
 
@@ -152,7 +153,7 @@ def test_methods(tiny_config, tmp_path, method, task):
 
 
 def test_a_pooler_that_nobody_trained_is_drawn_by_the_seed_and_trains(tiny_config, tmp_path):
-    """Below it, a method finds its places as always."""
+    """Below it, a method finds its places as always, and none in it."""
     config, folder = tiny_config("lora", num_epochs=1), tmp_path / "drawn"
     shutil.copytree(config.model, folder)
     weights = load_file(folder / "model.safetensors")
@@ -160,6 +161,8 @@ def test_a_pooler_that_nobody_trained_is_drawn_by_the_seed_and_trains(tiny_confi
     weights["bert.pooler.dense.bias"] = np.zeros(16, np.float32)
     save_file(weights, folder / "model.safetensors")
     config.model, console = str(folder), Heard()
+    data, base, _ = loading.load(config, console)
+    assert {"pooler", "classifier"} - set(begin(config, 11, data, base, tmp_path, console).sites) == {"pooler"}
     report = experiment.run(config, tmp_path / "work", console)
     assert report["parameters"]["trainable"] == 34 + 2 * 2 * (16 * 2 + 2 * 16) + 16 * 17
     assert any("so initialised and trained: classifier, pooler" in line for line in console.lines)
