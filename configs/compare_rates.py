@@ -1,20 +1,34 @@
-"""Learning rates of the candidates of FishPAL, one kind in all layers, on MiniLM.
+"""Learning rates for every method: its own and multiples of it, on the built-in data with MiniLM, one seed.
 
     python -m jpeft.compare --config configs/compare_rates.py --cells docs/results/rates --workdir runs/rates
 
-4,000 training rows, one epoch, one seed.
+4,000 training rows, two epochs. "lora_x4" is LoRA at four times its own rate. `configs/compare_all.py` trains each
+method at the rate that does best here, on another task.
 """
 
 from jpeft.run.config import Config
+from jpeft.transforms.registry import METHODS
 from jpeft.workbench import compare
 
-SIZES = {"lora": {"rank": 8}, "pfeiffer": {"bottleneck": 16}, "prefix": {"num_virtual_tokens": 16, "mlp_hidden": None}}
-# As many parameters in each layer, 32 d, but for biases. A flat prefix: an MLP would train more than all the rest.
+# Masks train half a percent of the entries, by default at a rate that was meant for all of them.
+FACTORS = {
+    "fish": (4, 32, 128),
+    "random_mask": (4, 32, 128),
+    "magnitude_mask": (4, 32, 128),
+    "prefix": (1, 4, 16),
+    "p_tuning": (1, 4, 16),
+    "prompt": (1, 4, 16),
+}
 
 
-def get_config(task: str = "sst2") -> Config:
-    variants = {name: {"method": name, "peft": {name: options}} for name, options in SIZES.items()}
-    grid = compare.default(variants, tasks=(task,), seeds=(11,), learning_rates=(2e-3, 8e-3, 3.2e-2, 5e-4))
+def get_config() -> Config:
+    variants = {
+        f"{name}_x{factor}": {"method": name, "train": {"learning_rate": factor * METHODS[name].learning_rate}}
+        for name in METHODS
+        if name != "fishpal"  # finds its own
+        for factor in FACTORS.get(name, (1, 4))
+    }
+    grid = compare.default(variants, tasks=("synthetic",), seeds=(11,))
     grid.run.model = "minilm"
-    grid.run.train.update(num_epochs=1, max_train_examples=4000, max_length=64)
+    grid.run.train.update(num_epochs=2, max_length=128, max_train_examples=4000)
     return grid

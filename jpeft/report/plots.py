@@ -167,7 +167,7 @@ def fisher_map(path: Path, information: Mapping[str, np.ndarray], title: str) ->
 
 
 def methods(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes a PNG: the primary score of each method over the share of parameters that it trains.
+    """Writes a PNG: the mean score of each method, with its range, over the share of parameters that it trains.
 
     Args:
       path: of the PNG.
@@ -181,12 +181,14 @@ def methods(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
     panel = figure.subplots()
     primary = ""
     for name, row in rows.items():
-        if "metrics" not in row:
+        if "scores" not in row:
             continue
-        primary = row["primary_metric"]
+        primary, scores = row["primary_metric"], [100 * value for value in row["scores"].values()]
         # The head alone trains nothing of the base: it stands at the left edge of a logarithmic axis.
-        share, value = max(row["trainable_percent"], 1e-3), 100 * row["metrics"][primary]
-        panel.plot(share, value, "o", color="tab:blue" if row["merges"] else "tab:orange")
+        share, value = max(row["trainable_percent"], 1e-3), sum(scores) / len(scores)
+        colour = "tab:blue" if row["merges"] else "tab:orange"
+        panel.plot(share, value, "o", color=colour)
+        panel.plot([share, share], [min(scores), max(scores)], "-", color=colour, linewidth=1)
         panel.annotate(name, (share, value), xytext=(4, 4), textcoords="offset points", fontsize=8)
     panel.set_xscale("log")
     panel.set_xlabel("trained share of bert-base in percent, without the head (blue: merges into the base)")

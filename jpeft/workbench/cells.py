@@ -63,6 +63,7 @@ def write(folder: Path, config: Config, cell: Cell, report: Mapping[str, Any], w
         "metrics": report["metrics"]["mean"],
         "trainable_percent": report["parameters"]["trainable_percent"],
         "added_percent": report["parameters"]["added_percent"],
+        "module_bytes": report["parameters"]["module_bytes"],
         "seconds": {name: round(value, 1) for name, value in report["seconds"].items()},
         **({"choice": choice} if choice else {}),
         "versions": report["versions"],

@@ -3,9 +3,9 @@
     python -m jpeft.workbench.methods --workdir runs/methods
 
 For each method: what trains and what stays at inference on the shapes of bert-base; the time of a training and of an
-inference step over those of full fine-tuning, measured in turn, and the memory that XLA plans for the training step, on
-the shapes of the model; and the dev score of the task after a small budget, at four times the method's own learning
-rate, as in the demo. Writes methods.md, methods.json and methods.png. Run again, it resumes.
+inference step over those of full fine-tuning, measured in turn, and the memory that XLA plans for the training step,
+on the shapes of the model; and, with `--cells`, the dev scores that a grid of `jpeft.compare` found for the methods.
+Writes methods.md, methods.json and methods.png. Run again, it resumes.
 """
 
 import argparse
@@ -28,12 +28,11 @@ from jpeft.data.batching import Batch
 from jpeft.models import Bert, BertConfig, pretrained
 from jpeft.plans.plan import PLANS, build
 from jpeft.report import plots
-from jpeft.run import config as configs
-from jpeft.run import experiment
 from jpeft.run.console import Console
 from jpeft.training import optim
 from jpeft.training import step as stepping
-from jpeft.transforms.registry import MODULES
+from jpeft.transforms.registry import METHODS, MODULES
+from jpeft.workbench.cells import KIND
 
 BASE = BertConfig()  # the shapes of bert-base
 BATCH, LENGTH, PAIRS = 16, 64, 5
@@ -104,18 +103,30 @@ class Timed:
         return time.perf_counter() - start
 
 
-def score(name: str, args: argparse.Namespace, workdir: Path, console: Console) -> dict[str, Any]:
-    """The dev scores after the small budget, and how fast it trained."""
-    config = configs.demo(configs.default(args.task, name))
-    config.task, config.model = args.task, args.model
-    config.train.update(num_epochs=args.num_epochs, max_length=128)
-    report = experiment.run(config, workdir, console)
-    return {
-        "learning_rate": config.train.learning_rate,
-        "primary_metric": report["primary_metric"],
-        "metrics": report["metrics"]["mean"],
-        "module_bytes": report["parameters"]["module_bytes"],
-    }
+def scores(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the finished cells of a grid say of each method: of the variants that are called as one.
+
+    Args:
+      folder: of the cells' files, all of one task.
+
+    Returns:
+      {method: row}, with the name of the "primary_metric", its "scores" by seed, the "learning_rate" (None where
+      FishPAL found it), and "module_bytes", of a saved module with its head.
+
+    Raises:
+      UserError: if a file is not one of a cell, if there is none, or if they are of several tasks.
+    """
+    rows = [files.read_record(path, KIND) for path in sorted(folder.glob("*.json"))]
+    rows = [row for row in rows if row["variant"] in NAMES]
+    if len(tasks := sorted({row["task"] for row in rows})) != 1:
+        raise UserError(f"--cells {folder} must have cells of methods on one task, has {', '.join(tasks) or 'none'}")
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        name, metric = row["variant"], row["primary_metric"]
+        rate = None if "choice" in row else row["config"].get("train.learning_rate", METHODS[name].learning_rate)
+        about = {"primary_metric": metric, "learning_rate": rate, "module_bytes": row["module_bytes"], "scores": {}}
+        found.setdefault(name, about)["scores"][str(row["seed"])] = row["metrics"][metric]
+    return found
 
 
 def _method(name: str, num_layers: int) -> transform.Chain:
@@ -125,9 +136,10 @@ def _method(name: str, num_layers: int) -> transform.Chain:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The Markdown table, one row a method."""
-    metrics = list(dict.fromkeys(m for row in rows.values() for m in row.get("metrics", {})))
-    head = ["method", "trains %", "adds %", "merges", "train time", "inference time", "memory MB", "file kB", *metrics]
+    """The Markdown table, one row a method; scores are means over seeds and their standard deviation, in percent."""
+    metric = next((row["primary_metric"] for row in rows.values() if "scores" in row), "score")
+    head = ["method", "trains %", "adds %", "merges", "train time", "inference time", "memory MB", "file kB"]
+    head += ["learning rate", metric]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name, row in rows.items():
         cells = [
@@ -138,19 +150,28 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             f"{row['train_time_ratio']:.2f}",
             f"{row['infer_time_ratio']:.2f}",
             f"{row['train_memory_bytes'] / 1e6:.0f}",
-            f"{row['module_bytes'] / 1e3:.0f}" if "module_bytes" in row else "-",
-            *(f"{100 * row['metrics'][m]:.1f}" if "metrics" in row else "-" for m in metrics),
+            *_scored(row),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def _scored(row: dict[str, Any]) -> list[str]:
+    if "scores" not in row:
+        return ["-", "-", "-"]
+    rate, values = row["learning_rate"], [100 * value for value in row["scores"].values()]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    rate = "chosen" if rate is None else f"{rate:g}"
+    return [f"{row['module_bytes'] / 1e3:.0f}", rate, f"{statistics.fmean(values):.1f}{spread}"]
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m jpeft.workbench.methods", description="Compares all methods.")
     parser.add_argument("--workdir", type=Path, default=Path("runs/methods"), help="results; kept between starts")
-    parser.add_argument("--model", default="minilm", help="whose shapes are timed and which is trained")
-    parser.add_argument("--task", default="mrpc", help="the task that is trained on; 'none' leaves accuracy out")
-    parser.add_argument("--num_epochs", type=int, default=2, help="the budget")
+    parser.add_argument("--model", default="minilm", help="whose shapes are timed")
+    parser.add_argument(
+        "--cells", type=Path, help="finished cells of a grid of all methods, such as docs/results/methods"
+    )
     parser.add_argument("--methods", default=",".join(NAMES), help="comma-separated; all by default")
     return parser.parse_args(argv)
 
@@ -163,6 +184,8 @@ def main(argv: list[str]) -> int:
         for name in names:
             if name not in NAMES:
                 raise UserError(f"method {name!r} is unknown: {nearest(name, NAMES)}")
+        if args.cells:  # before minutes of measuring
+            scores(args.cells)
         _measure(names, args, console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -187,14 +210,10 @@ def _measure(names: list[str], args: argparse.Namespace, console: Console) -> No
             measured, _ = cost(name, model, loaded.params, full)
             rows[name] = {**rows.get(name, {}), **sizes(name, base_params, base_sites), **measured}
             files.write_json(path, rows)
-    if args.task != "none":
-        for name in names:
-            if "metrics" not in rows[name]:
-                rows[name] |= score(name, args, args.workdir / name, console)
-                files.write_json(path, rows)
-    rows = {name: rows[name] for name in NAMES if name in rows}
+    scored = scores(args.cells) if args.cells else {}
+    rows = {name: rows[name] | scored.get(name, {}) for name in NAMES if name in rows}
     files.write_text(args.workdir / "methods.md", table(rows))
-    if any("metrics" in row for row in rows.values()):
+    if any("scores" in row for row in rows.values()):
         plots.methods(args.workdir / "methods.png", rows)
     console.say("\n" + table(rows))
 

@@ -2,21 +2,53 @@
 
 import pytest
 
+from jpeft.core import files
+from jpeft.core.errors import UserError
 from jpeft.report import plots
 from jpeft.workbench import methods
+from jpeft.workbench.cells import KIND
 
 ROW = {
     "trainable_percent": 0.269, "added_percent": 0.0, "merges": True, "train_time_ratio": 0.571,
     "infer_time_ratio": 1.0, "train_memory_bytes": 420_000_000,
 }  # fmt: skip
-SCORED = {**ROW, "merges": False, "module_bytes": 301_440, "primary_metric": "accuracy", "metrics": {"accuracy": 0.79}}
+SCORED = {
+    **ROW, "merges": False, "module_bytes": 301_440, "primary_metric": "accuracy", "learning_rate": 0.002,
+    "scores": {"11": 0.78, "22": 0.8},
+}  # fmt: skip
 
 
 def test_the_table_has_a_row_a_method_and_dashes_for_what_is_not_measured():
     lines = methods.table({"lora": ROW, "pfeiffer": SCORED}).splitlines()
-    assert lines[0].endswith("| memory MB | file kB | accuracy |")
-    assert lines[2] == "| lora | 0.269 | 0.000 | yes | 0.57 | 1.00 | 420 | - | - |"
-    assert lines[3].endswith("| no | 0.57 | 1.00 | 420 | 301 | 79.0 |")
+    assert lines[0].endswith("| memory MB | file kB | learning rate | accuracy |")
+    assert lines[2] == "| lora | 0.269 | 0.000 | yes | 0.57 | 1.00 | 420 | - | - | - |"
+    assert lines[3].endswith("| no | 0.57 | 1.00 | 420 | 301 | 0.002 | 79.0 ± 1.4 |")
+
+
+def test_scores_come_from_the_cells_of_a_grid(tmp_path):
+    def cell(variant, seed, score, task="sst2", **more):
+        row = {
+            "task": task, "variant": variant, "seed": seed, "config": {"method": variant}, "primary_metric": "accuracy",
+            "metrics": {"accuracy": score}, "module_bytes": 7, **more,
+        }  # fmt: skip
+        files.write_record(tmp_path / f"{task}-{variant}-{seed}.json", KIND, row)
+
+    with pytest.raises(UserError, match="must have cells of methods on one task, has none"):
+        methods.scores(tmp_path)
+    cell("lora", 11, 0.5)
+    cell("lora", 22, 0.7, config={"method": "lora", "train.learning_rate": 0.002})
+    cell("fishpal", 11, 0.9, choice={"rates": {"11": 4.0}})
+    cell("lora_x4", 11, 0.1)  # not a method's name
+    found = methods.scores(tmp_path)
+    assert found["lora"] == {
+        "primary_metric": "accuracy", "learning_rate": 5e-4, "module_bytes": 7, "scores": {"11": 0.5, "22": 0.7},
+    }  # fmt: skip
+    assert found["fishpal"]["learning_rate"] is None
+    assert set(found) == {"lora", "fishpal"}
+    assert "| chosen | 90.0 |" in methods.table({"fishpal": ROW | found["fishpal"]})
+    cell("lora", 11, 0.5, task="mrpc")
+    with pytest.raises(UserError, match="has mrpc, sst2"):
+        methods.scores(tmp_path)
 
 
 def test_the_picture_is_written(tmp_path):

@@ -1,0 +1,25 @@
+"""Every method on SST-2 with MiniLM, three seeds, each at the rate that did best on the built-in data: docs/methods.md.
+
+    python -m jpeft.compare --config configs/compare_all.py --cells docs/results/methods --workdir runs/methods
+
+4,000 training rows, two epochs.
+"""
+
+from jpeft.run.config import Config
+from jpeft.transforms.registry import METHODS
+from jpeft.workbench import compare
+
+# What `configs/compare_rates.py` found, as multiples of the methods' own rates.
+FACTORS: dict[str, int] = {}
+
+
+def get_config() -> Config:
+    variants = {
+        name: {"method": name, "train": {"learning_rate": FACTORS.get(name, 4) * METHODS[name].learning_rate}}
+        for name in METHODS
+        if name != "fishpal"
+    }
+    grid = compare.default({**variants, "fishpal": {"method": "fishpal"}}, tasks=("sst2",), seeds=(11, 22, 88))
+    grid.run.model = "minilm"
+    grid.run.train.update(num_epochs=2, max_length=128, max_train_examples=4000)
+    return grid
