@@ -84,16 +84,23 @@ def in_background() -> Iterator[Callable[[Callable[[], None]], None]]:
             wait()
 
 
+def _alone() -> Any:
+    """Of several processes, one writes, and the others do not wait for it."""
+    import orbax.checkpoint as ocp
+
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(own, {own}, f"process_{own}")
+
+
 def _manager(folder: Path) -> Any:
     import orbax.checkpoint as ocp
 
-    own = jax.process_index()  # of several processes, one writes, and the others do not wait for it
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2,
         enable_async_checkpointing=False,
         cleanup_tmp_directories=True,
         create=False,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(own, {own}, f"process_{own}"),
+        multiprocessing_options=_alone(),
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -148,26 +155,24 @@ def restore(
       UserError: if there are checkpoints, but none of this structure that can be read and is as it was written, or
         something else than files.
     """
-    if not folder.is_dir():
-        return None
-    for path in folder.rglob("*"):
-        if not path.is_file() and not path.is_dir():  # Orbax would wait for what comes out of a pipe
-            raise UserError(f"{path} is neither a file nor a folder: delete it")
-    with _manager(folder) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
-        for i, step in enumerate(steps):
-            try:
-                _check_files(folder, step)
-                found = _read(manager, step, like)
-                if owner is not None and found.progress.owner != owner:
-                    raise _Damaged("it is of another run or seed")
-                for damaged in steps[:i]:  # or the run, when it gets there again, would find the step saved
-                    shutil.rmtree(folder / str(damaged))
-                return found
-            except _Damaged as error:
-                warn(f"checkpoint {folder / str(step)} cannot be resumed: {error}")
-                reason = error
-    if not steps:
+    # Not by Orbax's manager, which looks into all of them and would wait for what comes out of a pipe.
+    steps = sorted((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), reverse=True)
+    reason: Exception | None = None
+    for step in steps:
+        try:
+            _check_files(folder, step)
+            found = _read(folder / str(step), like)
+            if owner is not None and found.progress.owner != owner:
+                raise _Damaged("it is of another run or seed")
+        except _Damaged as error:
+            warn(f"checkpoint {folder / str(step)} cannot be resumed: {error}")
+            reason = error
+        else:
+            for other in steps:  # or the run, when it gets to a damaged one again, would find the step saved
+                if other > step or _strange(folder / str(other)):
+                    _remove(folder / str(other))
+            return found
+    if reason is None:
         return None
     raise UserError(f"no checkpoint in {folder} can be resumed ({reason}): delete the folder to start again")
 
@@ -185,11 +190,26 @@ def _files(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_hash(path) for path in paths}
 
 
+def _strange(folder: Path) -> str:
+    """What in a checkpoint is neither a file nor a folder, such as a pipe or a link to nowhere; "" if nothing is."""
+    odd = (path for path in (folder, *folder.rglob("*")) if not path.is_file() and not path.is_dir())
+    return next((f"{path} is neither a file nor a folder" for path in odd), "")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def _check_files(folder: Path, step: int) -> None:
     """Finds damaged files before Orbax does, whose threads print tracebacks of their own.
 
     A run that was killed before it wrote the list left none; then the hash of the contents has to do.
     """
+    if told := _strange(folder / str(step)):
+        raise _Damaged(told)
     try:
         written = read_record(_list(folder, step), KIND) if _list(folder, step).is_file() else None
     except UserError as error:
@@ -198,13 +218,14 @@ def _check_files(folder: Path, step: int) -> None:
         raise _Damaged("its files were changed or damaged after they were written")
 
 
-def _read(manager: Any, step: int, like: State) -> Restored:
+def _read(path: Path, like: State) -> Restored:
     import orbax.checkpoint as ocp
 
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
     try:
-        read = manager.restore(step, args=args)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone()) as reader:
+            read = reader.restore(path.absolute(), args=args)
         state = jax.tree.map(jax.numpy.asarray, read["state"])
         about = dict(read["progress"])
         written = about.pop(HASH)

@@ -185,11 +185,36 @@ def test_only_leftovers_are_no_checkpoint(tmp_path):
     assert checkpoint.restore(tmp_path, like()) is None
 
 
-def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
-    checkpoint.save(tmp_path / "latest", state(), PROGRESS)
-    os.mkfifo(tmp_path / "latest" / "3" / "pipe")
-    with pytest.raises(UserError, match="pipe is neither a file nor a folder: delete it"):
-        checkpoint.restore(tmp_path / "latest", like())
+@pytest.mark.parametrize("where", ["4/pipe", "4/_CHECKPOINT_METADATA", "4"])
+def test_pipes_are_not_waited_for(tmp_path, where):
+    checkpoint.save(tmp_path, state(), PROGRESS)
+    checkpoint.save(tmp_path, state(4), PROGRESS)
+    if (tmp_path / where).exists():
+        checkpoint._remove(tmp_path / where)
+    os.mkfifo(tmp_path / where)
+    warned = []
+    found = checkpoint.restore(tmp_path, like(), warned.append)
+    assert found is not None
+    assert int(found.state.step) == 3
+    assert f"{where} is neither a file nor a folder" in warned[0]
+    assert not (tmp_path / "4").exists()
+
+
+def test_a_pipe_in_the_checkpoint_before_does_not_stay(tmp_path):
+    checkpoint.save(tmp_path, state(), PROGRESS)
+    checkpoint.save(tmp_path, state(4), PROGRESS)
+    (tmp_path / "3" / "_CHECKPOINT_METADATA").unlink()
+    (tmp_path / "3" / "_CHECKPOINT_METADATA").symlink_to("_CHECKPOINT_METADATA")
+    assert int(checkpoint.restore(tmp_path, like()).state.step) == 4
+    checkpoint.save(tmp_path, state(5), PROGRESS)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["4", "5"]
+
+
+def test_nothing_but_pipes_is_one_line(tmp_path):
+    checkpoint.save(tmp_path, state(), PROGRESS)
+    os.mkfifo(tmp_path / "3" / "pipe")
+    with pytest.raises(UserError, match="pipe is neither a file nor a folder.*: delete the folder to start again"):
+        checkpoint.restore(tmp_path, like())
 
 
 def test_work_in_the_background_is_done_in_turn_while_other_work_goes_on():
