@@ -213,7 +213,7 @@ def test_a_pipe_in_the_checkpoint_before_does_not_stay(tmp_path):
 def test_nothing_but_pipes_is_one_line(tmp_path):
     checkpoint.save(tmp_path, state(), PROGRESS)
     os.mkfifo(tmp_path / "3" / "pipe")
-    with pytest.raises(UserError, match="pipe is neither a file nor a folder.*: delete the folder to start again"):
+    with pytest.raises(UserError, match=r"pipe is neither a file nor a folder.*: delete the folder to start again"):
         checkpoint.restore(tmp_path, like())
 
 
