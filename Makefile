@@ -1,9 +1,9 @@
-# make demo: a fresh environment, then a head-only run, FishPAL and LoRA on the built-in data. make test: everything CI tests.
+# make demo: a fresh environment, then a head-only run, FishPAL and LoRA on the built-in data. make test: everything CI tests. make test-slow: the rest.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint check parity benchmark
+.PHONY: demo test test-slow lint check parity benchmark
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -15,6 +15,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

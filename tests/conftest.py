@@ -5,7 +5,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,11 @@ def _compiled_programs_are_not_searched_for_garbage() -> Iterator[None]:
     yield
     gc.collect()
     gc.freeze()
+
+
+def all_but_slow(names: Iterable[str], others: Collection[str]) -> list[Any]:
+    """Parameters of a test, of which CI runs some, of each kind, and `make test-slow` the others."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in others else name for name in names]
 
 
 @pytest.fixture

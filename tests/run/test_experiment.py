@@ -5,6 +5,7 @@ from collections import Counter
 import chex
 import numpy as np
 import pytest
+from conftest import all_but_slow
 from heard import Heard, again, run
 from safetensors.numpy import load_file, save_file
 
@@ -231,7 +232,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("method", [*OTHERS, "ia3+layer_norm"])
+SELDOM = ("adamix", "bitfit", "dora", "pissa", "prompt", "random_mask", "said")
+
+
+@pytest.mark.parametrize("method", all_but_slow([*OTHERS, "ia3+layer_norm"], SELDOM))
 def test_every_method_runs_from_its_name_and_is_restored(tiny_config, tmp_path, untrained, method):
     config = tiny_config(method, num_epochs=1, max_length=8)
     if method in OPTIONS:

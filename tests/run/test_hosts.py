@@ -71,6 +71,7 @@ def ended(processes):
     return [process.returncode for process in processes], [out + err for out, err in found], found
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_resume_and_end_as_one_does(tiny_config, start, tmp_path):
     config = tiny_config("lora", num_epochs=EPOCHS)
     config.seeds = (1,)

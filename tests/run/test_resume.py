@@ -42,6 +42,7 @@ def epochs(workdir):
     return log.read_text().count("train_loss") if log.is_file() else 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, start, tiny_config):
     workdir = tmp_path / "killed"
     process = start()

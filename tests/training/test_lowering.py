@@ -6,7 +6,8 @@ import jax
 import jax.export
 import numpy as np
 import pytest
-from transforms.test_registry import SMALL
+from conftest import all_but_slow
+from transforms.test_registry import SMALL, VARIED
 
 import jpeft
 from jpeft.core.transform import members
@@ -24,7 +25,7 @@ LOW = BertConfig(
 ADDED = {"p_tuning": 8, "prompt": 20}  # virtual tokens that lengthen the rows
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", all_but_slow(MODULES, {*MODULES} - {*VARIED}))
 def test_every_method_lowers_for_cuda_and_tpu_with_products_in_bfloat16(name):
     model, ids = Bert(LOW), np.ones((2, T), np.int32)
     sites = jpeft.sites(model, ids)

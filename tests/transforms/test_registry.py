@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import Toy, randomised, setting
+from conftest import Toy, all_but_slow, randomised, setting
 
 import jpeft
 from jpeft.core import tree
@@ -254,7 +254,7 @@ def test_parameters_that_are_not_the_model_s_are_one_line(name):
         assert re.match(told, str(error))  # noqa: PT017
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", all_but_slow(NAMES, {*NAMES} - {*VARIED}))
 def test_the_loop_of_the_readme_cuts_the_loss_by_half_with_the_head_frozen(name):
     """With an optimiser of the user's own; what is fixed, and is not even a float in places, has no part in it."""
     method = METHODS[name].make(**SMALL.get(name, {}))
