@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint check parity benchmark
+.PHONY: demo docs test test-slow lint check parity benchmark
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -22,6 +22,11 @@ test-slow: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The documentation as a site, with the reference from the docstrings. A warning is an error.
+docs: $(VENV)/.installed
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
+	@echo "docs: build/site/index.html"
 
 check: lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
