@@ -24,7 +24,7 @@ from jpeft.plans import plan as plans
 from jpeft.report import __main__ as report_program
 from jpeft.run import finished, measured
 from jpeft.run import workdir as workdirs
-from jpeft.store import modules
+from jpeft.store import model_folder
 from jpeft.training import checkpoint
 from jpeft.training.step import State
 
@@ -166,7 +166,7 @@ def test_plans(tmp_path):
 def test_model_folders(tmp_path, tiny_model, name):
     loaded = pretrained.load(tiny_model, num_labels=2, key=jax.random.key(0))
     trainable = {"params": {"classifier": loaded.params["classifier"]}, "peft": {}}
-    modules.save(
+    model_folder.save(
         tmp_path,
         trainable,
         [],
@@ -180,7 +180,7 @@ def test_model_folders(tmp_path, tiny_model, name):
         kind="classification",
     )
     whole = (tmp_path / name).read_bytes()
-    read = lambda: json.dumps(modules.verify(tmp_path), sort_keys=True)
+    read = lambda: json.dumps(model_folder.verify(tmp_path), sort_keys=True)
     original = read()
 
     def same():

@@ -31,7 +31,7 @@ from jpeft.run.loading import load
 from jpeft.run.seed import Seed, begin
 from jpeft.run.start import start
 from jpeft.run.train import Ready, groups, most_together, train
-from jpeft.store import modules as modules_on_disk
+from jpeft.store import model_folder
 from jpeft.training import placement, step
 from jpeft.training.compiled import Steps
 from jpeft.training.loop import Event, evaluate
@@ -40,7 +40,7 @@ from jpeft.transforms.registry import METHODS
 
 __all__ = ["PREDICTIONS", "run", "use_compilation_cache"]
 
-MODULES_FILES = (f"model/{modules_on_disk.WEIGHTS}", f"model/{modules_on_disk.DESCRIPTION}")
+MODULES_FILES = (f"model/{model_folder.WEIGHTS}", f"model/{model_folder.DESCRIPTION}")
 RESULT = "result.json"
 # "logits" [n, num_labels] and "labels" of the dev examples, in their order; of tagging, the logits of all words.
 PREDICTIONS = "predictions.safetensors"
@@ -118,7 +118,7 @@ def _intact(path: Path, seed: int, config: Config, console: Console) -> bool:
         result = finished.read(path)
         if result.owner != workdirs.owner(path.parents[1], config, seed):
             raise UserError(f"{path} is of another run or seed")
-        modules_on_disk.verify(path.parent / "model")
+        model_folder.verify(path.parent / "model")
         for name, written in result.files.items():
             if not (path.parent / name).is_file() or files.file_hash(path.parent / name) != written:
                 raise UserError(f"{path.parent / name} is missing, or not the one that was written")
@@ -177,7 +177,7 @@ def _export(ready: Ready, last: Event) -> Result:
     """All that comes after training: writes the modules and the predictions."""
     seed, parts, config, data = ready.seed, ready.parts, ready.seed.config, ready.seed.data
     files.write_leaves(seed.folder / PREDICTIONS, {"logits": last.logits, "labels": data.dev.labels})
-    module_bytes = modules_on_disk.save(
+    module_bytes = model_folder.save(
         seed.folder / "model",
         tree.union({"peft": parts.frozen["peft"]}, last.state.trainable),
         ready.modules,

@@ -12,8 +12,7 @@ from jpeft.core.tree import flatten, split, union
 from jpeft.models.pretrained import fingerprint, identity
 from jpeft.plans.plan import Spec
 from jpeft.run.seed import Seed
-from jpeft.store import bases
-from jpeft.store import modules as modules_on_disk
+from jpeft.store import bases, model_folder
 
 __all__ = ["start"]
 
@@ -33,7 +32,7 @@ def start(seed: Seed, modules: Spec, leaves: Leaves) -> tuple[dict[str, Any], Le
     params, given = seed.base.params, seed.config.init_from
     if given is None:
         return params, leaves
-    description, kept = modules_on_disk.read(Path(given))
+    description, kept = model_folder.read(Path(given))
     theirs, ours = description["modules"], json.loads(json.dumps(modules))
     if theirs != ours:
         raise UserError(f"config.init_from {given} holds {_told(theirs)}, but this run trains {_told(ours)}")

@@ -20,7 +20,7 @@ from jpeft.data.task import Data
 from jpeft.models.pretrained import Pretrained, fingerprint, identity
 from jpeft.run import config as configs
 from jpeft.run.config import Config
-from jpeft.store.modules import DESCRIPTION, verify
+from jpeft.store.model_folder import DESCRIPTION, verify
 from jpeft.version import RESULTS
 
 __all__ = ["Inputs", "begin", "begun", "check", "check_config", "inputs", "locked", "owner", "read_config"]

@@ -12,9 +12,8 @@ from jpeft.report import tables
 from jpeft.run.console import Console
 from jpeft.serving import card
 from jpeft.serving.drift import Drift, measure
-from jpeft.store import adapterhub, huggingface, onnx, stablehlo
-from jpeft.store import modules as modules_on_disk
-from jpeft.store.modules import Saved
+from jpeft.store import adapterhub, huggingface, model_folder, onnx, stablehlo
+from jpeft.store.modules import Saved, load
 
 __all__ = ["FORMATS", "export", "find_modules"]
 
@@ -49,12 +48,12 @@ def export(model: Path, form: str, output: Path, console: Console, license: str 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already: choose a new folder")
     folder = find_modules(model, console)
-    saved = modules_on_disk.load(folder)
+    saved = load(folder)
     console.title(f"exporting {folder} as {form}")
     new = not output.exists()
     try:
         drift = _write(output, form, folder, saved, console)
-        description = modules_on_disk.verify(folder)
+        description = model_folder.verify(folder)
         files.write_text(output / CARD, card.write(folder, form, description, saved, drift, license))
     except BaseException:
         if new:  # or the same command would be refused
@@ -66,7 +65,7 @@ def export(model: Path, form: str, output: Path, console: Console, license: str 
 
 def _write(output: Path, form: str, folder: Path, saved: Saved, console: Console) -> list[Drift]:
     """Writes the format, and returns what `measure` finds."""
-    description, kept = modules_on_disk.read(folder)
+    description, kept = model_folder.read(folder)
     if form == "hf":
         _write_merged(output, saved)
     elif form == "stablehlo":
@@ -92,7 +91,7 @@ def find_modules(model: Path, console: Console) -> Path:
       UserError: if it is neither.
     """
     model = Path(os.path.realpath(model))  # what is around a folder is asked for, too
-    if (model / modules_on_disk.DESCRIPTION).is_file():
+    if (model / model_folder.DESCRIPTION).is_file():
         return model
     if not (model / "report.json").is_file():
         raise UserError(f"--model {model} is neither a folder of trained modules nor the workdir of a finished run")

@@ -22,7 +22,7 @@ from jpeft.serving.answers import Answers, held
 from jpeft.serving.export import find_modules
 from jpeft.serving.lines import WRITES, lines
 from jpeft.serving.prediction import BATCH_SIZE, by_sentence, encode, longest, shapes
-from jpeft.store import modules
+from jpeft.store import model_folder, modules
 from jpeft.store.modules import Saved
 from jpeft.training import step
 from jpeft.training.compiled import Compiled
@@ -75,7 +75,7 @@ def predict(model: Path, source: str, output: Path, console: Console, text: Sequ
     if given is None and not source.endswith(ENDINGS):
         raise UserError(f"--input {file} is of an unknown kind: expected {', '.join(ENDINGS)}")
     identity = {
-        "model": files.file_hash(folder / modules.WEIGHTS),
+        "model": files.file_hash(folder / model_folder.WEIGHTS),
         "input": "" if given else files.file_hash(file),
         "text": list(columns),
         "backend": jax.default_backend(),

@@ -15,7 +15,7 @@ from jpeft.run import experiment, workdir
 from jpeft.run.console import Console
 from jpeft.serving.export import find_modules
 from jpeft.serving.stream import answering
-from jpeft.store import modules
+from jpeft.store import model_folder, modules
 from jpeft.store.modules import Saved
 
 __all__ = ["FILES", "File", "submit"]
@@ -106,7 +106,7 @@ def _by_task(models: Sequence[Path], console: Console) -> dict[str, Path]:
     answered = {file.trained for file in FILES}
     for model in models:
         folder = find_modules(model, console)
-        task = modules.verify(folder)["task"]
+        task = model_folder.verify(folder)["task"]
         if task not in answered:
             raise UserError(f"--model {model} was trained on {task!r}: expected one of {', '.join(sorted(answered))}")
         if task in found:

@@ -233,9 +233,9 @@ def _read(path: Path, like: State) -> Restored:
     # Whatever its readers raise, of arrays, of JSON, of missing files.
     except Exception as error:
         raise _Damaged(_first_line(error)) from error
-    for path, told in jax.tree_util.tree_leaves_with_path(jax.tree.map(_unlike, like, state)):
+    for where, told in jax.tree_util.tree_leaves_with_path(jax.tree.map(_unlike, like, state)):
         if told:
-            raise _Damaged(f"{jax.tree_util.keystr(path)} {told}")
+            raise _Damaged(f"{jax.tree_util.keystr(where)} {told}")
     if written != _hash(state, progress):
         raise _Damaged("its contents do not match its hash")
     return Restored(state, progress)

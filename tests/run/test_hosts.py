@@ -18,7 +18,7 @@ from jpeft.core.errors import UserError
 from jpeft.core.files import read_leaves
 from jpeft.run import experiment, hosts
 from jpeft.run.console import Console
-from jpeft.store.modules import WEIGHTS
+from jpeft.store.model_folder import WEIGHTS
 
 PROGRAM = """
 import sys

@@ -162,7 +162,7 @@ def test_what_changed_is_measured_by_dtype(trained, tmp_path):
     written = tmp_path / "out/model.safetensors"
     tensors, metadata = files.read_safetensors(written)
     files.write_safetensors(written, {**tensors, "classifier.bias": np.array([9, -9], np.float32)}, metadata)
-    saved = export.modules_on_disk.load(folder)
+    saved = export.load(folder)
     assert drift.measure(folder, "hf", tmp_path / "out", saved, QUIET)[0].largest > 1
 
 

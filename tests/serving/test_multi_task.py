@@ -19,7 +19,7 @@ from jpeft.data import tokenizer as tokenizers
 from jpeft.models import Bert, pretrained
 from jpeft.plans.plan import Entry
 from jpeft.serving import multi_task
-from jpeft.store import modules
+from jpeft.store import model_folder
 from jpeft.transforms.registry import METHODS
 
 PAIRS = [("the dog runs", "the cat sleeps"), ("a tree", "a house"), ("the dog", "the cat sees a big tree")]
@@ -256,7 +256,7 @@ def test_loaded_from_folders(make, tiny_model, tmp_path):
     _, frozen = tree.split(loaded.params, lambda path: path[0] == "classifier")
     for seed in (1, 2):
         made = make(jpeft.lora(rank=2 * seed), seed=seed)
-        modules.save(
+        model_folder.save(
             tmp_path / str(seed), {"params": {"classifier": made.variables["params"]["classifier"]},
             "peft": made.variables["peft"]}, [{"method": "lora", "options": {"rank": 2 * seed}}],
             base=loaded.source, fingerprint=pretrained.fingerprint(frozen), identity=pretrained.identity(loaded),

@@ -9,7 +9,7 @@ from jpeft.core import files, tree
 from jpeft.core.errors import UserError
 from jpeft.models import Bert, pretrained
 from jpeft.plans import plan as plans
-from jpeft.store import modules as saved
+from jpeft.store import model_folder as saved
 
 SPECS = {
     "lora": [{"method": "lora", "options": {"rank": 2}}],

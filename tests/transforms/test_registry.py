@@ -16,10 +16,10 @@ from conftest import Toy, all_but_slow, randomised, setting
 
 import jpeft
 from jpeft.core import tree
+from jpeft.core.files import read_leaves, write_leaves
 from jpeft.core.partition import split
 from jpeft.core.transform import FIXED, members, stays
 from jpeft.models import Bert, BertConfig
-from jpeft.store import modules as saved
 from jpeft.transforms.registry import METHODS, MODULES
 
 CONFIG = BertConfig(
@@ -224,8 +224,8 @@ def test_merged_folded_and_saved_it_gives_the_same_logits(name, tmp_path):
     leaves, before = tree.union(fixed, trained), jax.tree.map(np.array, pretrained())
 
     folded = jpeft.fold(method, leaves)
-    saved.write_leaves(tmp_path / "x.safetensors", folded)
-    again = saved.read_leaves(tmp_path / "x.safetensors")
+    write_leaves(tmp_path / "x.safetensors", folded)
+    again = read_leaves(tmp_path / "x.safetensors")
     chex.assert_trees_all_equal(again, folded)
     rebuilt = jpeft.build([{"method": name, "options": SMALL.get(name, {})}])
 

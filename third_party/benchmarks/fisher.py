@@ -24,13 +24,12 @@ import numpy as np
 import optax
 
 import jpeft
-from jpeft.core import tree
+from jpeft.core import files, tree
 from jpeft.data import batching, padding, tasks
 from jpeft.data.task import example_losses
 from jpeft.importance import per_example
 from jpeft.models import Bert, pretrained
 from jpeft.plans.plan import make
-from jpeft.store import modules as saved
 from jpeft.training import optim
 from jpeft.training import step as stepping
 
@@ -257,7 +256,7 @@ def sparse(model: Bert, params: Any, sites: Any, batch: Any, pairs: int, say: Ca
             )
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch) / "modules.safetensors"
-                saved.write_leaves(path, tree.union({"peft": fixed}, trainable))
+                files.write_leaves(path, tree.union({"peft": fixed}, trainable))
                 say("file per trained entry", f"{path.stat().st_size / k:.2f} bytes", "at most 8.2 bytes")
         holder = [state]
 
