@@ -22,13 +22,15 @@ FACTORS = {
 
 
 def get_config() -> Config:
+    factors = {name: FACTORS.get(name, (1, 4)) for name in METHODS if name != "fishpal"}  # which finds its own
     variants = {
         f"{name}_x{factor}": {"method": name, "train": {"learning_rate": factor * METHODS[name].learning_rate}}
-        for name in METHODS
-        if name != "fishpal"  # finds its own
-        for factor in FACTORS.get(name, (1, 4))
+        for name, own in factors.items()
+        for factor in own
     }
-    grid = compare.default(variants, tasks=("synthetic",), seeds=(11,))
+    curves = {name: {f"{name}_x{factor}": factor for factor in own} for name, own in factors.items()}
+    axis = "learning rate over the method's own"
+    grid = compare.default(variants, tasks=("synthetic",), seeds=(11,), curves=curves, axis=axis)
     grid.run.model = "minilm"
     grid.run.train.update(num_epochs=2, max_length=128, max_train_examples=4000)
     return grid

@@ -2,8 +2,8 @@
 
 Every cell of the grid of variants, tasks and seeds is a run as `jpeft.main` makes it. Run again, the command resumes;
 finished cells are kept as small files of scores and predictions. The workdir then holds report.md, with the scores,
-their spread over seeds and the differences with their intervals, and a picture. Any field can be set on the command
-line:
+their spread over seeds and the differences with their intervals, and a picture; where the config names curves, also a
+table and a picture of scores along an axis. Any field can be set on the command line:
 
     python -m jpeft.compare --config configs/compare_methods.py --config.tasks="('mrpc', 'cola')"
     python -m jpeft.compare --config configs/compare_methods.py --config.run.model=minilm --config.seeds="(1, 2)"
@@ -11,7 +11,9 @@ line:
 
 import sys
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jpeft.run import command
 
@@ -29,8 +31,6 @@ def run(argv: list[str]) -> None:
         "cells": "Folder of the files of finished cells; <workdir>/cells by default.",
     }
     given = command.parse(argv, __doc__ or "", own, "configs/compare_methods.py", defaults)
-    from jpeft.core import files
-    from jpeft.report import comparison
     from jpeft.run.console import Console
     from jpeft.workbench import compare
 
@@ -41,21 +41,28 @@ def run(argv: list[str]) -> None:
     try:
         deque(compare.run_all(grid, folder, workdir / "runs", console), maxlen=0)
     finally:  # a grid that is stopped has a report, too
-        outcomes = compare.outcomes(grid, folder)
-        if outcomes:
-            table = comparison.summarise(outcomes)
-            workdir.mkdir(parents=True, exist_ok=True)
-            comparison.picture(workdir / "report.png", table, outcomes)
-            page = comparison.markdown(
-                table,
-                len(outcomes),
-                len(compare.cells(grid)),
-                "report.png",
-                comparison.baselines(outcomes),
-                compare.unlike(grid),
-            )
-            files.write_text(workdir / "report.md", page)
+        if outcomes := compare.outcomes(grid, folder):
+            page = _report(grid, outcomes, workdir)
             console.say(f"\n{page}\nreport: {workdir / 'report.md'}")
+
+
+def _report(grid: Any, outcomes: Sequence[Any], workdir: Path) -> str:
+    from jpeft.core import files
+    from jpeft.report import comparison, series
+    from jpeft.workbench import compare
+
+    table, baselines = comparison.summarise(outcomes), comparison.baselines(outcomes)
+    workdir.mkdir(parents=True, exist_ok=True)
+    comparison.picture(workdir / "report.png", table, outcomes)
+    total, unlike = len(compare.cells(grid)), compare.unlike(grid)
+    page = comparison.markdown(table, len(outcomes), total, "report.png", baselines, unlike)
+    if found := series.series(outcomes, grid.curves.to_dict()):
+        metrics = {o.task.name: o.task.primary for o in outcomes}
+        reference = {task: rows[grid.reference].mean for task, rows in table.items() if grid.reference in rows}
+        series.picture(workdir / "curves.png", found, grid.axis, metrics, reference, baselines)
+        page += f"\n{series.markdown(found, grid.axis, reference)}\n![Scores along {grid.axis}](curves.png)\n"
+    files.write_text(workdir / "report.md", page)
+    return page
 
 
 def main(argv: list[str] | None = None) -> int:

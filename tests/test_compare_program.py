@@ -19,7 +19,8 @@ def config(tmp_path, tiny_config):
         f"""
 from jpeft.workbench import compare
 def get_config():
-    grid = compare.default(("head", "bitfit"), ("mrpc",), (1,))
+    curves = {{"both": {{"head": None, "bitfit": None}}}}
+    grid = compare.default(("head", "bitfit"), ("mrpc",), (1,), curves=curves, reference="head")
     grid.run.model, grid.run.data.path = {tiny.model!r}, {tiny.data.path!r}
     grid.run.train.update(num_epochs=1, max_length=8)
     return grid
@@ -48,6 +49,8 @@ def test_a_comparison_ends_on_its_report_and_resumes(config, tmp_path, capsys, m
     assert "finished" not in page
     assert "| bitfit |" in page
     assert "](report.png)" in page
+    assert "## Along trained parameters" in page
+    assert (tmp_path / "work" / "curves.png").stat().st_size > 5000
     assert (tmp_path / "work" / "report.png").is_file()
     assert "report.md" in capsys.readouterr().out
 

@@ -6,6 +6,7 @@ shared among several.
 """
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,9 @@ def default(
     tasks: Sequence[str],
     seeds: Sequence[int] = (11, 22, 88),
     learning_rates: Sequence[float] = (),
+    curves: Mapping[str, Mapping[str, float | None]] | None = None,
+    axis: str = "trained parameters, percent of base and head",
+    reference: str | None = None,
 ) -> Config:
     """The config of a comparison.
 
@@ -53,6 +57,10 @@ def default(
       tasks: on which tasks.
       seeds: with which seeds; one for all, so that differences are paired.
       learning_rates: () for each method's own.
+      curves: {curve: {variant: its place on an axis}}, for a picture of scores along it; None in the place of a number
+        for the percentage of parameters that the variant trains.
+      axis: what the places are.
+      reference: the variant that the curves are held against.
 
     Returns:
       A config with these fields, with `run`, a run's config with what all cells share, and with `by_task`, fields of
@@ -78,6 +86,9 @@ def default(
             "seeds": tuple(seeds),
             "learning_rates": tuple(learning_rates),
             "by_task": {},
+            "curves": {name: dict(places) for name, places in (curves or {}).items()},
+            "axis": axis,
+            "reference": reference or "",
         }
     )
 
@@ -131,12 +142,21 @@ def check(grid: Config) -> None:
     Raises:
       UserError: for the first cell that could not run.
     """
-    for name, kind in (("variants", ConfigDict), ("by_task", ConfigDict), ("run", ConfigDict)):
-        if not isinstance(grid[name], kind):
+    for name in ("variants", "by_task", "run", "curves"):
+        if not isinstance(grid[name], ConfigDict):
             raise UserError(f"config.{name} must be a dict, got {grid[name]!r:.60}")
     for name in ("variants", "tasks", "seeds"):
         if not grid[name]:
             raise UserError(f"config.{name} is empty: there is nothing to compare")
+    for curve, places in grid.curves.items():
+        if not isinstance(places, ConfigDict) or not all(_is_place(x) for x in places.values()):
+            raise UserError(f"config.curves[{curve!r}] must be {{variant: number}}, got {places!r:.60}")
+    if grid.curves and grid.learning_rates:
+        raise UserError("config.curves name variants: give each its rate, and leave config.learning_rates empty")
+    named = {f"config.curves[{curve!r}]": list(places) for curve, places in grid.curves.items()}
+    for where, names in {**named, "config.reference": [grid.reference] if grid.reference else []}.items():
+        if unknown := [name for name in names if name not in grid.variants]:
+            raise UserError(f"{where} names {unknown[0]!r}, which is no variant: {nearest(unknown[0], grid.variants)}")
     for rate in grid.learning_rates:
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1e6:
             raise UserError(f"config.learning_rates must be positive numbers, got {rate!r:.60}")
@@ -160,6 +180,10 @@ def check(grid: Config) -> None:
             checks.check(config_of(grid, cell))
         except UserError as error:
             raise UserError(f"cell {cell.name}: {error}") from None
+
+
+def _is_place(x: Any) -> bool:
+    return x is None or (isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x))
 
 
 def run_all(grid: Config, folder: Path, workdir: Path, console: Console) -> Iterator[Cell]:

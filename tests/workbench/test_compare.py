@@ -74,6 +74,13 @@ def test_what_cannot_run_is_refused_before_any_work(grid, variants, message):
         ({"variants": {"a": 5}}, r"config.variants\['a'\] must be a dict"),
         ({"variants": {"a": {"method": "head", "seeds": (3,)}}}, "sets seeds, which is for the whole grid to say"),
         ({"variants": {"a": {"method": "head", "task": "cola"}}}, "sets task, which is for the whole grid to say"),
+        (
+            {"curves": {"a": {"haed": 1}}},
+            r"config.curves\['a'\] names 'haed', which is no variant: did you mean 'head'",
+        ),
+        ({"curves": {"a": {"head": "x"}}}, r"config.curves\['a'\] must be {variant: number}"),
+        ({"curves": {"a": {"head": 1}}, "learning_rates": (0.1,)}, "give each its rate"),
+        ({"reference": "haed"}, "config.reference names 'haed', which is no variant: did you mean 'head'"),
         ({"variants": {"\ud800": {"method": "head"}}}, "cannot be the name of a variant"),
     ],
 )

@@ -1,0 +1,26 @@
+"""Score against trained parameters: adapters, LoRA, the top layers and FISH in several sizes, five seeds, MNLI.
+
+    python -m jpeft.compare --config configs/compare_sizes.py --workdir runs/sizes
+
+The study of Houlsby et al. 2019 (arXiv:1902.00751, figure 3), with the sizes of rplacucci/PEFT. On two CPU cores, take
+MiniLM and fewer rows: --config.run.model=minilm --config.run.train.max_train_examples=4000.
+"""
+
+from jpeft.run.config import Config
+from jpeft.workbench import compare
+
+SIZES = {
+    "adapter": ("pfeiffer", "bottleneck", (1, 4, 16, 64, 256)),
+    "LoRA": ("lora", "rank", (1, 4, 16, 64)),
+    "top layers": ("top_k_layers", "num_layers", (1, 2, 3, 6)),
+    "FISH": ("fish", "count", (10_000, 100_000, 1_000_000)),
+}
+
+
+def get_config(task: str = "mnli") -> Config:
+    variants, curves = {"full": {"method": "full"}}, {}
+    for curve, (method, option, sizes) in SIZES.items():
+        named = {f"{curve} {size}": {"method": method, "peft": {method: {option: size}}} for size in sizes}
+        variants |= named
+        curves[curve] = dict.fromkeys(named)
+    return compare.default(variants, (task,), seeds=(1, 2, 3, 4, 5), curves=curves, reference="full")
