@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import time
 import zlib
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,13 +23,14 @@ from jpeft.plans.fishpal import Candidates, Scores
 from jpeft.plans.plan import Entry, Plan
 from jpeft.report import plots
 from jpeft.run import config as configs
+from jpeft.run.config import Config
 from jpeft.run.criteria import CRITERIA
 from jpeft.run.measured import measure, read
 from jpeft.run.measuring import lengths
 from jpeft.run.seed import Seed
 from jpeft.training.step import single_logits, single_loss
 
-__all__ = ["CHOICE", "leaves", "plan", "rate"]
+__all__ = ["CHOICE", "kept", "leaves", "plan", "rate"]
 
 CHOICE = "record of a choice"  # the kind of `choice.json`
 
@@ -42,15 +44,7 @@ def plan(seed: Seed) -> Plan:
       UserError: if no plan fits the budget, the plan was edited since, or something else is in its place.
     """
     config, path, record = seed.config, seed.folder / "plan.json", seed.folder / "choice.json"
-    given = config.fishpal.plan
-    for own in (path, record):
-        if own.exists() and not own.is_file():
-            raise UserError(f"{own} is not a file: delete it")
-    if path.is_file() and (given is not None or record.is_file()):
-        found = plans.read(str(path))
-        was = plans.read(given) if given is not None else files.read_record(record, CHOICE)["plan"]
-        if plans.dumps(found) != (plans.dumps(was) if given is not None else was):
-            raise UserError(f"{path} is not the plan that this run began with: restore it, or choose another --workdir")
+    if (found := kept(seed.folder, config)) is not None:
         return found
     if config.fishpal.plan is not None:
         chosen = plans.read(config.fishpal.plan)
@@ -74,6 +68,29 @@ def plan(seed: Seed) -> Plan:
         files.write_record(record, CHOICE, choice)
     files.write_text(path, plans.dumps(chosen))
     return chosen
+
+
+def kept(folder: Path, config: Config) -> Plan | None:
+    """The plan that an earlier start of a run chose, or was given; None if there is none yet.
+
+    Args:
+      folder: of the seed.
+      config: of the run.
+
+    Raises:
+      UserError: if the plan was edited since, or something else is in its place.
+    """
+    path, record, given = folder / "plan.json", folder / "choice.json", config.fishpal.plan
+    for own in (path, record):
+        if not own.is_file() and (own.exists() or own.is_symlink()):
+            raise UserError(f"{own} is not a file: delete it")
+    if not path.is_file() or (given is None and not record.is_file()):
+        return None
+    found = plans.read(str(path))
+    was = plans.dumps(plans.read(given)) if given is not None else files.read_record(record, CHOICE)["plan"]
+    if plans.dumps(found) != was:
+        raise UserError(f"{path} is not the plan that this run began with: restore it, or choose another --workdir")
+    return found
 
 
 def rate(seed: Seed) -> float:

@@ -125,6 +125,8 @@ def _intact(path: Path, seed: int, config: Config, console: Console) -> bool:
     except UserError as error:
         console.warn(f"seed {seed} is finished, but {error}; rebuilding it, from the last checkpoint if there is one")
         return False
+    if METHODS[config.method.split("+")[0]].chooses:
+        choose.kept(path.parent, config)  # or the report would be of another plan
     if log.mend(path.parents[1], seed, result.history, result.history[-1]["step"], config.seeds):
         console.warn(f"metrics.jsonl lacked epochs of seed {seed}, which were added")
     return True

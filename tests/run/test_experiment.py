@@ -274,8 +274,14 @@ def test_a_plan_that_was_edited_since_is_refused(fishpal_run):
     plan = json.loads(path.read_text())
     plan["0"] = [{"method": "lora", "options": {"dropout": 0.5}}]
     path.write_text(json.dumps(plan))
-    (workdir / "seed_1" / "result.json").unlink()
-    with pytest.raises(UserError, match="is not the plan that this run began with"):
+    for result in (workdir / "seed_1" / "result.json", None):  # finished, then not
+        with pytest.raises(UserError, match="is not the plan that this run began with"):
+            run(config, workdir)
+        if result is not None:
+            result.unlink()
+    path.unlink()
+    path.symlink_to(path.name)
+    with pytest.raises(UserError, match=r"plan\.json is not a file: delete it"):
         run(config, workdir)
 
 
