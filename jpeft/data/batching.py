@@ -66,9 +66,15 @@ def num_batches(size: int, batch_size: int) -> int:
 
 
 def train_batches(
-    examples: Examples, layouts: Sequence[Layout], seed: int, epoch: int, start: int = 0, multiple: int = 1
+    examples: Examples,
+    layouts: Sequence[Layout],
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    multiple: int = 1,
+    grouped: bool = False,
 ) -> Iterator[tuple[Batch, ...]]:
-    """Yields random batches that hold every row once, in an order that depends on seed and epoch alone.
+    """Yields batches that hold every row once, at random, in an order that depends on seed and epoch alone.
 
     How many rows of which padded length a batch has depends on the epoch alone; which rows these are, on the seed, too.
     So the seeds of a run have batches of one layout at every step, and can train together.
@@ -80,6 +86,7 @@ def train_batches(
       epoch: any number that tells the epochs of a run apart; `fit` counts from 1.
       start: skips this many batches, at no cost, to resume in the middle of an epoch.
       multiple: the rows of each part are filled up to a multiple of it, for as many devices.
+      grouped: rows of one padded length meet in a batch, and which of them do is random.
 
     Yields:
       The parts of a batch, in the first layout that holds it. What the last batch lacks is filled with copies of its
@@ -91,8 +98,13 @@ def train_batches(
     lengths, batch_size = examples.lengths, sum(part.rows for part in layouts[0])
     order = np.random.default_rng((seed, epoch)).permutation(examples.size)
     kinds = np.searchsorted(padded_lengths(layouts), lengths)
-    grouped = order[np.argsort(kinds[order], kind="stable")]  # by kind, and within a kind at random
-    batches = _cut(grouped[np.random.default_rng(epoch).permutation(examples.size)], batch_size)
+    rows = order[np.argsort(kinds[order], kind="stable")]  # by kind, and within a kind at random
+    shared = np.random.default_rng(epoch)
+    if grouped:
+        batches = _cut(rows, batch_size)
+        batches = [batches[i] for i in shared.permutation(len(batches))]
+    else:
+        batches = _cut(rows[shared.permutation(examples.size)], batch_size)
     for rows in batches[start:]:
         rows = rows[np.argsort(lengths[rows], kind="stable")]
         lacks = batch_size - len(rows)

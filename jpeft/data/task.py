@@ -150,6 +150,7 @@ class Data(NamedTuple):
       layouts: of the batches to train on; the last holds every batch.
       eval_buckets: the lengths that rows to evaluate on are padded to, ascending.
       others: examples of further splits with labels, by name, to evaluate on once, at the end.
+      grouped: whether rows of one padded length meet in the batches to train on.
     """
 
     task: Task
@@ -158,6 +159,7 @@ class Data(NamedTuple):
     layouts: Sequence[Layout]
     eval_buckets: Sequence[int]
     others: Mapping[str, Examples] = {}
+    grouped: bool = False
 
     @property
     def batch_size(self) -> int:

@@ -79,6 +79,8 @@ def check(config: Config) -> None:
     _within(1, 10**5, "train.num_epochs", train.num_epochs)
     _within(1, 2**14, "train.batch_size", train.batch_size)
     _within(1, 32, "train.padded_lengths", train.padded_lengths)
+    if train.group_by_length and train.padded_lengths is not None:
+        raise UserError("config.train.padded_lengths is of random batches: leave it out with train.group_by_length")
     _within(1, 10**9, "train.max_train_examples", train.max_train_examples)
     _within(1, 10**4, "train.together", train.together)
     _within(8, 2**16, "train.max_length", train.max_length)

@@ -65,7 +65,9 @@ def default(task: str, method: str) -> Config:
     regression, multilabel or tagging.
     `train.export` says which epoch's modules are saved in the end: the last, or the best on the evaluation split.
     `train.padded_lengths` is how many lengths the rows of one batch are padded to at most: by default 4 on a CPU, where
-    tokens are dear, and 1 elsewhere, where short parts leave the device idle. Batches are random in any case.
+    tokens are dear, and 1 elsewhere, where short parts leave the device idle. Batches are random in any case,
+    unless `train.group_by_length` has rows of similar length meet in a batch, which wastes hardly any padding, and may
+    cost accuracy (docs/design.md).
     `train.together` is how many seeds train at once at most, in one program with one base model; None is as many as
     fit on an accelerator, and one on a CPU.
     All devices of a machine divide the rows of a batch; with `train.shard_base` they hold the base model in parts.
@@ -115,6 +117,7 @@ def default(task: str, method: str) -> Config:
                 "weight_decay": 0.1,
                 "max_length": 128,
                 "padded_lengths": placeholder(int),
+                "group_by_length": False,
                 "max_train_examples": placeholder(int),
                 "dtype": placeholder(str),
                 "remat": False,

@@ -11,7 +11,7 @@ from jpeft.core.errors import UserError
 from jpeft.data import batching, checking, kinds, padding
 from jpeft.data import tokenizer as tokenizers
 from jpeft.data.batching import Examples
-from jpeft.data.padding import Layout
+from jpeft.data.padding import Layout, Part
 from jpeft.data.task import Data, Task, further, hidden
 from jpeft.models import BertConfig
 from jpeft.models.pretrained import Pretrained
@@ -81,7 +81,8 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
     if task.answers.by_token:
         for name, examples in others.items():
             _check_words(splits.splits[name]["label"], examples, name, console)
-    return Data(task, train, dev, *_padded(config, base.config, train.lengths, dev.lengths), others), splits.source
+    layouts, buckets = _padded(config, base.config, train.lengths, dev.lengths)
+    return Data(task, train, dev, layouts, buckets, others, config.train.group_by_length), splits.source
 
 
 def _check_words(tags: Sequence[Sequence[int]], examples: Examples, split: str, console: Console) -> None:
@@ -127,8 +128,13 @@ def _padded(
         # Time to compile grows with the layers, and that of a token with layers and the square of the width.
         worth = COMPILE_TOKENS * (384 / model.hidden_size) ** 2 / config.train.num_epochs
         parts, most, multiple, evaluated = 4, 3, 2, 32
-    parts = config.train.padded_lengths or parts
-    layouts = padding.layouts(train, config.train.batch_size, parts, most, multiple, worth, model.max_length)
+    rows = config.train.batch_size
+    if config.train.group_by_length:  # whole batches, at as many lengths as evaluation has
+        lengths = padding.length_buckets(train, evaluated, multiple, worth)
+        layouts = tuple((Part(rows, min(length, model.max_length)),) for length in lengths)
+    else:
+        parts = config.train.padded_lengths or parts
+        layouts = padding.layouts(train, rows, parts, most, multiple, worth, model.max_length)
     buckets = padding.length_buckets(dev, evaluated, multiple, worth)
     return layouts, tuple(min(length, model.max_length) for length in buckets)
 

@@ -153,7 +153,7 @@ def fit_together(
         pending: list[StepMetrics] = []
         due = time.monotonic() + every
         orders = [
-            train_batches(data.train, data.layouts, schedule.seed, epoch, step % per_epoch, steps.devices)
+            train_batches(data.train, data.layouts, schedule.seed, epoch, step % per_epoch, steps.devices, data.grouped)
             for schedule in schedules
         ]
         for batches in zip(*orders, strict=True):

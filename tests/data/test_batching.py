@@ -140,6 +140,26 @@ def test_seeds_have_batches_of_one_layout_at_every_step_and_epochs_have_not(exam
     assert shapes(0, 1) != shapes(0, 2)
 
 
+def test_grouped_batches_hold_every_row_once_at_one_length_and_hardly_pad(examples):
+    layouts = [(Part(16, length),) for length in padding.length_buckets(examples.lengths, 6)]
+
+    def epoch_of(seed, epoch, start=0):
+        return list(batching.train_batches(examples, layouts, seed, epoch, start, grouped=True))
+
+    batches = epoch_of(0, 1)
+    rows = [counted(batch) for batch in batches]
+    assert sorted(np.concatenate(rows)) == list(range(examples.size))
+    padded = sum(part.input_ids.shape[1] * len(own) for (part,), own in zip(batches, rows, strict=True))
+    at_random = batching.train_batches(examples, padding.layouts(examples.lengths, 16, max_parts=1), 0, 1)
+    assert padded < 1.2 * examples.lengths.sum() < 0.9 * sum(part.input_ids.size for (part,) in at_random)
+    shapes = [part.input_ids.shape for (part,) in batches]
+    assert shapes == [part.input_ids.shape for (part,) in epoch_of(1, 1)]  # seeds train together
+    assert shapes != sorted(shapes)
+    assert shapes != [part.input_ids.shape for (part,) in epoch_of(0, 2)]
+    assert {frozenset(own) for own in rows}.isdisjoint(frozenset(counted(batch)) for batch in epoch_of(0, 2))
+    chex.assert_trees_all_equal(batches[40:], epoch_of(0, 1, start=40))
+
+
 def test_seeds_have_other_batches_though_no_two_rows_are_of_one_length():
     examples = ragged(range(2, 200))
     layouts = padding.layouts(examples.lengths, 16)

@@ -30,6 +30,10 @@ from jpeft.run import config as configs
             {"fishpal__factors__lora": float("nan")},
             "config.fishpal.factors.lora must be above 0 and below 1,000,000, got nan",
         ),
+        (
+            {"train__group_by_length": True, "train__padded_lengths": 2},
+            "config.train.padded_lengths is of random batches",
+        ),
         ({"train__num_epochs": 0}, "config.train.num_epochs must be from 1 to 100,000, got 0"),
         ({"train__batch_size": -1}, "config.train.batch_size must be from 1 to 16,384, got -1"),
         ({"train__max_train_examples": 0}, "config.train.max_train_examples must be from 1 to 1,000,000,000, got 0"),

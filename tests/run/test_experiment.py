@@ -363,6 +363,14 @@ def test_on_an_accelerator_batches_stay_whole(tiny_config, monkeypatch):
     assert found["gpu"] == 1 < found["cpu"]
 
 
+def test_rows_of_similar_length_meet_where_they_shall(tiny_config):
+    data = loading.load(tiny_config("lora", group_by_length=True), Heard())[0]
+    assert data.grouped
+    assert all(len(layout) == 1 for layout in data.layouts)
+    assert data.batch_size == 16
+    assert not loading.load(tiny_config("lora"), Heard())[0].grouped
+
+
 def test_padded_lengths_do_not_depend_on_the_other_seeds(tiny_config, monkeypatch):
     """Or a seed that is added would change the numbers of those that are there."""
     counts = set()
