@@ -3,9 +3,9 @@
     JPEFT_GLUE_DIR=GLUE_FOLDER python third_party/benchmarks/training.py --torch .venv-parity-peft/bin/python
 
 MiniLM, LoRA of rank 8, batches of 16, at most 128 tokens, float32, dropout on, with as many threads on both sides.
-jpeft trains as a run does: on random batches, padded in parts. PyTorch pads each batch to its longest row, once with
-random batches, as most of its users have them, and once with rows grouped by length, as `train_sampling_strategy`
-of its trainer groups them, which changes what a batch holds. Timed are the steps alone, without loading and compiling;
+jpeft trains as a run does: on random batches, padded in parts, or on batches of similar length
+(`config.train.group_by_length`). PyTorch pads each batch to its longest row, with random batches, as most of its users
+have them, or with rows grouped by length, as `train_sampling_strategy` of its trainer groups them. Timed are the steps alone, without loading and compiling;
 evaluation has sorted rows on both sides. Figures are medians of the pairs, in useful examples a second.
 """
 
@@ -35,7 +35,11 @@ from jpeft.training import step as stepping
 from jpeft.training.compiled import Steps, prepare
 from jpeft.training.loop import evaluate
 
-KINDS = {"random": "random batches", "grouped": "rows grouped by length"}
+KINDS = {  # whether ours are grouped, and how theirs are drawn
+    "random batches on both sides": (False, "random"),
+    "PyTorch's grouped by length": (False, "grouped"),
+    "grouped by length on both sides": (True, "grouped"),
+}
 GIGABYTE = 1e6 if sys.platform == "linux" else 1e9  # of what the system counts memory in
 
 
@@ -58,7 +62,8 @@ class Ours:
 
     def _endless(self) -> Iterator[Any]:
         for epoch in itertools.count(1):
-            yield from batching.train_batches(self._data.train, self._data.layouts, 11, epoch)
+            data = self._data
+            yield from batching.train_batches(data.train, data.layouts, 11, epoch, grouped=data.grouped)
 
     def train(self, steps: int) -> float:
         """Examples a second over so many steps."""
@@ -118,10 +123,13 @@ def main() -> None:
     for task in args.tasks:
         config = glue.get_config(f"{'full' if args.full else 'lora'},{task}")
         config.model, config.train.max_train_examples = "minilm", 4000
-        data, base, _ = loading.load(config, Console(quiet=True))
-        if args.rows:
-            data = data._replace(dev=batching.take(data.dev, range(min(args.rows, data.dev.size))))
-        ours = Ours(data, base, args.full)
+        both = {}
+        for grouped in (False, True):
+            config.train.group_by_length = grouped
+            data, base, _ = loading.load(config, Console(quiet=True))
+            if args.rows:
+                data = data._replace(dev=batching.take(data.dev, range(min(args.rows, data.dev.size))))
+            both[grouped] = Ours(data, base, args.full)
         with tempfile.TemporaryDirectory() as folder:
             rows = {
                 name: {
@@ -135,7 +143,8 @@ def main() -> None:
             about = {"model": str(base.folder), "labels": data.task.num_labels, "full": args.full}
             given.write_text(json.dumps({**about, **rows}), encoding="utf-8")
             torch = Torch(args.torch, given, args.threads)
-        for kind, name in KINDS.items():
+        for name, (grouped, kind) in KINDS.items():
+            ours = both[grouped]
             ours.train(args.steps // 2), torch.ask(kind, args.steps // 2)
             pairs = [(ours.train(args.steps), float(torch.ask(kind, args.steps))) for _ in range(args.pairs)]
             print(told(f"{task}, {name}", pairs), flush=True)
