@@ -5,8 +5,9 @@
 MiniLM, LoRA of rank 8, batches of 16, at most 128 tokens, float32, dropout on, with as many threads on both sides.
 jpeft trains as a run does: on random batches, padded in parts, or on batches of similar length
 (`config.train.group_by_length`). PyTorch pads each batch to its longest row, with random batches, as most of its users
-have them, or with rows grouped by length, as `train_sampling_strategy` of its trainer groups them. Timed are the steps alone, without loading and compiling;
-evaluation has sorted rows on both sides. Figures are medians of the pairs, in useful examples a second.
+have them, or with rows grouped by length, as `train_sampling_strategy` of its trainer groups them. Timed are the steps
+alone, without loading and compiling; evaluation has sorted rows on both sides. Figures are medians of the pairs, in
+useful examples a second.
 """
 
 import argparse
