@@ -148,6 +148,8 @@ def check_names(config: Config) -> None:
             raise UserError(f"config.method {config.method!r}: {part!r} stands alone and cannot be joined by '+'")
         if part not in known:
             raise UserError(f"config.method {part!r} is unknown: {nearest(part, known)}")
+    if twice := next((part for part in parts if parts.count(part) > 1), None):
+        raise UserError(f"config.method {config.method!r} names {twice!r} twice: set its size in config.peft.{twice}")
 
 
 def _check_data(config: Config) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable, Mapping
@@ -229,6 +230,8 @@ def _check_overrides(argv: list[str], fields: list[str]) -> None:
             raise UserError(f"{name} is not a field of the config: {nearest(name, fields)}")
         if name in seen:
             raise UserError(f"--{name} is given twice")
+        if re.fullmatch(r"\s*{[^:]+}\s*", arg.partition("=")[2]):  # a set of Python's, which would be taken for a tuple
+            raise UserError(f"--{name} must be a tuple, such as (1, 2), got {arg.partition('=')[2]!r}")
         seen.add(name)
 
 
