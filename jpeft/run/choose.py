@@ -41,7 +41,7 @@ def plan(seed: Seed) -> Plan:
     It is written to `plan.json`, and what was measured to `choice.json`.
 
     Raises:
-      UserError: if no plan fits the budget, the plan was edited since, or something else is in its place.
+      UserError: if no plan fits the budget, or the plan was edited since.
     """
     config, path, record = seed.config, seed.folder / "plan.json", seed.folder / "choice.json"
     if (found := kept(seed.folder, config)) is not None:
@@ -78,12 +78,9 @@ def kept(folder: Path, config: Config) -> Plan | None:
       config: of the run.
 
     Raises:
-      UserError: if the plan was edited since, or something else is in its place.
+      UserError: if the plan was edited since.
     """
     path, record, given = folder / "plan.json", folder / "choice.json", config.fishpal.plan
-    for own in (path, record):
-        if not own.is_file() and (own.exists() or own.is_symlink()):
-            raise UserError(f"{own} is not a file: delete it")
     if not path.is_file() or (given is None and not record.is_file()):
         return None
     found = plans.read(str(path))

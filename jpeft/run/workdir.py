@@ -138,6 +138,11 @@ def locked(workdir: Path, warn: Callable[[str], None] = lambda text: None) -> It
     for seed in own.glob("seed_*"):
         if not seed.is_dir():
             raise UserError(f"{seed} is not a folder, as a seed's must be: delete it")
+        for path in seed.iterdir():  # now, since the end of a run is too late for it
+            if path.name in ("model", "checkpoints") and not path.is_dir():
+                raise UserError(f"{path} is not a folder: delete it")
+            if path.suffix in (".json", ".safetensors") and not path.is_file():
+                raise UserError(f"{path} is not a file: delete it")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

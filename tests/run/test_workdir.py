@@ -324,6 +324,24 @@ def test_links_in_a_circle(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("name", ["result.json", "predictions.safetensors", "plan.json", "model", "checkpoints"])
+def test_what_is_neither_file_nor_folder_is_refused_before_anything_is_rewritten(begun, name):
+    folder = begun / "seed_11"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    file = "." in name
+    (folder / name).mkdir() if file else (folder / name).touch()
+    with pytest.raises(UserError, match=f"{name} is not a {'file' if file else 'folder'}"), workdirs.locked(begun):
+        pass
+    os.rmdir(folder / name) if file else os.unlink(folder / name)
+    (folder / name).symlink_to(name)
+    with pytest.raises(UserError, match=f"{name} is not a {'file' if file else 'folder'}"), workdirs.locked(begun):
+        pass
+    (folder / name).unlink()
+    with workdirs.locked(begun):
+        pass
+
+
 @pytest.mark.parametrize("how", ["touch", "symlink_to"])
 def test_a_seed_that_is_no_folder_is_refused_before_anything_is_rewritten(begun, how):
     shutil.rmtree(begun / "seed_11", ignore_errors=True)
