@@ -62,11 +62,3 @@ def test_a_budget_that_nothing_fits_is_refused_before_anything_is_measured(tiny_
     monkeypatch.setitem(choice.CRITERIA, "thesis", None)
     with pytest.raises(UserError, match="the budget of 5 parameters is too small: the smallest module has"):
         run(config, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["plan.json", "choice.json"])
-def test_a_folder_in_the_place_of_a_plan_is_refused_before_anything_is_measured(tiny_config, tmp_path, name):
-    (tmp_path / name).mkdir()
-    seed = SimpleNamespace(config=tiny_config("fishpal"), folder=tmp_path)
-    with pytest.raises(UserError, match=f"{name} is not a file: delete it"):
-        choice.plan(seed)
