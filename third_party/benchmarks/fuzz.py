@@ -611,7 +611,8 @@ def data_cases() -> Iterator[Case]:
                     put("glue/sst2/validation.jsonl", jsonl([{"sentence": "a", "label": i % 2, "idx": i}
                         for i in range(4)]))()
 
-        yield Case("data", f"glue {name}", glue, "refused", write)
+        want = "sane" if name == "label text" else "refused"  # "1" is a label, as in a CSV file
+        yield Case("data", f"glue {name}", glue, want, write)
 
 
 def change_cases() -> Iterator[Case]:
