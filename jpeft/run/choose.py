@@ -43,51 +43,52 @@ def plan(seed: Seed) -> Plan:
     Raises:
       UserError: if no plan fits the budget, or the plan was edited since.
     """
-    config, path, record = seed.config, seed.folder / "plan.json", seed.folder / "choice.json"
-    if (found := kept(seed.folder, config)) is not None:
+    if (found := kept(seed.folder, seed.config)) is not None:
         return found
-    if config.fishpal.plan is not None:
-        chosen = plans.read(config.fishpal.plan)
-    else:
-        candidates, start = configs.candidates(config), time.perf_counter()
-        _best(
-            seed, {0: dict.fromkeys(candidates, 1.0)}, candidates
-        )  # fails on a budget that nothing fits, before any work
-        found = CRITERIA[config.fishpal.criterion](seed, candidates, lambda name, *args: _fisher(seed, name, *args))
-        chosen = _best(seed, found.scores, candidates)
-        all_passes = seed.data.train.size * config.train.num_epochs
-        seconds = time.perf_counter() - start
-        seed.console.say(
-            f"  chosen by {config.fishpal.criterion}, at {100 * found.passes / all_passes:.1f} % of the passes of the "
-            f"training, in {seconds:.0f} s"
-        )
-        choice = {
-            "criterion": config.fishpal.criterion, "passes": found.passes, "share": found.passes / all_passes,
-            "seconds": seconds, "scores": found.scores, **found.about, "plan": plans.dumps(chosen),
-        }  # fmt: skip
-        files.write_record(record, CHOICE, choice)
-    files.write_text(path, plans.dumps(chosen))
+    config, start = seed.config, time.perf_counter()
+    candidates = configs.candidates(config)
+    _best(seed, {0: dict.fromkeys(candidates, 1.0)}, candidates)  # fails on a budget that nothing fits, before any work
+    found = CRITERIA[config.fishpal.criterion](seed, candidates, lambda name, *args: _fisher(seed, name, *args))
+    chosen = _best(seed, found.scores, candidates)
+    all_passes = seed.data.train.size * config.train.num_epochs
+    seconds = time.perf_counter() - start
+    seed.console.say(
+        f"  chosen by {config.fishpal.criterion}, at {100 * found.passes / all_passes:.1f} % of the passes of the "
+        f"training, in {seconds:.0f} s"
+    )
+    choice = {
+        "criterion": config.fishpal.criterion, "passes": found.passes, "share": found.passes / all_passes,
+        "seconds": seconds, "scores": found.scores, **found.about, "plan": plans.dumps(chosen),
+    }  # fmt: skip
+    files.write_record(seed.folder / "choice.json", CHOICE, choice)
+    files.write_text(seed.folder / "plan.json", plans.dumps(chosen))
     return chosen
 
 
 def kept(folder: Path, config: Config) -> Plan | None:
-    """The plan that an earlier start of a run chose, or was given; None if there is none yet.
+    """The plan that a run was given, or that an earlier start of it chose; None if there is none yet.
+
+    Writes it to `plan.json`, if it is not there.
 
     Args:
       folder: of the seed.
       config: of the run.
 
     Raises:
-      UserError: if the plan was edited since.
+      UserError: if `plan.json` is another plan.
     """
     path, record, given = folder / "plan.json", folder / "choice.json", config.fishpal.plan
-    if not path.is_file() or (given is None and not record.is_file()):
+    if given is not None:
+        was = plans.dumps(plans.read(given))
+    elif record.is_file():
+        was = files.read_record(record, CHOICE)["plan"]
+    else:
         return None
-    found = plans.read(str(path))
-    was = plans.dumps(plans.read(given)) if given is not None else files.read_record(record, CHOICE)["plan"]
-    if plans.dumps(found) != was:
+    if not path.is_file():
+        files.write_text(path, was)
+    elif plans.dumps(plans.read(str(path))) != was:
         raise UserError(f"{path} is not the plan that this run began with: restore it, or choose another --workdir")
-    return found
+    return plans.loads(was)
 
 
 def rate(seed: Seed) -> float:

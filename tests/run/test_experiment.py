@@ -119,13 +119,15 @@ def test_fishpal(fishpal_run):
         uniform += len({entries[0]["method"] for entries in plan.values()}) == 1
     assert sum("throughout" in warning for warning in console.warnings) == uniform
 
-    # Again in the same workdir: nothing is trained, and nothing changes.
-    log = (workdir / "metrics.jsonl").read_bytes()
+    # Again in the same workdir: nothing is trained, and nothing changes; a plan that is gone comes back.
+    log, plan = (workdir / "metrics.jsonl").read_bytes(), (workdir / "seed_1" / "plan.json").read_text()
+    (workdir / "seed_1" / "plan.json").unlink()
     again = Heard()
     repeated = experiment.run(config, workdir, again)
     assert {**repeated, "seconds": 0} == {**report, "seconds": 0}
     assert sum("finished earlier" in line for line in again.lines) == 2
     assert (workdir / "metrics.jsonl").read_bytes() == log
+    assert (workdir / "seed_1" / "plan.json").read_text() == plan
 
     # Another config in the same workdir: refused, naming the fields.
     config.train.num_epochs, config.peft.lora.rank = 3, 1
