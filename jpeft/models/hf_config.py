@@ -39,7 +39,7 @@ def read(folder: Path, num_labels: int, overrides: Mapping[str, Any]) -> BertCon
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise UserError(f"{file}: model_type {kind!r} is not supported; {nearest(str(kind), _DEFAULTS)}")
-    if (positions := raw.get("position_embedding_type") or "absolute") != "absolute":
+    if (positions := raw.get("position_embedding_type")) not in (None, "absolute"):
         raise UserError(f"position_embedding_type {positions!r} is not supported; expected 'absolute'")
     if raw.get("is_decoder") or raw.get("add_cross_attention"):
         raise UserError(f"{str(folder)!r} is a decoder (is_decoder or add_cross_attention); expected an encoder")

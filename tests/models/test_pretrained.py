@@ -250,6 +250,7 @@ def test_broken_folders(tmp_path):
         ({"model_type": "t5"}, "expected one of 'bert', 'roberta'"),
         ({"model_type": None}, "expected one of 'bert', 'roberta'"),
         ({"position_embedding_type": "relative_key"}, "expected 'absolute'"),
+        ({"position_embedding_type": []}, "expected 'absolute'"),
         ({"hidden_act": "geluu"}, "did you mean 'gelu'"),
         ({"is_decoder": True}, "expected an encoder"),
         ({"num_attention_heads": 5}, "divisible by num_attention_heads=5"),
