@@ -168,8 +168,9 @@ def restore(
             warn(f"checkpoint {folder / str(step)} cannot be resumed: {error}")
             reason = error
         else:
-            for other in steps:  # or the run, when it gets to a damaged one again, would find the step saved
-                if other > step or _strange(folder / str(other)):
+            # Or the run, when it gets to a damaged one again, would find the step saved, and Orbax would read it.
+            for other in steps:
+                if other > step or (other < step and not _is_whole(folder, other)):
                     _remove(folder / str(other))
             return found
     if reason is None:
@@ -216,6 +217,14 @@ def _check_files(folder: Path, step: int) -> None:
         raise _Damaged(str(error)) from None
     if written is not None and written != _files(folder / str(step)):
         raise _Damaged("its files were changed or damaged after they were written")
+
+
+def _is_whole(folder: Path, step: int) -> bool:
+    try:
+        _check_files(folder, step)
+    except _Damaged:
+        return False
+    return True
 
 
 def _read(path: Path, like: State) -> Restored:

@@ -200,11 +200,16 @@ def test_pipes_are_not_waited_for(tmp_path, where):
     assert not (tmp_path / "4").exists()
 
 
-def test_a_pipe_in_the_checkpoint_before_does_not_stay(tmp_path):
+@pytest.mark.parametrize("metadata", ["link", "[" * 100_000])
+def test_damage_in_the_checkpoint_before_does_not_stay(tmp_path, metadata):
     checkpoint.save(tmp_path, state(), PROGRESS)
     checkpoint.save(tmp_path, state(4), PROGRESS)
-    (tmp_path / "3" / "_CHECKPOINT_METADATA").unlink()
-    (tmp_path / "3" / "_CHECKPOINT_METADATA").symlink_to("_CHECKPOINT_METADATA")
+    path = tmp_path / "3" / "_CHECKPOINT_METADATA"
+    if metadata == "link":
+        path.unlink()
+        path.symlink_to(path.name)
+    else:
+        path.write_text(metadata)
     assert int(checkpoint.restore(tmp_path, like()).state.step) == 4
     checkpoint.save(tmp_path, state(5), PROGRESS)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["4", "5"]
