@@ -59,9 +59,8 @@ class Trial(NamedTuple):
 
     Attributes:
       number: in the order in which they were begun.
-      plan: of the point; {} if it has no module.
+      plan: of the point; {} if it has no module, or is not whole: a worker may have died while it was drawn.
       state: "waiting", "running", "complete" or "fail".
-      whole: whether the point is whole: a worker may have died while it was drawn.
       redrawn: whether another point was drawn in its place, because it was none to run.
       values: score and percentage of a complete one.
       seconds: that it took.
@@ -71,7 +70,6 @@ class Trial(NamedTuple):
     number: int
     plan: Plan
     state: str
-    whole: bool
     redrawn: bool
     values: tuple[float, float] | None
     seconds: float
@@ -79,10 +77,19 @@ class Trial(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A trial that is this worker's to run, until the lock is closed."""
+    """A trial that is this worker's to run, until the lock is closed.
+
+    Attributes:
+      number: of the trial.
+      plan: to train.
+      folder: for its run.
+      again: whether it was left behind by another worker, or this one as it was stopped.
+      lock: on the folder.
+    """
 
     number: int
     plan: Plan
+    folder: Path
     again: bool
     lock: TextIO
 
@@ -155,13 +162,12 @@ def trials(study: Study) -> list[Trial]:
     with _readable(study.folder):
         every = study.study.get_trials(deepcopy=False)
     for frozen in every:
-        whole, known = set(frozen.params) == set(study.choices), frozen.user_attrs
+        known = frozen.user_attrs
         found.append(
             Trial(
                 frozen.number,
-                study.plan_of(frozen.params) if whole else {},
+                study.plan_of(frozen.params) if set(frozen.params) == set(study.choices) else {},
                 frozen.state.name.lower(),
-                whole,
                 bool(known.get(REDRAWN)),
                 tuple(frozen.values) if frozen.state.name == "COMPLETE" else None,
                 known.get(SECONDS, 0.0),
@@ -187,14 +193,15 @@ def claim(study: Study, wanted: int) -> Claim | None:
       The trial, or None if there are as many as wanted, and those that are not finished are with other workers.
     """
     with alone(study.folder):
-        every = trials(study)
-        for trial in every:
-            if trial.state != "running":
-                continue
-            if not trial.whole:  # points are drawn in here, so whoever drew it is gone, before any training
-                _redraw(study, trial.number)
-            elif (lock := hold(_folder(study, trial.plan))) is not None:
-                return Claim(trial.number, trial.plan, True, lock)
+        seen: list[Plan] = []
+        for trial in trials(study):
+            if trial.state == "running":
+                if not trial.plan or trial.plan in seen:
+                    # Points are drawn in here, so whoever drew this one died before it could draw another.
+                    _redraw(study, trial.number)
+                elif (lock := hold(_folder(study, trial.plan))) is not None:
+                    return Claim(trial.number, trial.plan, _folder(study, trial.plan), True, lock)
+            seen.append(trial.plan)
         every = trials(study)
         return _drawn(study, every) if len(counted(every)) < wanted else None
 
@@ -208,24 +215,26 @@ def _drawn(study: Study, every: Sequence[Trial]) -> Claim:
     """
     known = {spaces.key(trial.plan) for trial in every if trial.plan}
     waiting = [point for point in study.first if spaces.key(study.plan_of(point)) not in known]
-    for draw in range(MOST_DRAWS + 1):
+    draw = 0
+    while True:
         number = len(every) + draw
         # By the number alone, so that a search that was stopped draws what it would have drawn.
         rng = np.random.default_rng((study.seed, number))
         if waiting:
             study.study.enqueue_trial(dict(waiting.pop(0)))
-        elif draw == MOST_DRAWS:
+        elif draw >= MOST_DRAWS:
             study.study.enqueue_trial(sampling.unseen(study.choices, study.plan_of, known, rng))
         study.study.sampler = sampling.sampler(study.startup, int(rng.integers(2**32)))
         asked = study.study.ask(sampling.distributions(study.choices))
         plan = study.plan_of(asked.params)
         if plan and spaces.key(plan) not in known:
-            lock = hold(_folder(study, plan))
+            folder = _folder(study, plan)
+            lock = hold(folder)
             if lock is None:
-                raise UserError(f"{_folder(study, plan)} is in use by another search: choose another --workdir")
-            return Claim(asked.number, plan, False, lock)
+                raise UserError(f"{folder} is in use by another search: choose another --workdir")
+            return Claim(asked.number, plan, folder, False, lock)
         _redraw(study, asked.number)
-    raise AssertionError("the last draw is always new")
+        draw += 1
 
 
 def _folder(study: Study, plan: Plan) -> Path:

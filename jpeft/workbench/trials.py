@@ -135,10 +135,10 @@ def _say(search: Search, claim: Claim, start: float, before: int) -> None:
 
 
 def _run(search: Search, claim: Claim) -> None:
-    config, folder = searches.config_of(search.config, claim.plan, short=True), Path(claim.lock.name).parent
+    config = searches.config_of(search.config, claim.plan, short=True)
     try:
         with search.console.waiting("training"):
-            report = experiment.run(config, folder, Console(quiet=True))
+            report = experiment.run(config, claim.folder, Console(quiet=True))
     except UserError as error:
         if "not finite" not in str(error):
             raise

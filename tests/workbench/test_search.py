@@ -15,7 +15,7 @@ from jpeft.plans.plan import Entry
 from jpeft.report import front as fronts
 from jpeft.report.front import Point
 from jpeft.run.console import Console
-from jpeft.workbench import best, locks, search, study, trials
+from jpeft.workbench import best, locks, sampling, search, study, trials
 from jpeft.workbench import space as spaces
 
 # ml_collections loads the config file with it.
@@ -123,13 +123,18 @@ def test_a_trial_of_a_dead_worker_is_taken_up_and_one_of_a_living_worker_is_not(
     assert len(study.counted(study.trials(first))) == 3
 
 
-def test_a_point_that_was_half_drawn_is_drawn_anew(opened, claim):
+def test_points_whose_worker_died_as_it_drew_them_are_drawn_anew(opened, claim):
     own = opened()
-    own.study.ask()  # a worker that dies here has no parameters yet
-    one = claim(own, 1)
-    assert not one.again
-    assert one.plan
-    assert [each.state for each in study.counted(study.trials(own))] == ["running"]
+    first = claim(own, 5)
+    asks = sampling.distributions(own.choices)
+    own.study.ask()  # no parameters yet
+    for point in (dict.fromkeys(own.choices, 0), own.study.trials[first.number].params):  # no module; tried before
+        own.study.enqueue_trial(point)
+        own.study.ask(asks)
+    new = claim(own, 5)
+    assert not new.again
+    assert new.plan not in ({}, first.plan)
+    assert [each.plan for each in study.counted(study.trials(own))] == [first.plan, new.plan]
 
 
 def test_workers_share_the_trials_until_every_plan_is_tried(opened, claim):
@@ -152,7 +157,7 @@ def drawn(make, claim, folder, reopens):
         one.lock.close()
         if i in reopens:
             own = make(folder)
-            assert claim(own, 12)[:3] == (one.number, one.plan, True)
+            assert claim(own, 12)[:4] == (*one[:3], True)
         size = sum(entry.options.get("bottleneck", 3) for row in one.plan.values() for entry in row)
         study.tell(own, one.number, 1 - 1 / size, float(size), 1.0)
         found.append(one.plan)
