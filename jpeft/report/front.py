@@ -55,7 +55,7 @@ def markdown(
     diverged: Sequence[int],
     full: Mapping[int, Row],
     baseline: float,
-    picture: str,
+    picture: str | None,
 ) -> str:
     """The page.
 
@@ -67,23 +67,22 @@ def markdown(
       diverged: numbers of the trials whose training did not stay finite.
       full: by number, what points of the front score with the full recipe.
       baseline: what an answer scores that reads no text.
-      picture: its file name.
+      picture: its file name, or None.
     """
     best, done = front(points), len(points) + len(diverged)
     lines = [f"# Search: {title}", ""]
     lines += [f"**{done} of {wanted} trials are finished.**", ""] if done < wanted else []
     lines += [
-        f"Of {len(points)} plans that were trained by the short recipe, these are the ones that no other beats in both "
-        f"{metric} and size. Sizes are trained parameters in percent of base and head, without the head and what else "
-        f"trains with any plan. Scores are {metric} of the last epoch in percent; by the full recipe mean ± standard "
+        f"Plans trained by the short recipe: {len(points)}. These are the ones that no other beats in both {metric} "
+        "and size. Sizes are trained parameters in percent of base and head, without the head and what else trains "
+        f"with any plan. Scores are {metric} of the last epoch in percent; by the full recipe mean ± standard "
         "deviation over seeds, the best and whatever cannot be told from it in bold.",
         "",
         formats.markdown(_table(best, full)),
         "",
         f"An answer that reads no text scores {100 * baseline:.1f}.",
         "",
-        f"![Scores over trained parameters]({picture})",
-        "",
+        *([f"![Scores over trained parameters]({picture})", ""] if picture else []),
         "The short recipe's scores chose these plans, so they flatter them: of many that are alike, one is lucky. The "
         "full recipe's are of the same evaluation rows. To say that a plan is better than another, compare the two by "
         "`python -m jpeft.compare` with several seeds.",

@@ -94,6 +94,8 @@ def write(search: Search) -> str:
                 path.unlink()  # it was on the front of fewer trials
         if tried:
             fronts.picture(folder / PICTURE, tried, full, metric, f"Search on {title}")
-        page = fronts.markdown(title, metric, tried, search.wanted, diverged, full, search.baseline, PICTURE)
+        page = fronts.markdown(
+            title, metric, tried, search.wanted, diverged, full, search.baseline, PICTURE if tried else None
+        )
         files.write_text(folder / REPORT, page)
         return page
