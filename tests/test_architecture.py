@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1] / "jpeft"
 # From the ground up: a room may import from itself and from those before it.
 ROOMS = (
     "core", "models", "importance", "transforms", "plans", "data", "training", "store", "report", "run", "serving",
-    "workbench", "main", "compare", "export", "predict", "submit",
+    "workbench", "main", "compare", "search", "export", "predict", "submit",
 )  # fmt: skip
 
 

@@ -11,10 +11,13 @@ from jpeft.plans import plan as plans
 from jpeft.run import checks
 from jpeft.run import config as c
 from jpeft.transforms.registry import METHODS
-from jpeft.workbench import compare
+from jpeft.workbench import compare, search
+from jpeft.workbench import space as spaces
 
 FOLDER = Path(__file__).parents[1] / "configs"
-FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "glue" and not path.stem.startswith("compare"))
+FILES = sorted(
+    path for path in FOLDER.glob("*.py") if path.stem != "glue" and not path.stem.startswith(("compare", "search"))
+)
 GRIDS = sorted(FOLDER.glob("compare_*.py"))
 SEEDS = {"mnli": (11, 22, 88), "mrpc": (11, 22, 88), "sst2": (111, 11, 22)}
 
@@ -24,7 +27,8 @@ def get_config(path: Path, variant: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert f"configs/{path.name}" in module.__doc__, "the docstring gives the command"
-    return module.get_config(variant) if variant or not path.stem.startswith("compare") else module.get_config()
+    needs_none = path.stem.startswith(("compare", "search"))
+    return module.get_config(variant) if variant or not needs_none else module.get_config()
 
 
 def test_there_is_one_for_each_method_and_task():
@@ -89,6 +93,15 @@ def test_every_cell_of_a_comparison_could_start(path):
     grid = get_config(path, "")
     compare.check(grid)
     assert len(compare.cells(grid)) > 1
+
+
+def test_the_search_could_start():
+    for task in ("", "cola"):
+        config = get_config(FOLDER / "search_autopeft.py", task)
+        search.check(config)
+        assert config.task == (task or "mrpc")
+    # What Zhou et al. search: two adapters and a prefix of any of nine sizes, and a bit for each of MiniLM's layers.
+    assert spaces.size(config.space, config.layers, 6) == (9**3 - 1) * (2**6 - 1)
 
 
 def test_the_plans_of_the_comparison_are_of_one_size():

@@ -11,7 +11,7 @@ import numpy as np
 
 from jpeft.report.answers import Reliability
 
-__all__ = ["confusion", "curves", "matrix", "reliability"]
+__all__ = ["COLOURS", "confusion", "curves", "matrix", "reliability"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 

@@ -27,7 +27,7 @@ from jpeft.run.config import Config
 from jpeft.run.console import Console
 from jpeft.workbench.cells import Cell, read, unpacked, write
 
-__all__ = ["Cell", "cells", "check", "config_of", "default", "outcomes", "run_all"]
+__all__ = ["Cell", "cells", "check", "config_of", "default", "duration", "outcomes", "run_all", "set_fields"]
 
 # What the runs of a fair comparison have in common.
 RECIPE = (
@@ -117,14 +117,24 @@ def config_of(grid: Config, cell: Cell) -> Config:
         (f"by_task[{cell.task!r}]", grid.by_task.get(cell.task, {})),
         (f"variants[{cell.variant!r}]", grid.variants[cell.variant]),
     ):
-        _set(config, fields if isinstance(fields, dict) else fields.to_dict(), where)
+        set_fields(config, fields if isinstance(fields, dict) else fields.to_dict(), where)
     config.task, config.seeds = cell.task, (cell.seed,)
     if cell.learning_rate is not None:
         config.train.learning_rate = cell.learning_rate
     return config
 
 
-def _set(config: Config, fields: Mapping[str, Any], where: str) -> None:
+def set_fields(config: Config, fields: Mapping[str, Any], where: str) -> None:
+    """Sets fields of a run's config.
+
+    Args:
+      config: to change.
+      fields: nested, as the config is.
+      where: the field of the grid that they are from, for the message.
+
+    Raises:
+      UserError: if a run has no such field, or the value cannot be one.
+    """
     known = {".".join(names) for names in flatten(config.to_dict())}
     for names, value in flatten(fields).items():
         name = ".".join(names)
@@ -176,8 +186,12 @@ def check(grid: Config) -> None:
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two cells are called {twice!r}: give the variants, tasks, rates and seeds distinct names")
     for cell in cells(grid):
+        if cell.seed != grid.seeds[0]:
+            continue
+        config = config_of(grid, cell)
+        config.seeds = tuple(grid.seeds)  # all at once: they are all that differs
         try:
-            checks.check(config_of(grid, cell))
+            checks.check(config)
         except UserError as error:
             raise UserError(f"cell {cell.name}: {error}") from None
 
@@ -206,7 +220,7 @@ def run_all(grid: Config, folder: Path, workdir: Path, console: Console) -> Iter
     todo = [cell for cell in every if read(folder, config_of(grid, cell), cell) is None]
     spent: list[float] = []
     for i, cell in enumerate(todo):
-        left = f", about {_duration(statistics.fmean(spent) * (len(todo) - i))} left" if spent else ""
+        left = f", about {duration(statistics.fmean(spent) * (len(todo) - i))} left" if spent else ""
         console.title(f"cell {len(every) - len(todo) + i + 1} of {len(every)}: {cell.name}{left}")
         start = time.monotonic()
         config = config_of(grid, cell)
@@ -240,7 +254,8 @@ def _check_inputs(grid: Config, folder: Path, console: Console) -> None:
             workdirs.check(row["inputs"], known[key], folder / f"{cell.name}.json")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in words, "2 h 5 min"."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
