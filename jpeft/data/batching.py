@@ -98,13 +98,13 @@ def train_batches(
     lengths, batch_size = examples.lengths, sum(part.rows for part in layouts[0])
     order = np.random.default_rng((seed, epoch)).permutation(examples.size)
     kinds = np.searchsorted(padded_lengths(layouts), lengths)
-    rows = order[np.argsort(kinds[order], kind="stable")]  # by kind, and within a kind at random
+    by_kind = order[np.argsort(kinds[order], kind="stable")]  # by kind, and within a kind at random
     shared = np.random.default_rng(epoch)
     if grouped:
-        batches = _cut(rows, batch_size)
+        batches = _cut(by_kind, batch_size)
         batches = [batches[i] for i in shared.permutation(len(batches))]
     else:
-        batches = _cut(rows[shared.permutation(examples.size)], batch_size)
+        batches = _cut(by_kind[shared.permutation(examples.size)], batch_size)
     for rows in batches[start:]:
         rows = rows[np.argsort(lengths[rows], kind="stable")]
         lacks = batch_size - len(rows)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jpeft.report.comparison import Outcome
+from jpeft.report.drawings import COLOURS
 
 __all__ = ["Point", "first", "markdown", "picture", "series", "within"]
 
@@ -121,10 +122,8 @@ def picture(
     figure = Figure(figsize=(1 + 4.2 * len(found), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, (task, curves) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        # The colours of Okabe and Ito, which differ for everyone, and markers that differ in print.
-        styles = zip(
-            ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vXP", strict=True
-        )
+        # Colours that differ for everyone, and markers that differ in print.
+        styles = zip(COLOURS, "osD^vXP", strict=True)
         for (curve, points), (colour, marker) in zip(curves.items(), [*styles] * len(curves), strict=False):
             x, means = [point.x for point in points], np.array([100 * point.mean for point in points])
             panel.plot(x, means, marker=marker, color=colour, markersize=4, label=curve)

@@ -111,7 +111,7 @@ def scores(folder: Path) -> dict[str, dict[str, Any]]:
 
     Returns:
       {method: row}, with the name of the "primary_metric", its "scores" by seed, the "learning_rate" (None where
-      FishPAL found it), and "module_bytes", of a saved module with its head.
+      FishPAL found it), and "module_bytes", of a saved module with its head (None in cells of an earlier version).
 
     Raises:
       UserError: if a file is not one of a cell, if there is none, or if they are of several tasks.
@@ -124,7 +124,7 @@ def scores(folder: Path) -> dict[str, dict[str, Any]]:
     for row in rows:
         name, metric = row["variant"], row["primary_metric"]
         rate = None if "choice" in row else row["config"].get("train.learning_rate", METHODS[name].learning_rate)
-        about = {"primary_metric": metric, "learning_rate": rate, "module_bytes": row["module_bytes"], "scores": {}}
+        about = {"primary_metric": metric, "learning_rate": rate, "module_bytes": row.get("module_bytes"), "scores": {}}
         found.setdefault(name, about)["scores"][str(row["seed"])] = row["metrics"][metric]
     return found
 
@@ -162,7 +162,8 @@ def _scored(row: dict[str, Any]) -> list[str]:
     rate, values = row["learning_rate"], [100 * value for value in row["scores"].values()]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     rate = "chosen" if rate is None else f"{rate:g}"
-    return [f"{row['module_bytes'] / 1e3:.0f}", rate, f"{statistics.fmean(values):.1f}{spread}"]
+    size = "-" if row["module_bytes"] is None else f"{row['module_bytes'] / 1e3:.0f}"
+    return [size, rate, f"{statistics.fmean(values):.1f}{spread}"]
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -200,16 +200,10 @@ def test_pipes_are_not_waited_for(tmp_path, where):
     assert not (tmp_path / "4").exists()
 
 
-@pytest.mark.parametrize("metadata", ["link", "[" * 100_000])
-def test_damage_in_the_checkpoint_before_does_not_stay(tmp_path, metadata):
+def test_damage_in_the_checkpoint_before_does_not_stay(tmp_path):
     checkpoint.save(tmp_path, state(), PROGRESS)
     checkpoint.save(tmp_path, state(4), PROGRESS)
-    path = tmp_path / "3" / "_CHECKPOINT_METADATA"
-    if metadata == "link":
-        path.unlink()
-        path.symlink_to(path.name)
-    else:
-        path.write_text(metadata)
+    (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text("[" * 100_000)  # which Orbax cannot read
     assert int(checkpoint.restore(tmp_path, like()).state.step) == 4
     checkpoint.save(tmp_path, state(5), PROGRESS)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["4", "5"]

@@ -45,6 +45,7 @@ def test_scores_come_from_the_cells_of_a_grid(tmp_path):
     }  # fmt: skip
     assert found["fishpal"]["learning_rate"] is None
     assert set(found) == {"lora", "fishpal"}
+    assert "| - | chosen | 90.0 |" in methods.table({"fishpal": ROW | found["fishpal"] | {"module_bytes": None}})
     assert "| chosen | 90.0 |" in methods.table({"fishpal": ROW | found["fishpal"]})
     cell("lora", 11, 0.5, task="mrpc")
     with pytest.raises(UserError, match="has mrpc, sst2"):
