@@ -1,9 +1,10 @@
 """Compares methods, plans or any settings: python -m jpeft.compare --config configs/compare_methods.py
 
 Every cell of the grid of variants, tasks and seeds is a run as `jpeft.main` makes it. Run again, the command resumes;
-finished cells are kept as small files of scores and predictions. The workdir then holds report.md, with the scores,
-their spread over seeds and the differences with their intervals, and a picture; where the config names curves, also a
-table and a picture of scores along an axis. Any field can be set on the command line:
+finished cells are kept as small files of scores and predictions. The workdir then holds report.md and report.html, with
+the scores, their spread over seeds, the differences with their intervals, and pictures. Where the config names curves,
+they have a table and a picture of scores along an axis; where it names a file of published scores, these have a column.
+report.csv and report.tex hold the table of scores. Any field can be set on the command line:
 
     python -m jpeft.compare --config configs/compare_methods.py --config.tasks="('mrpc', 'cola')"
     python -m jpeft.compare --config configs/compare_methods.py --config.run.model=minilm --config.seeds="(1, 2)"
@@ -11,9 +12,7 @@ table and a picture of scores along an axis. Any field can be set on the command
 
 import sys
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jpeft.run import command
 
@@ -32,7 +31,7 @@ def run(argv: list[str]) -> None:
     }
     given = command.parse(argv, __doc__ or "", own, "configs/compare_methods.py", defaults)
     from jpeft.run.console import Console
-    from jpeft.workbench import compare
+    from jpeft.workbench import compare, findings
 
     grid, console = given.config, Console()
     compare.check(grid)
@@ -41,28 +40,9 @@ def run(argv: list[str]) -> None:
     try:
         deque(compare.run_all(grid, folder, workdir / "runs", console), maxlen=0)
     finally:  # a grid that is stopped has a report, too
-        if outcomes := compare.outcomes(grid, folder):
-            page = _report(grid, outcomes, workdir)
-            console.say(f"\n{page}\nreport: {workdir / 'report.md'}")
-
-
-def _report(grid: Any, outcomes: Sequence[Any], workdir: Path) -> str:
-    from jpeft.core import files
-    from jpeft.report import comparison, series
-    from jpeft.workbench import compare
-
-    table, baselines = comparison.summarise(outcomes), comparison.baselines(outcomes)
-    workdir.mkdir(parents=True, exist_ok=True)
-    comparison.picture(workdir / "report.png", table, outcomes)
-    total, unlike = len(compare.cells(grid)), compare.unlike(grid)
-    page = comparison.markdown(table, len(outcomes), total, "report.png", baselines, unlike)
-    if found := series.series(outcomes, grid.curves.to_dict()):
-        metrics = {o.task.name: o.task.primary for o in outcomes}
-        reference = {task: rows[grid.reference].mean for task, rows in table.items() if grid.reference in rows}
-        series.picture(workdir / "curves.png", found, grid.axis, metrics, reference, baselines)
-        page += f"\n{series.markdown(found, grid.axis, reference)}\n![Scores along {grid.axis}](curves.png)\n"
-    files.write_text(workdir / "report.md", page)
-    return page
+        if outcomes := findings.outcomes(grid, folder):
+            page = findings.write(grid, outcomes, workdir)
+            console.say(f"\n{page}\nreport: {workdir / 'report.md'}; with all pictures: {workdir / 'report.html'}")
 
 
 def main(argv: list[str] | None = None) -> int:

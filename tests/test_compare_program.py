@@ -47,12 +47,17 @@ def test_a_comparison_ends_on_its_report_and_resumes(config, tmp_path, capsys, m
     assert program.main(argv) == 0
     page = (tmp_path / "work" / "report.md").read_text()
     assert "finished" not in page
-    assert "| bitfit |" in page
+    assert "| bitfit " in page
     assert "](report.png)" in page
     assert "## Along trained parameters" in page
     assert (tmp_path / "work" / "curves.png").stat().st_size > 5000
     assert (tmp_path / "work" / "report.png").is_file()
     assert "report.md" in capsys.readouterr().out
+    assert "Bands: three standard deviations" in (tmp_path / "work" / "report.html").read_text()
+    lines = (tmp_path / "work" / "report.csv").read_text().splitlines()
+    assert lines[0] == "variant,trainable %,added %,mrpc"
+    assert {line.split(",")[0] for line in lines[1:]} == {"head", "bitfit", "an answer that reads no text"}
+    assert "toprule" in (tmp_path / "work" / "report.tex").read_text()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ for both, and asks how far their difference moves (Efron and Tibshirani 1993; Be
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from jpeft.data.kinds import IGNORED
 from jpeft.data.metrics import TAGS, entity_counts, entity_shares
 from jpeft.data.task import Task
 
-__all__ = ["Outcome", "Row", "baselines", "markdown", "picture", "summarise"]
+__all__ = ["DRAWS", "LEVEL", "Outcome", "Row", "baselines", "summarise"]
 
 DRAWS = 400
 LEVEL = 95  # percent, of the intervals
@@ -138,91 +137,3 @@ def baselines(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """{task: the score of an answer that reads no text}, the most frequent class or the mean of the evaluation rows."""
     firsts = {outcome.task.name: outcome for outcome in reversed(outcomes)}
     return {name: o.task.baseline(o.labels, o.labels)[o.task.primary] for name, o in firsts.items()}
-
-
-def markdown(
-    table: Mapping[str, Mapping[str, Row]],
-    finished: int,
-    total: int,
-    picture: str | None,
-    baselines: Mapping[str, float],
-    unlike: Sequence[str] = (),
-) -> str:
-    """The page: a table over all tasks, then the differences from the best of each task.
-
-    Args:
-      table: from `summarise`.
-      finished: how many cells are done.
-      total: of how many.
-      picture: file name of the picture, or None.
-      baselines: from `baselines`; the last row of the table.
-      unlike: what is not the same for all variants, beyond what they are compared in.
-    """
-    tasks, variants = list(table), list(dict.fromkeys(name for rows in table.values() for name in rows))
-    lines = ["# Comparison", ""]
-    if finished < total:
-        lines += [f"**{finished} of {total} cells are finished.**", ""]
-    lines += [
-        "Primary metric of the last epoch in percent, mean ± standard deviation over the seeds. Bold: the best of its "
-        "task, and whatever cannot be told from it.",
-        "",
-        "| variant | trainable % | added % | " + " | ".join(tasks) + " |",
-        "| --- | ---: | ---: |" + " ---: |" * len(tasks),
-    ]
-    for name in variants:
-        some = next(rows[name] for rows in table.values() if name in rows)
-        cells = [_cell(table[task].get(name)) for task in tasks]
-        lines.append(f"| {name} | {some.trainable_percent:.3f} | {some.added_percent:.3f} | {' | '.join(cells)} |")
-    cells = [f"{100 * baselines[task]:.1f}" for task in tasks]
-    lines.append(f"| *an answer that reads no text* | 0 | 0 | {' | '.join(cells)} |")
-    poor = [f"{name} on {t}" for t, rows in table.items() for name, row in rows.items() if row.mean <= baselines[t]]
-    lines += ["", *(f"**Not alike:** {each}." for each in unlike)] if unlike else []
-    if poor:
-        lines += ["", f"**No better than an answer that reads no text: {', '.join(poor)}.**"]
-    if picture:
-        lines += ["", f"![Scores by task and variant]({picture})"]
-    for task, rows in table.items():
-        best = next(iter(rows))
-        lines += ["", f"## {task}: behind {best}", "", f"| variant | points | {LEVEL} % interval | seeds |"]
-        lines += ["| --- | ---: | ---: | ---: |"]
-        for name, row in rows.items():
-            low, high = (f"{100 * x:+.1f}" for x in row.interval)
-            lines.append(f"| {name} | {100 * row.behind:+.1f} | {low} to {high} | {row.num_seeds} |")
-    lines += [
-        "",
-        f"Intervals are of a paired bootstrap over evaluation rows and seeds, {DRAWS} draws. With few seeds they are "
-        "too narrow: they cannot know seeds that were not run.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    text = f"{100 * row.mean:.1f}" + ("" if row.std is None else f" ± {100 * row.std:.1f}")
-    return f"**{text}**" if row.tied else text
-
-
-def picture(path: Path, table: Mapping[str, Mapping[str, Row]], outcomes: Sequence[Outcome]) -> None:
-    """Writes a PNG: one panel a task, a row a variant, a small dot a seed and a large one for the mean."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    most = max(map(len, table.values()))
-    figure = Figure(figsize=(1.2 + 3.6 * len(table), 1.2 + 0.26 * most), layout="constrained")
-    FigureCanvasAgg(figure)
-    for panel, (task, rows) in zip(figure.subplots(1, len(table), squeeze=False)[0], table.items(), strict=True):
-        for i, (name, row) in enumerate(rows.items()):
-            colour = "tab:blue" if row.tied else "tab:gray"
-            seeds = [100 * o.score() for o in outcomes if (o.task.name, o.variant) == (task, name)]
-            panel.plot(seeds, [i] * len(seeds), ".", color=colour, alpha=0.5)
-            panel.plot(100 * row.mean, i, "o", color=colour)
-        panel.set_yticks(range(len(rows)), list(rows), fontsize=8)
-        panel.invert_yaxis()
-        panel.set_title(task, fontsize=10)
-        primary = next(o.task.primary for o in outcomes if o.task.name == task)
-        panel.set_xlabel(f"{primary} in percent", fontsize=8)
-        panel.grid(axis="x", alpha=0.3)
-    figure.suptitle("small: a seed; large: the mean; blue: the best and what cannot be told from it", fontsize=8)
-    figure.savefig(path, dpi=130)

@@ -5,18 +5,21 @@ The colours are those of Okabe and Ito (2008), and cividis, which reads alike wi
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jpeft.report.answers import Reliability
 
-__all__ = ["COLOURS", "confusion", "curves", "matrix", "reliability"]
+__all__ = ["COLOURS", "Draw", "confusion", "curves", "matrix", "png", "reliability", "svg"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+Draw = Callable[[Any], None]  # draws on a Matplotlib figure
 
-def _svg(width: float, height: float, draw: Callable[[Any], None]) -> str:
+
+def svg(width: float, height: float, draw: Draw) -> str:
     """The SVG element of a figure of this size in inches, the same for the same picture."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -30,6 +33,17 @@ def _svg(width: float, height: float, draw: Callable[[Any], None]) -> str:
         figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
     text = out.getvalue()
     return text[text.index("<svg") :]
+
+
+def png(path: Path, width: float, height: float, draw: Draw) -> None:
+    """Writes a figure of this size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    figure.savefig(path, dpi=130)
 
 
 def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], metric: str) -> str:
@@ -60,7 +74,7 @@ def curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], met
             panel.grid(alpha=0.3)
         panels[1].legend(fontsize=8)
 
-    return _svg(9, 3.2, draw)
+    return svg(9, 3.2, draw)
 
 
 def confusion(table: np.ndarray, labels: Sequence[str]) -> str:
@@ -101,7 +115,7 @@ def matrix(
             panel.text(j, i, text, ha="center", va="center", color="black" if value > 0.55 else "white")
 
     longest = max(map(len, rows))
-    return _svg(1.2 + 0.07 * longest + 0.62 * len(columns), 1.1 + 0.42 * len(rows), draw)
+    return svg(1.2 + 0.07 * longest + 0.62 * len(columns), 1.1 + 0.42 * len(rows), draw)
 
 
 def reliability(found: Mapping[str, Reliability]) -> str:
@@ -122,4 +136,4 @@ def reliability(found: Mapping[str, Reliability]) -> str:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="upper left")
 
-    return _svg(4.6, 3.6, draw)
+    return svg(4.6, 3.6, draw)

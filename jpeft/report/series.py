@@ -1,15 +1,15 @@
 """Scores along an axis: how they grow with trained parameters, examples, a dimension or a learning rate."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jpeft.report.comparison import Outcome
-from jpeft.report.drawings import COLOURS
+from jpeft.report.drawings import COLOURS, Draw
+from jpeft.report.formats import Table
 
-__all__ = ["Point", "first", "markdown", "picture", "series", "within"]
+__all__ = ["Point", "drawing", "first", "series", "table", "within"]
 
 NEAR = 0.01  # of a score: what counts as no worse than the best
 SHARE = 0.9  # of the reference: d90 of Aghajanyan et al. 2020, arXiv:2012.13255
@@ -75,70 +75,62 @@ def first(points: Sequence[Point], score: float) -> float | None:
     return next((point.x for point in points if point.mean >= score), None)
 
 
-def markdown(found: Mapping[str, Mapping[str, Sequence[Point]]], axis: str, reference: Mapping[str, float]) -> str:
-    """A table with a row for each task and curve.
+def table(found: Mapping[str, Mapping[str, Sequence[Point]]], reference: Mapping[str, float]) -> Table:
+    """A row for each task and curve.
 
     Args:
       found: from `series`.
-      axis: what the places are.
       reference: {task: a score to hold them against}, such as that of full fine-tuning; may lack tasks.
     """
     share = f"first at {100 * SHARE:.0f} % of the reference"
-    lines = [f"## Along {axis}", "", f"| task | curve | best | at | within {100 * NEAR:.0f} point | {share} |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    rows = []
     for task, curves in found.items():
         for curve, points in curves.items():
             best = max(points, key=lambda point: point.mean)
             low, high = within(points)
             reached = first(points, SHARE * reference[task]) if task in reference else None
             told = "-" if task not in reference else "none" if reached is None else f"{reached:g}"
-            lines.append(
-                f"| {task} | {curve} | {100 * best.mean:.1f} | {best.x:.3g} | {low:.3g} to {high:.3g} | {told} |"
-            )
-    return "\n".join([*lines, ""])
+            rows.append((task, curve, f"{100 * best.mean:.1f}", f"{best.x:.3g}", f"{low:.3g} to {high:.3g}", told))
+    return ("task", "curve", "best", "at", f"within {100 * NEAR:.0f} point", share), rows
 
 
-def picture(
-    path: Path,
+def drawing(
     found: Mapping[str, Mapping[str, Sequence[Point]]],
     axis: str,
     metrics: Mapping[str, str],
     reference: Mapping[str, float],
     baseline: Mapping[str, float],
-) -> None:
-    """Writes a PNG: a panel for each task, a line for each curve, with a band of three standard deviations over seeds.
+) -> tuple[float, float, Draw]:
+    """Width, height and picture: a panel for each task, a line for each curve, a band of three deviations.
 
     Args:
-      path: of the PNG.
       found: from `series`.
       axis: what the places are.
       metrics: {task: name of its primary metric}.
-      reference: as in `markdown`; a solid grey line.
+      reference: as in `table`; a solid grey line.
       baseline: {task: the score of an answer that reads no text}; a dashed one.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1 + 4.2 * len(found), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    for panel, (task, curves) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        # Colours that differ for everyone, and markers that differ in print.
-        styles = zip(COLOURS, "osD^vXP", strict=True)
-        for (curve, points), (colour, marker) in zip(curves.items(), [*styles] * len(curves), strict=False):
-            x, means = [point.x for point in points], np.array([100 * point.mean for point in points])
-            panel.plot(x, means, marker=marker, color=colour, markersize=4, label=curve)
-            spread = [100 * np.std(p.scores, ddof=1) if len(p.scores) > 1 else 0.0 for p in points]
-            band = SIGMAS * np.array(spread)
-            if band.any():
-                panel.fill_between(x, means - band, means + band, color=colour, alpha=0.15, linewidth=0)
-        if task in reference:
-            panel.axhline(100 * reference[task], color="grey", linewidth=1, label="reference")
-        panel.axhline(100 * baseline[task], color="grey", linewidth=1, linestyle="--", label="without reading")
-        if all(point.x > 0 for points in curves.values() for point in points):
-            panel.set_xscale("log")
-        panel.set_title(task, fontsize=10)
-        panel.set_xlabel(axis, fontsize=9)
-        panel.set_ylabel(f"{metrics[task]} in percent", fontsize=9)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+    def draw(figure: Any) -> None:
+        for panel, (task, curves) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+            # Colours that differ for everyone, and markers that differ in print.
+            styles = zip(COLOURS, "osD^vXP", strict=True)
+            for (curve, points), (colour, marker) in zip(curves.items(), [*styles] * len(curves), strict=False):
+                x, means = [point.x for point in points], np.array([100 * point.mean for point in points])
+                panel.plot(x, means, marker=marker, color=colour, markersize=4, label=curve)
+                spread = [100 * np.std(p.scores, ddof=1) if len(p.scores) > 1 else 0.0 for p in points]
+                band = SIGMAS * np.array(spread)
+                if band.any():
+                    panel.fill_between(x, means - band, means + band, color=colour, alpha=0.15, linewidth=0)
+            if task in reference:
+                panel.axhline(100 * reference[task], color="grey", linewidth=1, label="reference")
+            panel.axhline(100 * baseline[task], color="grey", linewidth=1, linestyle="--", label="without reading")
+            if all(point.x > 0 for points in curves.values() for point in points):
+                panel.set_xscale("log")
+            panel.set_title(task, fontsize=10)
+            panel.set_xlabel(axis, fontsize=9)
+            panel.set_ylabel(f"{metrics[task]} in percent", fontsize=9)
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize=7)
+
+    return 1 + 4.2 * len(found), 3.8, draw

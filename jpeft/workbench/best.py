@@ -14,7 +14,7 @@ from jpeft.report import front as fronts
 from jpeft.report.comparison import Row
 from jpeft.report.front import Point
 from jpeft.run.config import Config
-from jpeft.workbench import compare, locks, study
+from jpeft.workbench import compare, findings, locks, study
 from jpeft.workbench import search as searches
 from jpeft.workbench.trials import Search, points
 
@@ -64,7 +64,7 @@ def _name(point: Point) -> str:
 
 def _full(search: Search, best: Sequence[Point]) -> dict[int, Row]:
     """What the full runs that are finished found, by the number of the plan."""
-    outcomes = compare.outcomes(_grid(search, best), search.folder / CELLS) if best else []
+    outcomes = findings.outcomes(_grid(search, best), search.folder / CELLS) if best else []
     rows = comparison.summarise(outcomes)[search.task.name] if outcomes else {}
     return {point.number: rows[name] for point in best if (name := _name(point)) in rows}
 

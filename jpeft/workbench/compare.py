@@ -18,26 +18,15 @@ from ml_collections import ConfigDict
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.tree import flatten
-from jpeft.data.task import Task
-from jpeft.report.comparison import Outcome
+from jpeft.report import published as others
 from jpeft.run import checks, experiment, loading
 from jpeft.run import config as configs
 from jpeft.run import workdir as workdirs
 from jpeft.run.config import Config
 from jpeft.run.console import Console
-from jpeft.workbench.cells import Cell, read, unpacked, write
+from jpeft.workbench.cells import Cell, read, write
 
-__all__ = ["Cell", "cells", "check", "config_of", "default", "duration", "outcomes", "run_all", "set_fields"]
-
-# What the runs of a fair comparison have in common.
-RECIPE = (
-    "model",
-    "train.num_epochs",
-    "train.batch_size",
-    "train.max_length",
-    "train.max_train_examples",
-    "train.dtype",
-)
+__all__ = ["Cell", "cells", "check", "config_of", "default", "duration", "run_all", "set_fields"]
 
 
 def default(
@@ -48,6 +37,7 @@ def default(
     curves: Mapping[str, Mapping[str, float | None]] | None = None,
     axis: str = "trained parameters, percent of base and head",
     reference: str | None = None,
+    published: str | None = None,
 ) -> Config:
     """The config of a comparison.
 
@@ -61,6 +51,7 @@ def default(
         for the percentage of parameters that the variant trains.
       axis: what the places are.
       reference: the variant that the curves are held against.
+      published: a CSV file of published scores, `jpeft.report.published`, which then stand beside those of each task.
 
     Returns:
       A config with these fields, with `run`, a run's config with what all cells share, and with `by_task`, fields of
@@ -89,6 +80,7 @@ def default(
             "curves": {name: dict(places) for name, places in (curves or {}).items()},
             "axis": axis,
             "reference": reference or "",
+            "published": published or "",
         }
     )
 
@@ -167,6 +159,8 @@ def check(grid: Config) -> None:
     for where, names in {**named, "config.reference": [grid.reference] if grid.reference else []}.items():
         if unknown := [name for name in names if name not in grid.variants]:
             raise UserError(f"{where} names {unknown[0]!r}, which is no variant: {nearest(unknown[0], grid.variants)}")
+    if grid.published:
+        others.read(Path(grid.published))
     for rate in grid.learning_rates:
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1e6:
             raise UserError(f"config.learning_rates must be positive numbers, got {rate!r:.60}")
@@ -258,30 +252,3 @@ def duration(seconds: float) -> str:
     """A time in words, "2 h 5 min"."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-
-
-def unlike(grid: Config) -> list[str]:
-    """In what, besides what is compared, the runs of the variants differ: one line for each field of `RECIPE`."""
-    configs_of = {cell.variant: config_of(grid, cell) for cell in cells(grid)}
-    told = []
-    for name in RECIPE:
-        values = {variant: flatten(config.to_dict())[tuple(name.split("."))] for variant, config in configs_of.items()}
-        if len(set(values.values())) > 1:
-            told.append(f"{name} is " + ", ".join(f"{value} for {variant}" for variant, value in values.items()))
-    return told
-
-
-def outcomes(grid: Config, folder: Path) -> list[Outcome]:
-    """What the finished cells of a grid found."""
-    found = []
-    tasks: dict[str, Task] = {}
-    for cell in cells(grid):
-        row = read(folder, config_of(grid, cell), cell)
-        if row is None:
-            continue
-        task = tasks.setdefault(cell.task, configs.task_of(config_of(grid, cell)))
-        name = cell.variant if cell.learning_rate is None else f"{cell.variant} @ {cell.learning_rate:g}"
-        predictions, labels = unpacked(row["predictions"]), unpacked(row["labels"])
-        sizes = row["trainable_percent"], row["added_percent"]
-        found.append(Outcome(task, name, cell.seed, predictions, labels, *sizes))
-    return found

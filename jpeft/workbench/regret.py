@@ -32,7 +32,7 @@ from jpeft.run.config import CRITERIA, Config
 from jpeft.run.console import Console
 from jpeft.run.criteria import CRITERIA as MEASURES
 from jpeft.run.seed import begin
-from jpeft.workbench import compare
+from jpeft.workbench import compare, findings
 from jpeft.workbench.compare import Cell
 
 __all__ = ["Verdict", "candidates_of", "headroom", "measure", "predicted", "verdict"]
@@ -160,7 +160,7 @@ def run(argv: list[str]) -> None:
     for name in chosen:
         if name.partition("@")[0] not in CRITERIA:
             raise UserError(f"the criterion {name!r} is unknown: {nearest(name, CRITERIA)}")
-    outcomes = compare.outcomes(grid, folder)
+    outcomes = findings.outcomes(grid, folder)
     for task in grid.tasks:
         rows: list[Outcome] = [o for o in outcomes if o.task.name == task]
         trained: dict[int, dict[str, float]] = {}

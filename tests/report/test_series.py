@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jpeft.data.tasks import TASKS
-from jpeft.report import series
+from jpeft.report import drawings, series
 from jpeft.report.comparison import Outcome
 from jpeft.report.series import Point
 
@@ -44,14 +44,14 @@ def test_the_first_that_reaches_a_score():
     assert series.first(points, 0.9) is None
 
 
-def test_the_table_names_the_best_its_range_and_what_reaches_the_reference(tmp_path):
+def test_the_table_names_the_best_its_range_and_what_reaches_the_reference():
     runs = [outcome("s 1", 1, 60), outcome("s 10", 1, 84), outcome("s 100", 1, 85)]
     found = series.series(runs, {"SAID": {"s 1": 1, "s 10": 10, "s 100": 100}})
-    lines = series.markdown(found, "dimension", {"sst2": 0.9}).splitlines()
-    assert lines[0] == "## Along dimension"
-    assert lines[-1] == "| sst2 | SAID | 85.0 | 100 | 10 to 100 | 10 |"
-    assert series.markdown(found, "dimension", {"sst2": 0.99}).splitlines()[-1].endswith("| none |")
-    assert series.markdown(found, "dimension", {}).splitlines()[-1].endswith("| - |")
+    head, rows = series.table(found, {"sst2": 0.9})
+    assert head[-1] == "first at 90 % of the reference"
+    assert rows == [("sst2", "SAID", "85.0", "100", "10 to 100", "10")]
+    assert series.table(found, {"sst2": 0.99})[1][0][-1] == "none"
+    assert series.table(found, {})[1][0][-1] == "-"
 
 
 def test_the_picture_is_written(tmp_path):
@@ -60,5 +60,5 @@ def test_the_picture_is_written(tmp_path):
     ]
     found = series.series(runs, {"a": {"s 1": 1, "s 2": 2}, "b": {"s 2": 0}})
     names, half = {"sst2": "accuracy", "qqp": "f1"}, {"sst2": 0.5, "qqp": 0.5}
-    series.picture(tmp_path / "curves.png", found, "size", names, {"sst2": 0.9}, half)
+    drawings.png(tmp_path / "curves.png", *series.drawing(found, "size", names, {"sst2": 0.9}, half))
     assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -15,7 +15,7 @@ from jpeft.data.kinds import IGNORED
 from jpeft.run import experiment
 from jpeft.run.console import Console
 from jpeft.serving import export, stream
-from jpeft.workbench import compare
+from jpeft.workbench import compare, findings
 
 QUIET = Console(quiet=True)
 TAGS, TOPICS = ("B-ANIMAL", "O"), ("dog", "red", "runs")
@@ -223,7 +223,7 @@ def test_cells_of_comparisons_keep_all_answers(config_of, tmp_path, trained):
     grid.run.data.update({name: value for name, value in own.data.to_dict().items() if value is not None})
     grid.run.train.update(num_epochs=1, max_length=8, learning_rate=0.1)
     list(compare.run_all(grid, tmp_path / "cells", tmp_path / "runs", QUIET))
-    (outcome,) = compare.outcomes(grid, tmp_path / "cells")
+    (outcome,) = findings.outcomes(grid, tmp_path / "cells")
     written = json.loads((tmp_path / "cells" / "custom-head-1.json").read_text())
     assert outcome.score() == pytest.approx(written["metrics"][outcome.task.primary])
     rows = np.arange(len(outcome.labels))[::-1]  # a draw of the bootstrap has the rows in any order

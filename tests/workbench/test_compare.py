@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 
 from jpeft import UserError
 from jpeft.core import files
-from jpeft.report import comparison
+from jpeft.report import grid as grids
+from jpeft.report.published import COLUMNS
 from jpeft.run.console import Console
-from jpeft.workbench import cells, compare
+from jpeft.workbench import cells, compare, findings
 from jpeft.workbench.cells import Cell
 
 pytestmark = pytest.mark.usefixtures("programs_stay")
@@ -111,7 +112,7 @@ def test_a_cell_is_one_small_file_and_is_not_run_again(grid, tmp_path, monkeypat
     right = np.mean([a == b for a, b in zip(classes["predictions"], classes["labels"], strict=True)])
     assert classes["metrics"]["accuracy"] == pytest.approx(right)
 
-    outcomes = compare.outcomes(config, folder)
+    outcomes = findings.outcomes(config, folder)
     assert [o.score() for o in outcomes] == [
         pytest.approx(classes["metrics"]["accuracy"]), pytest.approx(values["metrics"]["pearson"], abs=1e-4),
     ]  # fmt: skip
@@ -130,10 +131,10 @@ def test_files_of_other_cells_are_refused(grid, tmp_path):
     row = json.loads(path.read_text())
     path.write_text(json.dumps(row | {"predictions": row["labels"]}))
     with pytest.raises(UserError, match="was changed or damaged after it was written"):
-        compare.outcomes(config, tmp_path)
+        findings.outcomes(config, tmp_path)
     path.write_text("[")
     with pytest.raises(UserError, match="is not JSON"):
-        compare.outcomes(config, tmp_path)
+        findings.outcomes(config, tmp_path)
 
 
 def test_cells_of_other_data_are_named(grid, tmp_path, tiny_glue):
@@ -193,8 +194,26 @@ def test_a_variant_with_a_dot_is_one_line():
 
 
 def test_what_is_not_alike_is_said(grid):
-    assert compare.unlike(grid()) == []
+    assert findings.unlike(grid()) == []
     config = grid(short={"method": "head"}, long={"method": "head", "train": {"num_epochs": 3}})
-    (told,) = compare.unlike(config)
+    (told,) = findings.unlike(config)
     assert told == "train.num_epochs is 3 for long, 1 for short"
-    assert f"**Not alike:** {told}." in comparison.markdown({}, 1, 1, None, {}, compare.unlike(config))
+    assert f"**Not alike: {told}.**" in grids.markdown(grids.Grid({}, 1, 1, {}, [told]), None)
+
+
+def test_published_scores_stand_beside_variants_and_their_rates(grid, tmp_path):
+    path = tmp_path / "scores.csv"
+    rows = ("head,a-model,test,mrpc,f1,81.2,,someone", "head,a-model,test,cola,matthews,30,,someone")
+    path.write_text("\n".join([",".join(COLUMNS), *rows, ""]))
+    config = grid()
+    config.learning_rates = (1e-3, 2e-3)
+    assert findings.published(config) == {}
+    config.published = str(path)
+    compare.check(config)
+    found = findings.published(config)
+    assert {task: {name: row.score for name, row in rows.items()} for task, rows in found.items()} == {
+        "mrpc": {"head @ 0.001": "81.2", "head @ 0.002": "81.2"}
+    }
+    path.write_text("method,score\n")
+    with pytest.raises(UserError, match=r"the columns of .* are 'method, score', not method, model"):
+        compare.check(config)

@@ -95,7 +95,7 @@ def test_the_program_measures_once_and_prints_the_table(tmp_path, monkeypatch, c
         for rank in (1, 2)
     ]
     monkeypatch.setattr(regret, "measure", measure)
-    monkeypatch.setattr(regret.compare, "outcomes", lambda grid, folder: outcomes)
+    monkeypatch.setattr(regret.findings, "outcomes", lambda grid, folder: outcomes)
     call = ["regret", f"--config={tmp_path / 'grid.py'}", f"--cells={tmp_path}", "--criteria=size,size@cola"]
     for _ in range(2):
         assert command.call(regret.run, call) == 0
