@@ -1,4 +1,4 @@
-# make demo: a fresh environment, then a head-only run, FishPAL and LoRA on the built-in data. make test: everything CI tests. make test-slow: the rest.
+# make demo: a fresh environment, then FishPAL on the built-in data, beside two of its candidates and a head-only run. make test: everything CI tests. make test-slow: the rest.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	rm -rf runs/demo
 	$(BIN)/python -m jpeft.main --config head,mnli,demo --workdir runs/demo/head
-	$(BIN)/python -m jpeft.main --config configs/fishpal_mnli.py:demo --workdir runs/demo/fishpal
 	$(BIN)/python -m jpeft.main --config lora,mnli,demo --workdir runs/demo/lora
+	$(BIN)/python -m jpeft.main --config pfeiffer,mnli,demo --workdir runs/demo/pfeiffer
+	$(BIN)/python -m jpeft.main --config configs/fishpal_mnli.py:demo --workdir runs/demo/fishpal
 	@echo
-	@$(BIN)/python -m jpeft.report runs/demo/head runs/demo/fishpal runs/demo/lora
+	@$(BIN)/python -m jpeft.report runs/demo/head runs/demo/lora runs/demo/pfeiffer runs/demo/fishpal
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

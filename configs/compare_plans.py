@@ -53,7 +53,7 @@ def get_config(task: str = "sst2") -> Config:
     variants = {name: {"method": "fishpal", "fishpal": {"plan": json.dumps(plan)}} for name, plan in plans().items()}
     grid = compare.default(variants, tasks=(task,), seeds=(11, 22))
     grid.run.model = "minilm"
-    # Four times the methods' rates, as the demo has them: few steps.
+    # Four times the methods' rates: few steps.
     grid.run.train.update(num_epochs=1, max_length=64, learning_rate=2e-3)
     if task in ("sst2", "mnli"):
         grid.run.train.max_train_examples = 4000

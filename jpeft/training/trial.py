@@ -48,6 +48,16 @@ def held_out_gradient(total: Callable[[Tree, Tree, Batch], tuple[Array, Array]])
     return jax.value_and_grad(total, has_aux=True)
 
 
+@jax.jit
+def _copied(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.copy, tree)
+
+
+@jax.jit
+def _added(sums: Tree, tree: Tree) -> Tree:
+    return jax.tree.map(jnp.add, sums, tree)
+
+
 def trial(
     train: Callable[..., Any],
     total: Callable[..., Any],
@@ -60,6 +70,11 @@ def trial(
     attribute: bool = False,
 ) -> Iterator[Reached]:
     """Trains without end and looks at the held-out examples every so many steps.
+
+    What is looked at is the mean of the trained parameters over the last third of the steps since the last look
+    (Polyak and Juditsky 1992, *Acceleration of Stochastic Approximation by Averaging*). At a constant rate the
+    parameters themselves jump about, and the more the higher the rate; a run ends on a low rate, so it does not. With
+    `attribute` it is the parameters themselves: what is attributed adds up along their path.
 
     Along a path of training, the loss falls by the integral of -gradient . d theta. By the trapezoid rule over the
     steps, entry by entry: -(g_t + g_t+1) / 2 * (theta_t+1 - theta_t), with g the held-out gradient. The entries of a
@@ -90,16 +105,20 @@ def trial(
         mean = jax.tree.map(lambda *g: sum(np.asarray(x, np.float64) for x in g) / n, *(g for _, g in found))
         return np.concatenate(losses), mean
 
-    step, drop, gradient = 0, None, None
+    step, drop, gradient, some = 0, None, None, -(-every // 3)
     if attribute:
         _, gradient = look(state.trainable)
         drop = jax.tree.map(np.zeros_like, gradient)
     while True:
         before = jax.tree.map(lambda x: np.array(x, np.float64), state.trainable) if attribute else None
-        for _ in range(every):
+        sums = None
+        for left in reversed(range(every)):
             state, _ = train(state, frozen, next(batches), key)
             step += 1
-        losses, later = look(state.trainable)
+            if left < some and not attribute:
+                # A copy, since the step takes over the buffers of the state.
+                sums = _copied(state.trainable) if sums is None else _added(sums, state.trainable)
+        losses, later = look(state.trainable if attribute else jax.tree.map(lambda x: x / some, sums))
         if attribute:
             drop = jax.tree.map(
                 lambda total, g, h, old, new: total - (g + h) / 2 * (np.asarray(new, np.float64) - old),

@@ -1,13 +1,15 @@
-"""What a training step costs by the length of its rows, for several seeds together, and on a quantised base.
+"""What a training step costs: by part, by the length of its rows, for several seeds together, on a quantised base.
 
     JPEFT_GLUE_DIR=GLUE_FOLDER python third_party/benchmarks/steps.py
 
-LoRA on MiniLM, float32. 768 tokens are cut into rows of several lengths, all timed in turn; and a step of four seeds
-together is timed against four steps of one seed, on 16 rows of 48 tokens. Steps on a quantised base are timed against
-those on the same base as it is, of 16 rows whole and in four parts, as `jpeft.data.padding` cuts them. Medians of nine
-rounds.
+LoRA on MiniLM, float32. A step on 16 rows of 48 tokens is timed beside one without dropout, a forward pass, and the
+products with the kernels of all layers alone, forward and backward. 768 tokens are cut into rows of several lengths,
+all timed in turn; and a step of four seeds together is timed against four steps of one seed, on 16 rows of 48 tokens.
+Steps on a quantised base are timed against those on the same base as it is, of 16 rows whole and in four parts, as
+`jpeft.data.padding` cuts them. Medians of nine rounds.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +28,32 @@ from jpeft.training import step as stepping
 
 TOKENS, LENGTHS, ROUNDS, SEEDS = 768, (32, 48, 64, 96, 128), 9, 4
 LAYOUTS = {"16 x 48": ((16, 48),), "16 x 128": ((16, 128),), "4 x 32, 40, 56, 96": ((4, 32), (4, 40), (4, 56), (4, 96))}
+
+
+def by_part(base: Any) -> dict[str, float]:
+    """Milliseconds of a step, of one without dropout, of a forward pass, and of all products with frozen kernels."""
+    still = base._replace(
+        config=dataclasses.replace(base.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    )
+    steps, shape = {"a step": batches.Steps(base), "without dropout": batches.Steps(still)}, ((16, 48),)
+    ids = np.random.default_rng(0).integers(1000, 2000, shape[0], np.int32)
+    forward, ones = jax.jit(Bert(base.config).apply), np.ones_like(ids)
+    kernels = [x for x in jax.tree.leaves(base.params["encoder"]["layer_0"]) if x.ndim == 2]
+    rows = {n: np.random.default_rng(n).normal(size=(ids.size, n)).astype(np.float32) for k in kernels for n in k.shape}
+
+    @jax.jit
+    def products(kernels: Any, rows: Any) -> Any:
+        return [(rows[k.shape[0]] @ k, rows[k.shape[1]] @ k.T) for k in kernels]
+
+    calls = {name: lambda each=each: each.seconds(shape) for name, each in steps.items()}
+    calls["a forward pass"] = lambda: _seconds(
+        lambda: jax.block_until_ready(forward({"params": base.params}, ids, ones, 0 * ids))
+    )
+    calls["products alone"] = lambda: (
+        base.config.num_hidden_layers * _seconds(lambda: jax.block_until_ready(products(kernels, rows)))
+    )
+    rounds = [{name: call() for name, call in calls.items()} for _ in range(ROUNDS + 1)][1:]  # the first one compiles
+    return {name: 1000 * statistics.median(each[name] for each in rounds) for name in calls}
 
 
 def by_length(base: Any) -> dict[int, float]:
@@ -86,6 +114,9 @@ def _seconds(call: Callable[[], None]) -> float:
 
 def main() -> None:
     _, base = batches.loaded("mrpc")
+    taken = by_part(base)
+    for name, one in taken.items():
+        print(f"{name}: {one:.0f} ms, {one / taken['a step']:.2f} of a step")
     found = by_length(base)
     for length, taken in found.items():
         print(f"{TOKENS} tokens in rows of {length}: {taken:.0f} ms, {taken / found[48]:.2f} of rows of 48")
