@@ -176,13 +176,15 @@ def _is_ours(path: Path) -> bool:
 def owner(workdir: Path, config: Config, seed: int) -> str:
     """A hash of all that decides what a seed ends in.
 
-    Its checkpoints and its result carry it, so that those of another seed, config or input do not pass for its own.
+    Its checkpoints and its result carry it, so that those of another method, seed, config or input do not pass for its
+    own.
     """
     known = {name: value for name, value in configs.chosen(config).items() if name not in ("seeds", "train.together")}
     inputs = workdir / INPUTS
     read = files.read_record(inputs, INPUTS_KIND) if inputs.is_file() else {}
     read.pop("source", None)
-    return hashlib.sha256(json.dumps([seed, known, read], sort_keys=True).encode()).hexdigest()
+    own = [config.task, config.method, seed, known, read]
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def check_config(workdir: Path, config: Config) -> None:

@@ -18,6 +18,7 @@ from jpeft.data.padding import Part
 from jpeft.data.task import Data
 from jpeft.data.tasks import TASKS
 from jpeft.models import pretrained
+from jpeft.run import config as configs
 from jpeft.run import workdir as workdirs
 
 
@@ -90,6 +91,13 @@ def test_a_field_that_a_later_version_adds_is_no_change(begun, tiny_config, monk
     with pytest.raises(UserError, match=r"train\.remat was None, now True"):
         workdirs.check_config(begun, config)
     assert workdirs.owner(begun, config, 11) != owner
+
+
+def test_another_method_or_task_with_the_same_fields_is_another_owner(begun, tiny_config):
+    one, method, task = (tiny_config("bitfit") for _ in range(3))
+    method.method, task.task = "layer_norm", "stsb"
+    assert configs.chosen(one) == configs.chosen(method) == configs.chosen(task)
+    assert len({workdirs.owner(begun, each, 11) for each in (one, method, task)}) == 3
 
 
 def test_the_dtype_is_the_machine_s_and_is_written_down(begun, tiny_config, monkeypatch):
