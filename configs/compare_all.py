@@ -1,4 +1,4 @@
-"""Every method on SST-2 with MiniLM, three seeds, each at the rate that did best on the built-in data: docs/methods.md.
+"""Every method on SST-2 with MiniLM, three seeds, each at the rate that `FACTORS` gives it: docs/methods.md.
 
     python -m jpeft.compare --config configs/compare_all.py --cells docs/results/methods --workdir runs/methods
 
@@ -9,7 +9,7 @@ from jpeft.run.config import Config
 from jpeft.transforms.registry import METHODS
 from jpeft.workbench import compare
 
-# What `configs/compare_rates.py` found, as multiples of the methods' own rates.
+# To be what `configs/compare_rates.py` finds, as multiples of the methods' own rates. Four times is the default.
 FACTORS: dict[str, int] = {}
 
 

@@ -2,8 +2,8 @@
 
     python -m jpeft.compare --config configs/compare_rates.py --cells docs/results/rates --workdir runs/rates
 
-4,000 training rows, two epochs. "lora_x4" is LoRA at four times its own rate. `configs/compare_all.py` trains each
-method at the rate that does best here, on another task.
+4,000 training rows, two epochs. "lora_x4" is LoRA at four times its own rate. What does best
+here belongs into `configs/compare_all.py`, which trains every method on another task.
 """
 
 from jpeft.run.config import Config

@@ -4,7 +4,8 @@
 
 Published on MRPC (F1): full 90.94, adapter 89.86, prefix 91.29, LoRA 90.03, UniPELT 90.28 (adapter and prefix) and
 90.94 (with LoRA); the other tasks are in third_party/results/unipelt.csv. The recipe is that of the FishPAL thesis,
-which builds on UniPELT's code, and the rates are the methods' own. On two CPU cores, take one small task and MiniLM:
+which builds on UniPELT's code (`full`: the common recipe of BERT), and the rates are the methods' own. On two CPU
+cores, take one small task and MiniLM:
 --config.run.model=minilm --config.tasks="('mrpc',)".
 """
 

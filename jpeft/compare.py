@@ -1,10 +1,11 @@
 """Compares methods, plans or any settings: python -m jpeft.compare --config configs/compare_methods.py
 
-Every cell of the grid of variants, tasks and seeds is a run as `jpeft.main` makes it. Run again, the command resumes;
-finished cells are kept as small files of scores and predictions. The workdir then holds report.md and report.html, with
-the scores, their spread over seeds, the differences with their intervals, and pictures. Where the config names curves,
-they have a table and a picture of scores along an axis; where it names a file of published scores, these have a column.
-report.csv and report.tex hold the table of scores. Any field can be set on the command line:
+Every cell of the grid of variants, tasks, learning rates and seeds is a run as `jpeft.main` makes it. Run again, the
+command resumes; finished cells are kept as small files of scores and predictions. The workdir then holds report.md
+and report.html, with the scores, their spread over seeds, the differences with their intervals, and pictures. Where
+the config names curves, they have a table and a picture of scores along an axis; where it names a file of published
+scores, these have a column. report.csv and report.tex hold the table of scores. Any field can be set on the command
+line:
 
     python -m jpeft.compare --config configs/compare_methods.py --config.tasks="('mrpc', 'cola')"
     python -m jpeft.compare --config configs/compare_methods.py --config.run.model=minilm --config.seeds="(1, 2)"

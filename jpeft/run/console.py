@@ -1,7 +1,8 @@
 """Lines and bars on the terminal; in a log file, where bars would be noise, one line per epoch."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from statistics import fmean
 from typing import Any
 
@@ -65,6 +66,11 @@ class Console:
         self.warnings: list[str] = []
         self._rich = rich.console.Console(quiet=quiet, highlight=False, soft_wrap=True)
 
+    @property
+    def _fixed(self) -> bool:
+        """Whether this is a notebook without widgets, where nothing that was shown can be drawn anew."""
+        return self._rich.is_jupyter and find_spec("ipywidgets") is None
+
     def say(self, text: str = "") -> None:
         """Prints a line as it is."""
         self._rich.print(text, markup=False)
@@ -88,7 +94,7 @@ class Console:
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
         )
-        shown = self._rich.is_terminal
+        shown = self._rich.is_terminal and not self._fixed
         with Progress(*columns, console=self._rich, transient=True, disable=not shown) as progress:
             task = progress.add_task("starting", total=total, completed=done, status="compiling")
             yield Bar(progress, task, self, names)
@@ -103,7 +109,7 @@ class Console:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        shown = self._rich.is_terminal
+        shown = self._rich.is_terminal and not self._fixed
         with Progress(*columns, console=self._rich, transient=True, disable=not shown) as progress:
             task = progress.add_task("examples", total=total, completed=done)
             yield lambda done: progress.update(task, completed=done)
@@ -111,5 +117,5 @@ class Console:
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
         """A spinner beside a text while work without steps is under way."""
-        with self._rich.status(text):
+        with nullcontext() if self._fixed else self._rich.status(text):
             yield

@@ -68,3 +68,16 @@ def test_an_error_ends_the_bar_and_goes_on(capsys):
         raise KeyError("x")
     Console().say("after")
     assert capsys.readouterr().out.splitlines()[-1] == "after"
+
+
+@pytest.mark.filterwarnings("error")  # Rich would warn that there are no widgets, once for each bar
+def test_a_notebook_without_widgets_gets_lines_alone(capsys, monkeypatch):
+    console = Console()
+    monkeypatch.setattr(console._rich, "is_jupyter", True)
+    monkeypatch.setattr(console._rich, "_force_terminal", True)
+    monkeypatch.setattr("jpeft.run.console.find_spec", lambda name: None)
+    with console.waiting("d"), console.counting("rows", 2) as count, console.training(2, 0) as bar:
+        count(1)
+        bar.show([step(1.0)], "accuracy", 4)
+        bar.show([step(1.0)._replace(row=ROW)], "accuracy", 4)
+    assert capsys.readouterr().out.count("JupyterRenderable") == 2  # "rows", and the epoch
