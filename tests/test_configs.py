@@ -95,6 +95,10 @@ def test_every_cell_of_a_comparison_could_start(path):
     assert len(compare.cells(grid)) > 1
 
 
+def test_the_search_of_the_docs_could_start():
+    search.check(get_config(FOLDER / "search_sst2.py", ""))
+
+
 def test_the_search_could_start():
     for task in ("", "cola"):
         config = get_config(FOLDER / "search_autopeft.py", task)
