@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from jpeft.core.errors import UserError, nearest
+from jpeft.core.tree import flatten, unflatten
 from jpeft.plans import plan as plans
 from jpeft.plans.plan import Plan
 from jpeft.run import checks
@@ -34,8 +36,9 @@ def default(task: str, space: Mapping[str, Mapping[str, Any]] | None = None, tri
 
     Returns:
       A config with these fields, with `run`, a run's config with the full recipe, and with `search`, fields of a run's
-      config that make the short recipe of it. `layers` is "bits", one for each layer, or "all"; `startup` how many
-      trials are drawn at random; `warm_start` whether each candidate in all layers, at its middle size, comes first.
+      config that make the short recipe of it; None there is what the full one has. `layers` is "bits", one for each
+      layer, or "all"; `startup` how many trials are drawn at random; `warm_start` whether each candidate in all layers,
+      at its middle size, comes first.
     """
     full = configs.default("mrpc", "head")
     del full["task"], full["method"]
@@ -50,7 +53,14 @@ def default(task: str, space: Mapping[str, Mapping[str, Any]] | None = None, tri
             "startup": 10,
             "seed": seed,
             "warm_start": True,
-            "search": {"seeds": (1,), "train": {"num_epochs": 1}},
+            "search": {
+                "seeds": (1,),
+                "train": {
+                    "num_epochs": 1,
+                    "max_train_examples": placeholder(int),
+                    "learning_rate": placeholder(float),
+                },
+            },
         }
     )
 
@@ -62,8 +72,10 @@ def config_of(config: Config, plan: Plan, short: bool) -> Config:
       UserError: if a field is set that a run does not have.
     """
     own = configs.default(config.task, "fishpal")
-    for where in ("run", "search") if short else ("run",):
-        compare.set_fields(own, config[where].to_dict(), where)
+    compare.set_fields(own, config.run.to_dict(), "run")
+    if short:
+        given = {name: value for name, value in flatten(config.search.to_dict()).items() if value is not None}
+        compare.set_fields(own, unflatten(given), "search")
     own.task, own.method = config.task, "fishpal"
     compare.set_fields(own, {"fishpal": fields(own, plan)}, "space")
     return own

@@ -86,6 +86,12 @@ def test_the_short_recipe_is_the_full_one_but_for_what_it_sets(config):
     assert (short.train.num_epochs, short.seeds) == (1, (1,))
     assert (full.train.num_epochs, full.seeds) == (2, (1, 2))
     assert short.train.max_length == full.train.max_length == 8
+    config.run.train.max_train_examples = 30
+    both = [search.config_of(config, {0: [Entry("pfeiffer")]}, short) for short in (True, False)]
+    assert [each.train.max_train_examples for each in both] == [30, 30]
+    config.search.train.update(max_train_examples=20, learning_rate=1e-2)
+    both = [search.config_of(config, {0: [Entry("pfeiffer")]}, short) for short in (True, False)]
+    assert [(each.train.max_train_examples, each.train.learning_rate) for each in both] == [(20, 1e-2), (30, None)]
 
 
 def test_other_data_are_refused(config, tmp_path, tiny_glue):
