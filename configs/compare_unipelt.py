@@ -10,6 +10,7 @@ cores, take one small task and MiniLM:
 """
 
 from pathlib import Path
+from typing import Any
 
 from jpeft.run.config import Config
 from jpeft.workbench import compare
@@ -19,7 +20,9 @@ TASKS = ("sst2", "mrpc", "cola", "rte", "qnli", "stsb", "mnli", "qqp")
 
 
 def get_config() -> Config:
-    variants = {name: {"method": name} for name in ("full", "pfeiffer", "prefix", "lora", "unipelt")}
+    variants: dict[str, dict[str, Any]] = {
+        name: {"method": name} for name in ("full", "pfeiffer", "prefix", "lora", "unipelt")
+    }
     variants["unipelt_ap"] = {"method": "unipelt", "peft": {"unipelt": {"variant": "ap"}}}
     variants["full"]["train"] = {
         "num_epochs": 3,
