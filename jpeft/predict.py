@@ -22,7 +22,9 @@ def run(argv: list[str]) -> None:
         "python -m jpeft.predict", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True, help="seed_<n>/model, or a workdir")
-    parser.add_argument("--input", required=True, help=".jsonl, .csv, .tsv, .parquet or .conll; - reads JSON lines from stdin")
+    parser.add_argument(
+        "--input", required=True, help=".jsonl, .csv, .tsv, .parquet or .conll; - reads JSON lines from stdin"
+    )
     parser.add_argument("--output", type=Path, required=True, help=".jsonl, .csv or .tsv")
     parser.add_argument("--text", help="the columns with text, as in premise,hypothesis; those of the task by default")
     given = parser.parse_args(argv[1:])
