@@ -159,6 +159,8 @@ def check(grid: Config) -> None:
     for where, names in {**named, "config.reference": [grid.reference] if grid.reference else []}.items():
         if unknown := [name for name in names if name not in grid.variants]:
             raise UserError(f"{where} names {unknown[0]!r}, which is no variant: {nearest(unknown[0], grid.variants)}")
+    if not isinstance(grid.published, str | Path):
+        raise UserError(f"config.published must be the name of a CSV file, got {grid.published!r:.60}")
     if grid.published:
         others.read(Path(grid.published))
     for rate in grid.learning_rates:

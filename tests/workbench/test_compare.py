@@ -214,6 +214,11 @@ def test_published_scores_stand_beside_variants_and_their_rates(grid, tmp_path):
     assert {task: {name: row.score for name, row in rows.items()} for task, rows in found.items()} == {
         "mrpc": {"head @ 0.001": "81.2", "head @ 0.002": "81.2"}
     }
+    with config.ignore_type():
+        config.published = 5
+        with pytest.raises(UserError, match=r"config\.published must be the name of a CSV file, got 5"):
+            compare.check(config)
+        config.published = str(path)
     path.write_text("method,score\n")
     with pytest.raises(UserError, match=r"the columns of .* are 'method, score', not method, model"):
         compare.check(config)
