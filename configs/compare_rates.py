@@ -2,7 +2,7 @@
 
     python -m jpeft.compare --config configs/compare_rates.py --cells docs/results/rates --workdir runs/rates
 
-4,000 training rows, two epochs. "lora_x4" is LoRA at four times its own rate. What does best
+4,000 training rows, one epoch. "lora_x4" is LoRA at four times its own rate. What does best
 here belongs into `configs/compare_all.py`, which trains every method on another task.
 """
 
@@ -32,5 +32,5 @@ def get_config() -> Config:
     axis = "learning rate over the method's own"
     grid = compare.default(variants, tasks=("synthetic",), seeds=(11,), curves=curves, axis=axis)
     grid.run.model = "minilm"
-    grid.run.train.update(num_epochs=2, max_length=128, max_train_examples=4000)
+    grid.run.train.update(num_epochs=1, max_length=128, max_train_examples=4000)
     return grid

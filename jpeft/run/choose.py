@@ -28,6 +28,7 @@ from jpeft.run.criteria import CRITERIA
 from jpeft.run.measured import measure, read
 from jpeft.run.measuring import lengths
 from jpeft.run.seed import Seed
+from jpeft.training import placement
 from jpeft.training.step import single_logits, single_loss
 
 __all__ = ["CHOICE", "kept", "leaves", "plan", "rate"]
@@ -168,6 +169,8 @@ def _fisher(seed: Seed, name: str, fn: Any, tree: Any, n: int, *rest: Any, **opt
     }
     key = jax.random.fold_in(seed.key, zlib.crc32(b"labels"))
     path, ids = seed.folder / name, rows[order].tolist()
+    # Only the first process measures (`experiment`), on all devices that it has.
+    options["mesh"] = placement.own_devices()
     found = measure(path, about, seed.console, fn, tree, batches, *rest, key=key, ids=ids, **options)
     title = f"Fisher information over {len(rows):,} examples\n{seed.config.task}, {seed.config.model}"
     plots.fisher_map(path.with_suffix(".png"), read(path)[0], title)

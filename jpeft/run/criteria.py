@@ -24,6 +24,7 @@ from jpeft.run.kernels import by_kernel
 from jpeft.run.measuring import Found, alone, lengths, num_examples, prepare
 from jpeft.run.seed import Seed
 from jpeft.run.trials import loss_drop, race
+from jpeft.training import placement
 from jpeft.training.step import single_loss
 
 __all__ = ["CRITERIA"]
@@ -76,7 +77,9 @@ def _shuffled(examples: Examples, seed: int) -> np.ndarray:
 
 def _moments(seed: Seed, loss: Any, tree: Any, half: Examples, rest: Any) -> gains.Moments:
     batches, _ = batching.by_length(half, lengths(seed))
-    return gains.moments(fisher(loss, tree, batches, rest, values="moments", grouped=True)["peft"], half.size)
+    devices = placement.own_devices()
+    found = fisher(loss, tree, batches, rest, values="moments", mesh=devices, grouped=True)
+    return gains.moments(found["peft"], half.size)
 
 
 def control(score: Callable[[Seed, str, int, Any], float]) -> Callable[..., Found]:

@@ -10,17 +10,25 @@ from jax.sharding import PartitionSpec as P
 
 from jpeft.data.batching import Batch
 
-__all__ = ["all_devices", "divided", "frozen", "put", "rows", "whole"]
+__all__ = ["all_devices", "divided", "frozen", "own_devices", "put", "rows", "whole"]
 
 ROWS = "rows"  # the axis of the mesh
 
 
 def all_devices() -> Mesh | None:
     """All devices in a row, those of other processes included; None if there is only one."""
-    devices = jax.devices()
+    return _in_a_row(jax.devices())
+
+
+def own_devices() -> Mesh | None:
+    """The devices of this process in a row; None if there is only one."""
+    return _in_a_row(jax.local_devices())
+
+
+def _in_a_row(devices: list[jax.Device]) -> Mesh | None:
     if len(devices) == 1:
         return None
-    return jax.make_mesh((len(devices),), (ROWS,), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((len(devices),), (ROWS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def whole(mesh: Mesh) -> NamedSharding:

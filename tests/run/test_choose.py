@@ -1,8 +1,12 @@
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from conftest import CHEAP
 from heard import run
 
 from jpeft.core.errors import UserError
@@ -62,3 +66,36 @@ def test_a_budget_that_nothing_fits_is_refused_before_anything_is_measured(tiny_
     monkeypatch.setitem(choice.CRITERIA, "thesis", None)
     with pytest.raises(UserError, match="the budget of 5 parameters is too small: the smallest module has"):
         run(config, tmp_path)
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import jax
+from jpeft.run import choose, config as configs, loading, seed
+from jpeft.run.console import Console
+
+model, data, work = sys.argv[1:]
+config = configs.default("mrpc", "fishpal")
+config.model, config.data.path = model, data
+config.train.update(max_length=16)
+config.fishpal.update(criterion="thesis", num_examples=8, candidates=("lora",))
+config.peft.lora.update(rank=2)
+console = Console(quiet=True)
+folder = Path(work, str(jax.device_count()))
+begun = seed.begin(config, 1, *loading.load(config, console)[:2], folder, console)
+choose.plan(begun)
+"""
+
+
+def test_all_devices_measure(tiny_config, tmp_path):
+    """The information that three devices measure together is that of one."""
+    config = tiny_config("fishpal")
+    found = []
+    for devices in (1, 3):
+        flags = f"--xla_force_host_platform_device_count={devices} {CHEAP}"
+        arguments = [sys.executable, "-c", MEASURED, config.model, config.data.path, str(tmp_path)]
+        done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags})
+        assert done.returncode == 0, done.stderr
+        found.append(choice.read(tmp_path / str(devices) / "seed_1" / "fisher.safetensors")[0])
+    jax.tree.map(lambda one, three: np.testing.assert_allclose(three, one, rtol=1e-4), *found)
