@@ -39,6 +39,7 @@ from jpeft.plans.plan import Entry, Plan, build
 from jpeft.serving.multi_task import MultiTask
 from jpeft.serving.prediction import predict
 from jpeft.store.modules import Saved, load
+from jpeft.training.draws import dropout_key
 from jpeft.transforms.adamix import adamix
 from jpeft.transforms.adapterdrop import adapterdrop
 from jpeft.transforms.bitfit import bitfit
@@ -96,6 +97,7 @@ __all__ = [
     "chain",
     "dare",
     "dora",
+    "dropout_key",
     "far",
     "find",
     "fish",

@@ -19,6 +19,7 @@ from jpeft.run import config as configs
 from jpeft.run.clock import Clock
 from jpeft.run.config import Config
 from jpeft.run.console import Console
+from jpeft.training import draws
 
 __all__ = ["Seed", "begin", "load_model"]
 
@@ -70,7 +71,8 @@ def begin(config: Config, seed: int, data: Data, base: Pretrained, workdir: Path
     # What is new trains anyway, and as a whole: it is not a place for a method.
     found = _sites(base.config, data.longest).items()
     sites = {path: site for path, site in found if site.head or path.split("/")[0] not in base.fresh}
-    key, dropout_key = jax.random.split(jax.random.key(seed))
+    key, rest = jax.random.split(jax.random.key(seed))
+    dropout_key = draws.dropout_key(rest)
     clock = Clock(dict.fromkeys(("fisher", "compile", "train", "evaluate"), 0.0))
     return Seed(config, seed, data, base, model, sites, key, dropout_key, workdir, console, clock)
 

@@ -1,5 +1,6 @@
 """Where arrays lie on several devices: rows divided among them, all else on each of them, or the base in parts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ def own_devices() -> Mesh | None:
     return _in_a_row(jax.local_devices())
 
 
-def _in_a_row(devices: list[jax.Device]) -> Mesh | None:
+def _in_a_row(devices: Sequence[Any]) -> Mesh | None:
     if len(devices) == 1:
         return None
     return jax.make_mesh((len(devices),), (ROWS,), axis_types=(AxisType.Auto,), devices=devices)

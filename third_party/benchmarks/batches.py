@@ -20,7 +20,7 @@ from jpeft.data.batching import Batch
 from jpeft.models import Bert
 from jpeft.run import glue, loading
 from jpeft.run.console import Console
-from jpeft.training import optim
+from jpeft.training import draws, optim
 from jpeft.training import step as stepping
 
 TASKS, TIMED, ROUNDS, STEPS = ("mrpc", "mnli", "qqp", "stsb", "cola", "sst2"), ("mrpc", "mnli", "cola"), 7, 3
@@ -69,7 +69,7 @@ class Steps:
             batch.append(Batch(ids, np.ones_like(ids), np.zeros_like(ids), labels, np.ones(rows, np.float32)))
         start = time.perf_counter()
         for _ in range(STEPS):
-            done = self._step(*self._args, tuple(batch), jax.random.key(0))
+            done = self._step(*self._args, tuple(batch), draws.dropout_key(jax.random.key(0)))
         jax.block_until_ready(done)
         return (time.perf_counter() - start) / STEPS
 
