@@ -1,12 +1,12 @@
-"""Random bits for dropout that cost next to nothing, so that a step takes as long as one without dropout.
+"""Random bits for dropout that cost next to nothing, so that a step takes about as long as one without dropout.
 
-JAX's default generator, threefry, spends twenty rounds on two words, on a CPU more time than the layers around a dropout
-do. Dropout needs no such bits, only masks that are not alike. Here the word of an entry is a hash of the entry's number
-and the key: two rounds of a mixer of 32 bits, which XLA fuses into what reads it. Keys are made, split and folded by
-threefry as ever, so two keys that differ at all share nothing.
+JAX's default generator, threefry, takes twenty rounds for two words: on a CPU, ten times as long as it takes to hash. A
+mask of dropout needs no such bits, it only must not resemble others. Here the word of an entry is a hash of the entry's
+number and the key, by a mixer of 32 bits applied twice, which XLA fuses into what reads it. Keys are made, split and
+folded by threefry as ever.
 
-JAX's other generators, rbg and unsafe_rbg, draw other masks under `jax.vmap`, so seeds that train together would not end
-as they do alone.
+JAX's other generators, rbg and unsafe_rbg, draw other masks under `jax.vmap`, so seeds that train together would not
+end as they do alone.
 """
 
 import math

@@ -50,7 +50,7 @@ def padding_of(data: Any) -> tuple[Counter[Shapes], float, float, float]:
 class Steps:
     """LoRA's training step, compiled for shapes of batches of random tokens."""
 
-    def __init__(self, base: Any):
+    def __init__(self, base: Any, key: jax.Array | None = None):
         model, x = Bert(base.config), jax.numpy.ones((1, 8), int)
         method = jpeft.chain(jpeft.lora())
         leaves = jpeft.init(method, jax.random.key(0), jpeft.sites(model, x), base.params)
@@ -58,6 +58,7 @@ class Steps:
         optimizer = optim.adamw(lambda _: 5e-4, 0.1, parts)
         self._args = stepping.init_state(parts.trainable, optimizer), parts.frozen
         self._step = jax.jit(stepping.train_step(model, method, optimizer))
+        self._key = draws.dropout_key(jax.random.key(0)) if key is None else key
 
     def seconds(self, shapes: Shapes) -> float:
         """The time of a step; the first call compiles."""
@@ -69,7 +70,7 @@ class Steps:
             batch.append(Batch(ids, np.ones_like(ids), np.zeros_like(ids), labels, np.ones(rows, np.float32)))
         start = time.perf_counter()
         for _ in range(STEPS):
-            done = self._step(*self._args, tuple(batch), draws.dropout_key(jax.random.key(0)))
+            done = self._step(*self._args, tuple(batch), self._key)
         jax.block_until_ready(done)
         return (time.perf_counter() - start) / STEPS
 

@@ -2,11 +2,11 @@
 
     JPEFT_GLUE_DIR=GLUE_FOLDER python third_party/benchmarks/steps.py
 
-LoRA on MiniLM, float32. A step on 16 rows of 48 tokens is timed beside one without dropout, a forward pass, and the
-products with the kernels of all layers alone, forward and backward. 768 tokens are cut into rows of several lengths,
-all timed in turn; and a step of four seeds together is timed against four steps of one seed, on 16 rows of 48 tokens.
-Steps on a quantised base are timed against those on the same base as it is, of 16 rows whole and in four parts, as
-`jpeft.data.padding` cuts them. Medians of nine rounds.
+LoRA on MiniLM, float32. A step on 16 rows of 48 tokens is timed beside one without dropout, one whose dropout is drawn
+by JAX's default generator, a forward pass, and the products with the kernels of all layers alone, forward and backward.
+768 tokens are cut into rows of several lengths, all timed in turn; and a step of four seeds together is timed against
+four steps of one seed, on 16 rows of 48 tokens. Steps on a quantised base are timed against those on the same base as
+it is, of 16 rows whole and in four parts, as `jpeft.data.padding` cuts them. Medians of nine rounds.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import jpeft
 from jpeft.core.quantised import KINDS
 from jpeft.data.batching import Batch
 from jpeft.models import Bert
-from jpeft.training import optim
+from jpeft.training import draws, optim
 from jpeft.training import step as stepping
 
 TOKENS, LENGTHS, ROUNDS, SEEDS = 768, (32, 48, 64, 96, 128), 9, 4
@@ -31,11 +31,12 @@ LAYOUTS = {"16 x 48": ((16, 48),), "16 x 128": ((16, 128),), "4 x 32, 40, 56, 96
 
 
 def by_part(base: Any) -> dict[str, float]:
-    """Milliseconds of a step, of one without dropout, of a forward pass, and of all products with frozen kernels."""
+    """Milliseconds of a step, of others of it, of a forward pass, and of all products with frozen kernels."""
     still = base._replace(
         config=dataclasses.replace(base.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     )
     steps, shape = {"a step": batches.Steps(base), "without dropout": batches.Steps(still)}, ((16, 48),)
+    steps["with threefry"] = batches.Steps(base, jax.random.key(0))
     ids = np.random.default_rng(0).integers(1000, 2000, shape[0], np.int32)
     forward, ones = jax.jit(Bert(base.config).apply), np.ones_like(ids)
     kernels = [x for x in jax.tree.leaves(base.params["encoder"]["layer_0"]) if x.ndim == 2]
@@ -71,6 +72,7 @@ def together(base: Any) -> list[float]:
     model, ids = Bert(base.config), np.random.default_rng(0).integers(1000, 2000, (SEEDS, 16, 48), np.int32)
     sites, method = jpeft.sites(model, ids[0, :1]), jpeft.chain(jpeft.lora())
     keys = jax.random.split(jax.random.key(0), SEEDS)
+    drops = draws.dropout_key(keys)
     leaves = [jpeft.init(method, key, sites, base.params) for key in keys]
     parts = [jpeft.partition(method, base.params, own, trains=model.HEAD) for own in leaves]
     optimizer = optim.adamw(lambda _: 5e-4, 0.1, parts[0])
@@ -83,10 +85,10 @@ def together(base: Any) -> list[float]:
 
     def apart() -> None:
         for i in range(SEEDS):
-            jax.block_until_ready(one(states[i], parts[i].frozen, rows[i], keys[i]))
+            jax.block_until_ready(one(states[i], parts[i].frozen, rows[i], drops[i]))
 
     def at_once() -> None:
-        jax.block_until_ready(all_(stacked, frozen, batch, keys))
+        jax.block_until_ready(all_(stacked, frozen, batch, drops))
 
     apart(), at_once()  # compiles
     return [_seconds(at_once) / _seconds(apart) for _ in range(ROUNDS)]

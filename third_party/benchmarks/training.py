@@ -31,7 +31,7 @@ from jpeft.data import batching
 from jpeft.models import Bert
 from jpeft.run import experiment, glue, loading
 from jpeft.run.console import Console
-from jpeft.training import optim
+from jpeft.training import draws, optim
 from jpeft.training import step as stepping
 from jpeft.training.compiled import Steps, prepare
 from jpeft.training.loop import evaluate
@@ -57,7 +57,7 @@ class Ours:
         training = stepping.train_step(model, method, optimizer, data.task.loss)
         self._steps = Steps.compiled(training, stepping.eval_step(model, method))
         self._state, self._frozen = stepping.init_state(parts.trainable, optimizer), parts.frozen
-        self._data, self._key = data, jax.random.key(1)
+        self._data, self._key = data, draws.dropout_key(jax.random.key(1))
         prepare(self._steps, self._state, self._frozen, data, self._key)
         self._batches = self._endless()
 
