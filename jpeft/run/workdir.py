@@ -278,15 +278,21 @@ def _exists(path: Path) -> None:
         )
 
 
-def check(was: dict[str, Any], now: Inputs, workdir: Path) -> None:
+def check(was: dict[str, Any], now: Inputs, path: Path, flag: str = "--workdir") -> None:
     """Compares inputs.
+
+    Args:
+      was: of a run that was started earlier.
+      now: those that there are.
+      path: what was made from the earlier ones.
+      flag: the option that names another place.
 
     Raises:
       UserError: if they differ.
     """
     if told := _differences(was, now):
         raise UserError(
-            f"what {workdir} was started with has changed: {'; '.join(told)}. Restore it, or choose another --workdir"
+            f"what {path} was started with has changed: {'; '.join(told)}. Restore it, or choose another {flag}"
         )
 
 

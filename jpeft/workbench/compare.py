@@ -247,7 +247,7 @@ def _check_inputs(grid: Config, folder: Path, console: Console) -> None:
                 console.warn(f"cells of {cell.task} were not held against their data: {error}")
                 known[key] = None
         if known[key] is not None:
-            workdirs.check(row["inputs"], known[key], folder / f"{cell.name}.json")
+            workdirs.check(row["inputs"], known[key], folder / f"{cell.name}.json", "--cells")
 
 
 def duration(seconds: float) -> str:
