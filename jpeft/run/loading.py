@@ -127,7 +127,7 @@ def _padded(
     if jax.default_backend() == "cpu":
         # Time to compile grows with the layers, and that of a token with layers and the square of the width.
         worth = COMPILE_TOKENS * (384 / model.hidden_size) ** 2 / config.train.num_epochs
-        parts, most, multiple, evaluated = 4, 3, 2, 32
+        parts, most, multiple, evaluated = 4, 8, 2, 32
     rows = config.train.batch_size
     if config.train.group_by_length:  # whole batches, at as many lengths as evaluation has
         lengths = padding.length_buckets(train, evaluated, multiple, worth)
