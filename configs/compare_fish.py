@@ -22,8 +22,9 @@ def get_config() -> Config:
     for ratio in (0.0008, 0.005, 0.02, 0.1):
         variants[f"FISH {1e4 * ratio:g} per 10,000"] = {"method": "fish", "peft": {"fish": {"ratio": ratio}}}
     variants["random 50 per 10,000"] = {"method": "random_mask", "peft": {"random_mask": {"ratio": 0.005}}}
+    for name in variants.keys() - {"bitfit"}:
+        variants[name]["train"] = {"learning_rate": 5e-5}
     grid = compare.default(variants, TASKS, seeds=(0,), reference="full")
     grid.run.model = "bert-large-cased-whole-word-masking"
     grid.run.train.update(num_epochs=7, weight_decay=0.0)
-    grid.variants.full.train = {"learning_rate": 5e-5}
     return grid
