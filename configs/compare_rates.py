@@ -2,8 +2,8 @@
 
     python -m jpeft.compare --config configs/compare_rates.py --cells docs/results/rates --workdir runs/rates
 
-4,000 training rows, one epoch. "lora_x4" is LoRA at four times its own rate, "mam_by5" MAM at a fifth. What does best
-here belongs into `configs/compare_all.py`, which trains every method on another task.
+4,000 training rows, one epoch. "lora_x4" is LoRA at four times its own rate, "fish_by8" FISH at an eighth. What does
+best here belongs into `configs/compare_all.py`, which trains every method on another task.
 """
 
 from jpeft.run.config import Config
@@ -12,7 +12,8 @@ from jpeft.workbench import compare
 
 FACTORS = {
     **dict.fromkeys(("fish", "random_mask", "magnitude_mask"), (1 / 8, 1, 4)),
-    **dict.fromkeys(("mam", "parallel"), (1 / 5, 1, 4)),
+    "mam": (1, 5, 20),
+    "parallel": (1 / 5, 1, 4),
     **dict.fromkeys(("prefix", "prompt"), (1, 4, 16)),
     "p_tuning": (1 / 5, 1, 4, 16),
 }

@@ -66,7 +66,7 @@ METHODS: dict[str, Method] = {
     "layer_norm": Method(1e-3, layer_norm),
     "lora": Method(5e-4, lora),
     "magnitude_mask": Method(1.6e-3, magnitude_mask),
-    "mam": Method(5e-4, mam),
+    "mam": Method(1e-4, mam),
     "p_tuning": Method(1e-3, p_tuning),
     "parallel": Method(5e-4, parallel),
     "pfeiffer": Method(5e-4, pfeiffer),

@@ -150,7 +150,7 @@ def test_cells_of_other_data_are_named(grid, tmp_path, tiny_glue):
     (own / "mrpc/test.jsonl").write_text("\n".join(lines) + "\n")  # of which a cell has no scores
     assert list(compare.run_all(config, tmp_path / "cells", tmp_path / "runs", QUIET)) == []
     (own / "mrpc/validation.jsonl").write_text("\n".join(lines[1:]) + "\n")
-    with pytest.raises(UserError, match="the evaluation data: 18 rows, now 17.*choose another --cells$"):
+    with pytest.raises(UserError, match=r"the evaluation data: 18 rows, now 17.*choose another --cells$"):
         list(compare.run_all(config, tmp_path / "cells", tmp_path / "runs", QUIET))
     shutil.rmtree(own)
     console = Console(quiet=True)
