@@ -11,7 +11,8 @@ from jpeft.transforms.registry import METHODS
 from jpeft.workbench import compare
 
 FACTORS = {
-    **dict.fromkeys(("fish", "random_mask", "magnitude_mask"), (1 / 8, 1, 4)),
+    "fish": (1 / 8, 1, 2, 4),
+    **dict.fromkeys(("random_mask", "magnitude_mask"), (1 / 8, 1, 4)),
     "mam": (1, 5, 20),
     "parallel": (1 / 5, 1, 4),
     **dict.fromkeys(("prefix", "prompt"), (1, 4, 16)),
@@ -28,6 +29,8 @@ def get_config() -> Config:
             rate = factor * METHODS[method].learning_rate
             variants[name] = {"method": method, "train": {"learning_rate": rate}}
         curves[method] = named
+    for name in ("mam_x1", "mam_x5"):  # with a prefix that is not twice as long as the texts
+        variants[name.replace("mam", "mam_10_tokens")] = {**variants[name], "peft": {"mam": {"num_virtual_tokens": 10}}}
     axis = "learning rate over the method's own"
     grid = compare.default(variants, tasks=("synthetic",), seeds=(11,), curves=curves, axis=axis)
     grid.run.model = "minilm"
