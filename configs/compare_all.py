@@ -10,7 +10,7 @@ from jpeft.transforms.registry import METHODS
 from jpeft.workbench import compare
 
 # What `configs/compare_rates.py` finds, as multiples of the methods' own rates; four times for all others.
-FACTORS = dict.fromkeys(("prefix", "prompt", "p_tuning", "mam", "parallel", "fish"), 1)
+FACTORS: dict[str, int] = {"prefix": 1, "prompt": 1, "p_tuning": 1, "mam": 1, "parallel": 1, "fish": 1}
 
 
 def get_config() -> Config:
