@@ -1,5 +1,6 @@
 """Scores along an axis: how they grow with trained parameters, examples, a dimension or a learning rate."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -103,6 +104,8 @@ def drawing(
 ) -> tuple[float, float, Draw]:
     """Width, height and picture: a panel for each task, a line for each curve, a band of three deviations.
 
+    More curves than there are colours are divided among several panels of a task, with the same axes.
+
     Args:
       found: from `series`.
       axis: what the places are.
@@ -111,11 +114,17 @@ def drawing(
       baseline: {task: the score of an answer that reads no text}; a dashed one.
     """
 
+    parts = math.ceil(max(map(len, found.values()), default=1) / len(COLOURS))
+    rows, columns = (1, len(found)) if parts == 1 else (len(found), parts)
+    shown = [(task, dict([*curves.items()][i::parts])) for task, curves in found.items() for i in range(parts)]
+
     def draw(figure: Any) -> None:
-        for panel, (task, curves) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        shared = "row" if parts > 1 else "none"
+        panels = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared).flat
+        for panel, (task, curves) in zip(panels, shown, strict=True):
             # Colours that differ for everyone, and markers that differ in print.
             styles = zip(COLOURS, "osD^vXP", strict=True)
-            for (curve, points), (colour, marker) in zip(curves.items(), [*styles] * len(curves), strict=False):
+            for (curve, points), (colour, marker) in zip(curves.items(), styles, strict=False):
                 x, means = [point.x for point in points], np.array([100 * point.mean for point in points])
                 panel.plot(x, means, marker=marker, color=colour, markersize=4, label=curve)
                 spread = [100 * np.std(p.scores, ddof=1) if len(p.scores) > 1 else 0.0 for p in points]
@@ -133,4 +142,4 @@ def drawing(
             panel.grid(alpha=0.3)
             panel.legend(fontsize=7)
 
-    return 1 + 4.2 * len(found), 3.8, draw
+    return 1 + 4.2 * columns, 3.8 * rows, draw

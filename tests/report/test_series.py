@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from jpeft.data.tasks import TASKS
 from jpeft.report import drawings, series
@@ -62,3 +63,17 @@ def test_the_picture_is_written(tmp_path):
     names, half = {"sst2": "accuracy", "qqp": "f1"}, {"sst2": 0.5, "qqp": 0.5}
     drawings.png(tmp_path / "curves.png", *series.drawing(found, "size", names, {"sst2": 0.9}, half))
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_more_curves_than_colours_are_divided_among_panels_of_one_scale():
+    found = {task: {f"m{i}": [Point(1.0, (0.5,)), Point(4.0, (0.1 * i,))] for i in range(9)} for task in ("a", "b")}
+    half = dict.fromkeys(found, 0.5)
+    width, height, draw = series.drawing(found, "rate", dict.fromkeys(found, "accuracy"), {}, half)
+    assert (width, height) == (1 + 4.2 * 2, 3.8 * 2)
+    figure = Figure()
+    draw(figure)
+    names = [[line.get_label() for line in panel.lines] for panel in figure.axes]
+    one = [["m0", "m2", "m4", "m6", "m8", "without reading"], ["m1", "m3", "m5", "m7", "without reading"]]
+    assert names == one * 2
+    assert [panel.get_title() for panel in figure.axes] == ["a", "a", "b", "b"]
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
