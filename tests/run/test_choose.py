@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -69,11 +70,19 @@ def test_a_budget_that_nothing_fits_is_refused_before_anything_is_measured(tiny_
 
 
 MEASURED = """
+import json
 import sys
 from pathlib import Path
 import jax
-from jpeft.run import choose, config as configs, loading, seed
+from jpeft.importance import fisher
+from jpeft.run import choose, config as configs, criteria, loading, measured, seed
 from jpeft.run.console import Console
+
+sizes = []
+def recorded(*args, mesh=None, accumulate=fisher.accumulate, **options):
+    sizes.append(1 if mesh is None else mesh.size)
+    return accumulate(*args, mesh=mesh, **options)
+fisher.accumulate = measured.accumulate = recorded
 
 model, data, work = sys.argv[1:]
 config = configs.default("mrpc", "fishpal")
@@ -85,17 +94,24 @@ console = Console(quiet=True)
 folder = Path(work, str(jax.device_count()))
 begun = seed.begin(config, 1, *loading.load(config, console)[:2], folder, console)
 choose.plan(begun)
+found = criteria.CRITERIA["adam_step"](begun, configs.candidates(config), None)
+print(json.dumps({"devices": sizes, "scores": [row["lora"] for row in found.scores.values()]}))
 """
 
 
 def test_all_devices_measure(tiny_config, tmp_path):
-    """The information that three devices measure together is that of one."""
+    """What three devices measure together, for the thesis' rule and by halves for another, is what one measures."""
     config = tiny_config("fishpal")
-    found = []
+    found, scores = [], []
     for devices in (1, 3):
         flags = f"--xla_force_host_platform_device_count={devices} {CHEAP}"
         arguments = [sys.executable, "-c", MEASURED, config.model, config.data.path, str(tmp_path)]
         done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags})
         assert done.returncode == 0, done.stderr
+        printed = json.loads(done.stdout.splitlines()[-1])
+        assert set(printed["devices"]) == {devices}
+        assert len(printed["devices"]) == 3
+        scores.append(printed["scores"])
         found.append(choice.read(tmp_path / str(devices) / "seed_1" / "fisher.safetensors")[0])
     jax.tree.map(lambda one, three: np.testing.assert_allclose(three, one, rtol=1e-4), *found)
+    np.testing.assert_allclose(*scores, rtol=1e-3)

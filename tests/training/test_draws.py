@@ -64,3 +64,13 @@ def test_a_scalar_and_nothing_can_be_drawn():
     assert jax.random.bits(KEYS[0]).shape == ()
     assert jax.random.bits(KEYS[0], (0, 3)).shape == (0, 3)
     assert jnp.unique(jax.random.bits(dropout_key(jax.random.key(0)), (1000,))).size == 1000
+
+
+@pytest.mark.parametrize("other", [(7, 2), (1, 7)])
+def test_both_words_of_a_key_and_their_order_count(other):
+    """Nor is one mask another, some places further on."""
+    words = [jax.random.wrap_key_data(np.array(data, np.uint32)) for data in ((7, 1), other)]
+    one, two = (np.asarray(jax.random.bernoulli(dropout_key(key), 0.1, (100_000,))) - 0.1 for key in words)
+    for lag in range(-3, 4):
+        together = (one[3:-3] * np.roll(two, lag)[3:-3]).mean() / 0.09 * np.sqrt(one.size)
+        assert abs(together) < 4.5
