@@ -21,9 +21,8 @@ def mam(
     At inference it costs as much as its parts. Nothing can be merged; `fold` drops the prefix's MLP.
 
     The sizes are AdapterHub's, which are the authors' for summaries. On GLUE they take 16 tokens, a bottleneck of 16
-    and a scale of 2 (jxhe/unify-parameter-efficient-tuning), and the rate that is a run's default here, 1e-4. A short run on short
-    texts needs a short prefix: on the built-in data with MiniLM, a run of one epoch leaves 30 tokens at the majority
-    answer and takes 10 to 65.6 (docs/methods.md).
+    and a scale of 2 (jxhe/unify-parameter-efficient-tuning), and the rate that is a run's default here, 1e-4. Very
+    short runs on short texts need a short prefix (docs/methods.md).
 
     Args:
       num_virtual_tokens: of the prefix.
