@@ -35,7 +35,7 @@ from jpeft.run.seed import begin
 from jpeft.workbench import compare, findings
 from jpeft.workbench.compare import Cell
 
-__all__ = ["Verdict", "candidates_of", "headroom", "measure", "predicted", "verdict"]
+__all__ = ["Verdict", "candidates_of", "config_of", "headroom", "measure", "predicted", "verdict"]
 
 
 class Verdict(NamedTuple):
@@ -65,6 +65,14 @@ def candidates_of(pool: Mapping[str, Plan]) -> Candidates:
 
 def _name(entry: Entry) -> str:
     return f"{entry.method} {json.dumps(dict(entry.options), sort_keys=True)}"
+
+
+def config_of(grid: Config, task: str, seed: int) -> Config:
+    """The run by which all plans of a grid are measured: each kind at the rate at which its plans train."""
+    config = compare.config_of(grid, Cell(task, next(iter(grid.variants)), None, seed))
+    for fields in grid.variants.values():
+        config.fishpal.learning_rates.update(fields["fishpal"].get("learning_rates", {}))
+    return config
 
 
 def measure(config: Config, seed: int, criterion: str, pool: Mapping[str, Plan], console: Console) -> dict[str, Any]:
@@ -175,8 +183,7 @@ def run(argv: list[str]) -> None:
                 path = folder / "scores" / f"{other or task}-{name}-{seed}.json"
                 if not path.is_file():
                     console.title(f"{name} on {other or task}, seed {seed}")
-                    config = compare.config_of(grid, Cell(other or task, next(iter(pool)), None, seed))
-                    files.write_json(path, measure(config, seed, name, pool, console))
+                    files.write_json(path, measure(config_of(grid, other or task, seed), seed, name, pool, console))
                 found[seed] = files.read_json(path)
             verdicts[criterion] = verdict(found, trained, pool)
         names = [name for name in pool if all(name in row for row in trained.values())]

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from jpeft.plans import plan as plans
 from jpeft.plans.plan import Entry
 from jpeft.run import command
-from jpeft.workbench import regret
+from jpeft.run import config as configs
+from jpeft.workbench import compare, regret
 
 KINDS = {"good": Entry("lora", {"rank": 2}), "bad": Entry("lora", {"rank": 1})}
 POOL = {
@@ -64,6 +66,17 @@ def test_headroom_is_not_flattered_by_the_noise_that_chose_the_plan():
     assert regret.headroom(TRAINED, uniform) == pytest.approx(0.0)
     gap = TRAINED[2]["bad-good-bad"] - TRAINED[2]["good-good-good"]
     assert regret.headroom(lucky, uniform) == pytest.approx((gap + 0.0) / 2)
+
+
+def test_each_kind_is_measured_at_the_rate_at_which_its_plans_train():
+    def fields(kind, **rates):
+        return {"method": "fishpal", "fishpal": {"plan": plans.dumps({0: [Entry(kind, {})]}), "learning_rates": rates}}
+
+    grid = compare.default({"a": fields("lora"), "b": fields("prefix", prefix=1e-4)}, ("mrpc",), (1,))
+    grid.run.train.learning_rate = 2e-3
+    found = configs.rates(regret.config_of(grid, "mrpc", 1))
+    assert found["prefix"] == pytest.approx(1e-4 / 2e-3)
+    assert found["lora"] == pytest.approx(1.0)
 
 
 GRID = """
