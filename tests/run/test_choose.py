@@ -99,6 +99,7 @@ print(json.dumps({"devices": sizes, "scores": [row["lora"] for row in found.scor
 """
 
 
+@pytest.mark.slow
 def test_all_devices_measure(tiny_config, tmp_path):
     """What three devices measure together, for the thesis' rule and by halves for another, is what one measures."""
     config = tiny_config("fishpal")

@@ -56,7 +56,7 @@ def trained(request, runs, config_of):
     """The kind, and the workdir of a finished run."""
     workdir = runs / request.param
     if not (workdir / "report.json").is_file():
-        experiment.run(config_of(request.param, num_epochs=40), workdir, QUIET)
+        experiment.run(config_of(request.param, num_epochs=24), workdir, QUIET)
     return request.param, workdir
 
 
