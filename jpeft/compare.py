@@ -17,6 +17,8 @@ from pathlib import Path
 
 from jpeft.run import command
 
+WHERE = "jpeft/workbench/compare.py, those of `run` jpeft/run/config.py"
+
 
 def run(argv: list[str]) -> None:
     """Parses the command line, runs what is not finished, and writes the report."""
@@ -30,7 +32,7 @@ def run(argv: list[str]) -> None:
         "workdir": "Where runs and the report go; runs/<name of the config> by default.",
         "cells": "Folder of the files of finished cells; <workdir>/cells by default.",
     }
-    given = command.parse(argv, __doc__ or "", own, "configs/compare_methods.py", defaults)
+    given = command.parse(argv, __doc__ or "", own, "configs/compare_methods.py", defaults, where=WHERE)
     from jpeft.run.console import Console
     from jpeft.workbench import compare, findings
 

@@ -4,8 +4,8 @@ Which modules, of which sizes, in which layers? Trials are runs by a short recip
 plans that no other beats in both score and size are then trained by the full recipe (AutoPEFT, Zhou et al. 2023,
 arXiv:2301.12132). Run again, the command resumes; started several times, on one machine or on several with one file
 system, its workers share the trials. The workdir then holds report.md, front.png, search.json and front/<n>.json, plans
-that run with `python -m jpeft.main --config fishpal,TASK --config.fishpal.plan=front/<n>.json`. Any field can be set on
-the command line:
+that run with `python -m jpeft.main --config fishpal,TASK --config.fishpal.plan=WORKDIR/front/<n>.json`. Any field can
+be set on the command line:
 
     python -m jpeft.search --config configs/search_autopeft.py --config.trials=100
     python -m jpeft.search --config configs/search_autopeft.py --config.task=cola --config.space.prefix.sizes="(0, 8)"
@@ -19,6 +19,8 @@ from pathlib import Path
 
 from jpeft.run import command
 
+WHERE = "jpeft/workbench/search.py, those of `run` jpeft/run/config.py"
+
 
 def run(argv: list[str]) -> None:
     """Parses the command line, runs what is not finished, and writes the report."""
@@ -29,7 +31,7 @@ def run(argv: list[str]) -> None:
         return search.default("mrpc")
 
     own = {"workdir": "Where trials, runs and the report go; runs/<name of the config> by default."}
-    given = command.parse(argv, __doc__ or "", own, "configs/search_autopeft.py", defaults)
+    given = command.parse(argv, __doc__ or "", own, "configs/search_autopeft.py", defaults, where=WHERE)
     from jpeft.run.console import Console
     from jpeft.workbench import best, search, trials
 

@@ -82,5 +82,10 @@ def test_help(capsys):
         program.main(["compare", "--help"])
     assert exited.value.code == 0
     out = capsys.readouterr().out
-    for part in ("python -m jpeft.compare --config", "--cells", "learning_rates: !!python/tuple []"):
+    for part in (
+        "python -m jpeft.compare --config",
+        "--cells",
+        "--config.learning_rates='()'",
+        "jpeft/workbench/compare.py",
+    ):
         assert part in out

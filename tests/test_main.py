@@ -237,7 +237,7 @@ def test_help(capsys, flag):
     assert exited.value.code == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for part in ("python -m jpeft.main --config configs/", "--workdir", "num_epochs: 10", "max_length: 128", ":demo"):
+    for part in ("python -m jpeft.main --config configs/", "--workdir", "num_epochs=10", "max_length=128", ":demo"):
         assert part in out
 
 

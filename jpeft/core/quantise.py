@@ -27,7 +27,7 @@ def quantise(
 ) -> dict[str, Any]:
     """The parameters with kernels in codes: the base of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
 
-        params = jpeft.quantise(params, sites, "nf4")  # a tenth of the memory; everything else stays as it was
+        params = jpeft.quantise(params, sites, "nf4")  # an eighth of the memory; everything else stays as it was
 
     "nf4" and "fp4" take blocks of 64 values, 4 bits each, with their absmax in 8 bits (double quantisation), which is
     0.129 of float32; "int8" takes 8 bits a value and one float32 an output, with zero at zero. `jpeft.apply`

@@ -1,8 +1,9 @@
-"""FishPAL: one module per layer, chosen by the Fisher information of the candidates at initialisation.
+"""The thesis' rule of FishPAL: one module per layer, by the Fisher information of the candidates at initialisation.
 
-The rule of the thesis (code: lucalila/fishpal): Put every candidate into every layer of the frozen encoder. Compute the
-diagonal empirical Fisher information F of their parameters. Score candidate c in layer l by the mean of F over its
-parameters there, times a factor that makes the kinds of modules comparable:
+This is `config.fishpal.criterion=thesis` (code: lucalila/fishpal); by default a run holds a race. Put every candidate
+into every layer of the frozen encoder. Compute the diagonal empirical Fisher information F of their parameters. Score
+candidate c in layer l by the mean of F over its parameters there, times a factor that makes the kinds of modules
+comparable:
 
     score[l, c] = factor[c] * n * (sum of F over own[l, c] and shared[c]) / (number of entries in them)
 

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,7 +49,13 @@ class Arguments(NamedTuple):
 
 
 def parse(
-    argv: list[str], doc: str, own: Mapping[str, str], example: str, defaults: Callable[[], Any], names: bool = False
+    argv: list[str],
+    doc: str,
+    own: Mapping[str, str],
+    example: str,
+    defaults: Callable[[], Any],
+    names: bool = False,
+    where: str = "jpeft/run/config.py",
 ) -> Arguments:
     """Parses a command line, or prints the help and exits.
 
@@ -59,6 +66,7 @@ def parse(
       example: a value of --config.
       defaults: makes the config whose fields the help shows.
       names: whether --config can be METHOD,TASK in place of a file.
+      where: which file says what the fields mean.
 
     Raises:
       UserError: for whatever is wrong.
@@ -73,8 +81,9 @@ def parse(
         wide = max(map(len, told)) + 2
         lines = [f"  --{name:{wide}}{help}" for name, help in told.items()]
         print(f"{doc}\nFlags:\n" + "\n".join(lines))
-        print("\nFields of the config and their defaults (see jpeft/run/config.py):\n")
-        print(defaults())
+        print(f"\nFields of the config and their defaults (what they mean: {where}):\n")
+        for names, value in tree.flatten(defaults().to_dict()).items():
+            print(f"  --config.{'.'.join(names)}{'  (not set)' if value is None else '=' + _quoted(str(value))}")
         raise SystemExit(0)
     given = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))]
     given += [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg in ("--config", "-config")]
@@ -233,6 +242,11 @@ def _check_overrides(argv: list[str], fields: list[str]) -> None:
         if re.fullmatch(r"\s*{[^:]+}\s*", arg.partition("=")[2]):  # a set of Python's, which would be taken for a tuple
             raise UserError(f"--{name} must be a tuple, such as (1, 2), got {arg.partition('=')[2]!r}")
         seen.add(name)
+
+
+def _quoted(text: str) -> str:
+    """As one types it in a shell."""
+    return f'"{text}"' if "'" in text else shlex.quote(text)
 
 
 def _named(argv: list[str]) -> list[str]:
