@@ -132,5 +132,5 @@ def test_help(capsys):
         program.main(["search", "--help"])
     assert exited.value.code == 0
     out = capsys.readouterr().out
-    for part in ("python -m jpeft.search --config", "--workdir", "num_virtual_tokens", "warm_start: true"):
+    for part in ("python -m jpeft.search --config", "--workdir", "num_virtual_tokens", "warm_start=True"):
         assert part in out
