@@ -268,9 +268,18 @@ def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merge
     with jax.default_matmul_precision("highest"):
         for name, member in sorted(named.items(), key=lambda item: item[1].wrap is not None):
             if name not in staying and member.merge is not None:
-                params = member.merge(leaves[name], params)
+                params = _typed(member.merge(leaves[name], params), params)
     left = Chain(tuple(named[name] for name in staying))
     return Merged(dense(params), left, dict(zip(instances(left), (leaves[name] for name in staying), strict=True)))
+
+
+def _typed(new: Any, old: Any) -> Any:
+    """The new parameters in the dtypes of the old ones; what is not touched stays as it is, quantised or not."""
+    if new is old:
+        return new
+    if isinstance(new, Mapping):
+        return {name: _typed(x, old[name]) for name, x in new.items()}
+    return new.astype(old.dtype)
 
 
 def stays(transform: Transform | Chain, leaves: Leaves) -> list[str]:

@@ -8,6 +8,7 @@ not list are not in the graph.
 
 import inspect
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -106,10 +107,11 @@ SIZES = ("rank", "bottleneck", "num_virtual_tokens", "reduction_factor")  # the 
 def resized(entry: Entry, by: float) -> Entry:
     """The module at `by` times its size: LoRA's rank, an adapter's bottleneck, a prefix's tokens.
 
-    LoRA's alpha grows with the rank, so that a larger one starts with the same scale.
+    LoRA's alpha grows with the rank, and rsLoRA's with its square root, so that the scale stays the same. Ranks and
+    alphas of patterns do as the others.
 
     Raises:
-      UserError: if the module has no size, or one would be below 1.
+      UserError: if the module has no size, or one would be below 1 or no integer.
     """
     known = inspect.signature(METHODS[entry.method].make or make).parameters
     now = {name: entry.options.get(name, p.default) for name, p in known.items()}
@@ -117,14 +119,25 @@ def resized(entry: Entry, by: float) -> Entry:
     for name in SIZES:
         if now.get(name) is None or (name == "reduction_factor" and now.get("bottleneck") is not None):
             continue
-        changed[name] = now[name] / by if name == "reduction_factor" else round(now[name] * by)
-        if name != "reduction_factor" and (changed[name] < 1 or changed[name] != now[name] * by):
-            raise UserError(f"{entry.method} has {name} {now[name]}, which cannot be made {by:g} times as large")
+        changed[name] = now[name] / by if name == "reduction_factor" else _times(entry.method, name, now[name], by)
     if not changed:
         raise UserError(f"{entry.method} comes in one size only: drop it from the candidates, or the other sizes")
     if "rank" in changed and "alpha" in now:
-        changed["alpha"] = now["alpha"] * by
+        more = math.sqrt(by) if entry.method == "rslora" else by
+        changed["alpha"] = now["alpha"] * more
+        if now.get("alpha_pattern"):
+            changed["alpha_pattern"] = {pattern: alpha * more for pattern, alpha in now["alpha_pattern"].items()}
+    if now.get("rank_pattern"):
+        ranks = now["rank_pattern"].items()
+        changed["rank_pattern"] = {pattern: _times(entry.method, "rank", rank, by) for pattern, rank in ranks}
     return Entry(entry.method, {**entry.options, **changed})
+
+
+def _times(method: str, name: str, size: int, by: float) -> int:
+    more = round(size * by)
+    if more < 1 or more != size * by:
+        raise UserError(f"{method} has {name} {size}, which cannot be made {by:g} times as large")
+    return more
 
 
 def uniform(entry: Entry, num_layers: int) -> Plan:

@@ -14,9 +14,11 @@ from jpeft.core.tree import flatten
 from jpeft.data import hub, tasks
 from jpeft.data.custom import custom
 from jpeft.data.task import Task
+from jpeft.models import BertConfig
 from jpeft.plans import plan as plans
 from jpeft.plans.fishpal import FACTORS, Candidates
 from jpeft.transforms.registry import METHODS, MODULES
+from jpeft.version import RESULTS
 
 __all__ = [
     "Config",
@@ -213,6 +215,33 @@ def rates(config: Config) -> dict[str, float]:
         name: METHODS[name].learning_rate / own.learning_rate if given[name] is None else given[name] / base
         for name in MODULES
     }
+
+
+def named(config: Config) -> set[str]:
+    """The methods of a run; where it chooses, those that it may choose."""
+    parts = set(config.method.split("+"))
+    if not METHODS[config.method.split("+")[0]].chooses:
+        return parts
+    if config.fishpal.plan is None:
+        return {*config.fishpal.candidates}
+    return {entry.method for entries in plans.read(config.fishpal.plan).values() for entry in entries}
+
+
+def results(config: Config, shape: BertConfig) -> int:
+    """`jpeft.version.RESULTS`, or a later number if a later change concerns this run.
+
+    Args:
+      config: the run's.
+      shape: the base model's.
+    """
+    names, own = named(config), config.fishpal
+    if "ladder_side" in names and (shape.hidden_act, shape.layer_norm_eps) != ("gelu", 1e-12):
+        return 6  # its blocks take activation and epsilon from the backbone
+    if METHODS[config.method.split("+")[0]].chooses and own.plan is None and set(own.sizes) != {1}:
+        patterns = [x for name in names for key, x in config.peft[name].items() if key.endswith("_pattern")]
+        if "rslora" in names or any(patterns):
+            return 6  # candidates of other sizes keep their scale
+    return RESULTS
 
 
 def candidates(config: Config) -> Candidates:

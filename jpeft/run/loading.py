@@ -49,12 +49,19 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
         console.say(f"  {len(task.labels)} classes: {names}")
     if base.fresh:
         console.say(f"  not trained in the checkpoint, so initialised and trained: {', '.join(base.fresh)}")
-    return data, base, workdirs.inputs(data, base, source, config.task, config.init_from)
+    return (
+        data,
+        base,
+        workdirs.inputs(data, base, source, config.task, config.init_from, configs.results(config, base.config)),
+    )
 
 
 def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -> tuple[Data, str]:
     if not task.trainable:
         raise UserError(f"config.task {task.name!r} is a test set without training data: train config.task 'mnli'")
+    if task.kind == "multilabel" and "adamix" in configs.named(config):
+        told = "adamix holds two answers against each other as distributions over classes, and a set of classes is none"
+        raise UserError(f"{told}: take another method, such as pfeiffer")
     own = config.task.endswith(".py")  # all others check their own
     splits = checking.splits(task, config.data.path) if own else task.splits(config.data.path)
     for name, count in splits.empty_texts.items():

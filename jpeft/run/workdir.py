@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
       config: hash of the shape of the base model, as its config.json has it.
       base: hash of the pretrained parameters.
       init_from: hash of the modules that training starts from; "" where it starts anew.
-      results: `jpeft.version.RESULTS`, which changes when the same inputs give other numbers.
+      results: a number that changes when the same inputs give other results, `jpeft.run.config.results`.
     """
 
     source: str
@@ -64,7 +64,9 @@ class Inputs(NamedTuple):
 KIND, INPUTS_KIND = "config of a run", files.Kind("list of a run's inputs", get_type_hints(Inputs))
 
 
-def inputs(data: Data, base: Pretrained, source: str, task: str = "", init_from: str | None = None) -> Inputs:
+def inputs(
+    data: Data, base: Pretrained, source: str, task: str = "", init_from: str | None = None, results: int = RESULTS
+) -> Inputs:
     """The inputs of a run; what is fresh is left out, since each seed initialises it.
 
     Args:
@@ -73,12 +75,13 @@ def inputs(data: Data, base: Pretrained, source: str, task: str = "", init_from:
       source: where the data came from.
       task: `config.task`.
       init_from: `config.init_from`.
+      results: from `jpeft.run.config.results`.
 
     Raises:
       UserError: if `init_from` is not a folder of modules.
     """
     given = {name: x for name, x in base.params.items() if name not in base.fresh}
-    rest = {**identity(base), "base": fingerprint(given), "init_from": _modules(init_from), "results": RESULTS}
+    rest = {**identity(base), "base": fingerprint(given), "init_from": _modules(init_from), "results": results}
     file = files.file_hash(Path(task)) if task.endswith(".py") else ""
     others = {name: _digest(examples) for name, examples in data.others.items()}
     return Inputs(source, _digest(data.train), _digest(data.dev), others, data.task.labels, file, **rest)
@@ -323,9 +326,8 @@ def _differences(was: dict[str, Any], now: Inputs) -> list[str]:
     if was.get("init_from") != new["init_from"]:
         told.append("the modules that config.init_from names")
     if was.get("results") != new["results"]:
-        told.append(
-            f"the version of jpeft, which gives other results (number {was.get('results')} before, {RESULTS} now)"
-        )
+        numbers = f"number {was.get('results')} before, {new['results']} now"
+        told.append(f"the version of jpeft, which gives other results ({numbers})")
     return told
 
 

@@ -25,6 +25,7 @@ import optax
 from jax import Array
 
 from jpeft.core.errors import UserError
+from jpeft.core.leaves import wide
 from jpeft.core.site import Site, Sites, find
 from jpeft.core.transform import FIXED, Call, Context, Leaves, Params, Setting, Transform
 from jpeft.core.tree import at, replace
@@ -98,9 +99,9 @@ def far(
         for path, own in leaves.items():
             nodes = own[FIXED]["nodes"]
             where = (slice(None), nodes) if "bias" in own else nodes
-            params = replace(params, f"{path}/kernel", lambda w, own=own, to=where: w.at[to].add(own["kernel"]))
+            params = replace(params, f"{path}/kernel", lambda w, own=own, to=where: wide(w).at[to].add(own["kernel"]))
             if "bias" in own:
-                params = replace(params, f"{path}/bias", lambda b, own=own, to=nodes: b.at[to].add(own["bias"]))
+                params = replace(params, f"{path}/bias", lambda b, own=own, to=nodes: wide(b).at[to].add(own["bias"]))
         return params
 
     return Transform("far", init, wrap, merge, prepare=prepare)

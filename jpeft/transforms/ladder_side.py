@@ -7,11 +7,12 @@ Sung et al. 2022, arXiv:2206.06522; reference: ylsung/Ladder-Side-Tuning. With b
     side_i = block_i(g_i side_(i-1) + (1 - g_i) down_i(h_i)),  g_i = sigmoid(alpha_i / 0.1),  i = 1 ... L
     encoder output = up(side_L)
 
-The blocks are BERT layers with their own weights. Training needs neither the backward pass of the encoder nor its
-activations. At inference it adds about 1 / `reduction_factor` of the encoder's cost, and it cannot be merged.
+The blocks are BERT layers with their own weights, and with the backbone's activation and epsilon. Training needs
+neither the backward pass of the encoder nor its activations. At inference it adds about 1 / `reduction_factor` of the
+encoder's cost, and it cannot be merged.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.core.errors import UserError, nearest
-from jpeft.core.leaves import init_sites
+from jpeft.core.leaves import init_sites, wide
 from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Call, Context, Leaves, Params, Setting, Transform
 from jpeft.core.tree import at, union
@@ -31,7 +32,6 @@ __all__ = ["ladder_side"]
 
 STARTS = ("magnitude", "fisher", "random")
 TEMPERATURE = 0.1
-EPSILON = 1e-12
 
 
 def ladder_side(
@@ -68,7 +68,7 @@ def ladder_side(
 
         def make(key: Array, site: Site) -> Leaves:
             heads = _heads(sites, site)
-            layers = None if params is None else at(params, site.path)
+            layers = None if params is None else wide(at(params, site.path))
             importance = None if init_from == "random" else jax.tree.map(jnp.abs, layers)
             return _start(key, site, heads, reduction_factor, layers, importance)
 
@@ -80,7 +80,7 @@ def ladder_side(
         rest = {"params": params, "peft": {**setting.variables["peft"], setting.instance: {}}}
         leaves: Leaves = {}
         for path in own:
-            site, layers = setting.sites[path], at(params, path)
+            site, layers = setting.sites[path], wide(at(params, path))
 
             def loss(part: Params, example: Any, rest: Params, path: str = path) -> Array:
                 nested = part
@@ -98,16 +98,19 @@ def ladder_side(
         _, states = call(hidden, mask)
         states = jax.lax.stop_gradient(states)
         down = [linear(h, jax.tree.map(lambda x, i=i: x[i], leaves["down"])) for i, h in enumerate(states)]
+        config = getattr(ctx.model, "config", None)
+        activation, epsilon = getattr(config, "hidden_act", "gelu"), getattr(config, "layer_norm_eps", 1e-12)
         gates, visible, side = jax.nn.sigmoid(leaves["alpha"] / TEMPERATURE), attends(mask), down[0]
         for i, rung in enumerate(down[1:]):
             gate = gates[i].astype(side.dtype)
-            side = _block(jax.tree.map(lambda x, i=i: x[i], leaves["blocks"]), gate * side + (1 - gate) * rung, visible)
+            block = jax.tree.map(lambda x, i=i: x[i], leaves["blocks"])
+            side = _block(block, gate * side + (1 - gate) * rung, visible, ACTIVATIONS[activation], epsilon)
         return linear(side, leaves["up"]), states
 
     return Transform("ladder_side", init, wrap, prepare=prepare if init_from == "fisher" else None)
 
 
-def _block(p: Leaves, x: Array, visible: Array) -> Array:
+def _block(p: Leaves, x: Array, visible: Array, activation: Callable[[Array], Array], epsilon: float) -> Array:
     """One BERT layer: x [b, t, s], `visible` [b, 1, t, t]."""
     p = jax.tree.map(lambda leaf: leaf.astype(x.dtype), p)
     query, key, value = (
@@ -118,9 +121,9 @@ def _block(p: Leaves, x: Array, visible: Array) -> Array:
     probs = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(x.dtype)
     context = jnp.einsum("bhqt,bhtk->bhqk", probs, value)
     attended = jnp.einsum("bhtk,hks->bts", context, p["output"]["kernel"]) + p["output"]["bias"].reshape(1, 1, -1)
-    x = layer_norm(x + attended, p["attention_norm"], EPSILON)
-    hidden = ACTIVATIONS["gelu"](linear(x, p["intermediate"]))
-    return layer_norm(x + linear(hidden, p["ffn_output"]), p["ffn_norm"], EPSILON)
+    x = layer_norm(x + attended, p["attention_norm"], epsilon)
+    hidden = activation(linear(x, p["intermediate"]))
+    return layer_norm(x + linear(hidden, p["ffn_output"]), p["ffn_norm"], epsilon)
 
 
 def _heads(sites: Sites, site: Site) -> int:

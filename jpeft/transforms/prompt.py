@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.core.errors import UserError, nearest
-from jpeft.core.leaves import init_sites
+from jpeft.core.leaves import init_sites, wide
 from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Call, Context, Leaves, Params, Transform
 from jpeft.transforms.parts.inputs import before_states, before_words, width, word_embeddings
@@ -70,7 +70,7 @@ def prompt(
             if token_ids is not None:
                 check_ids(token_ids, table)
                 rows = jnp.asarray(token_ids)
-            return {"embedding": table[rows]}
+            return {"embedding": wide(table[rows])}
 
         return init_sites(key, find(sites, target), make)
 

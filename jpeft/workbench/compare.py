@@ -242,12 +242,15 @@ def _check_inputs(grid: Config, folder: Path, console: Console) -> None:
         key = json.dumps([*fields, config.train.max_train_examples, config.init_from])
         if key not in known:
             try:
-                known[key] = loading.load(config, Console(quiet=True))[-1]
+                _, base, now = loading.load(config, Console(quiet=True))
+                known[key] = base.config, now
             except UserError as error:
                 console.warn(f"cells of {cell.task} were not held against their data: {error}")
                 known[key] = None
         if known[key] is not None:
-            workdirs.check(row["inputs"], known[key], folder / f"{cell.name}.json", "--cells")
+            shape, now = known[key]
+            now = now._replace(results=configs.results(config, shape))
+            workdirs.check(row["inputs"], now, folder / f"{cell.name}.json", "--cells")
 
 
 def duration(seconds: float) -> str:

@@ -41,6 +41,17 @@ def test_scores_of_any_size():
     assert allocate(scores, CANDIDATES, COSTS, 50) == {0: [CANDIDATES["large"]], 1: [CANDIDATES["small"]]}
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_it_is_exact_in_the_layers_that_hardly_count(seed):
+    rng = np.random.default_rng(seed)
+    scale = [1.0, *10 ** -rng.uniform(2, 6, 4)]
+    scores = {layer: {name: float(scale[layer] * rng.uniform(0.1, 1)) for name in CANDIDATES} for layer in range(5)}
+    names = {id(entry): name for name, entry in CANDIDATES.items()}
+    plan = allocate(scores, CANDIDATES, COSTS, 130)
+    total = sum(scores[layer][names[id(entry)]] for layer, (entry,) in plan.items())
+    assert total == pytest.approx(search(scores, 130), rel=1e-9)
+
+
 def test_what_cannot_be():
     row = {"small": 1.0, "large": 2.0, "prefix": 1.0}
     with pytest.raises(UserError, match="the budget of 9 parameters is too small: the smallest module has 10"):

@@ -134,6 +134,14 @@ def test_a_module_at_another_size():
     assert plan.resized(Entry("lora", {"rank": 4, "targets": "query"}), 2).options == {
         "rank": 8, "alpha": 32.0, "targets": "query",
     }  # fmt: skip
+    # Its scale is alpha over the root of the rank.
+    assert plan.resized(Entry("rslora", {"rank": 4, "alpha": 8.0}), 4).options == {"rank": 16, "alpha": 16.0}
+    patterned = {"rank": 4, "alpha": 8.0, "rank_pattern": {"query": 2}, "alpha_pattern": {"value": 3.0}}
+    assert plan.resized(Entry("lora", patterned), 2).options == {
+        "rank": 8, "alpha": 16.0, "rank_pattern": {"query": 4}, "alpha_pattern": {"value": 6.0},
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"lora has rank 1, which cannot be made 0\.5 times as large"):
+        plan.resized(Entry("lora", {"rank": 4, "rank_pattern": {"query": 1}}), 0.5)
     assert plan.resized(Entry("houlsby", {"bottleneck": 6}), 0.5).options == {"bottleneck": 3}
     assert plan.resized(Entry("mam"), 0.5).options == {"num_virtual_tokens": 15, "bottleneck": 256}
     with pytest.raises(UserError, match=r"lora has rank 3, which cannot be made 0\.5 times as large"):

@@ -4,10 +4,12 @@ import json
 import pytest
 
 from jpeft.core.errors import UserError
+from jpeft.models import BertConfig
 from jpeft.plans.plan import Entry
 from jpeft.run import checks
 from jpeft.run import config as configs
 from jpeft.transforms.registry import METHODS, MODULES
+from jpeft.version import RESULTS
 
 
 def make(**changes):
@@ -125,6 +127,17 @@ def test_rates_race_where_nothing_else_says_them():
     assert configs.raced_rates(configs.default("mrpc", "lora")) == (1,)
     assert configs.chosen(config) == {"fishpal.rates": (1, 4)}  # runs of versions without a race of rates were others
     assert configs.chosen(configs.default("mrpc", "lora")) == {}
+
+
+def test_a_change_that_concerns_few_runs_has_a_number_of_its_own():
+    def results(method, act="gelu", **fishpal):
+        config = configs.default("mrpc", method)
+        config.fishpal.update(fishpal)
+        return configs.results(config, BertConfig(hidden_act=act))
+
+    assert results("lora", "relu") == results("ladder_side") == results("fishpal", sizes=(1, 2)) == RESULTS
+    assert results("ladder_side", "relu") == results("fishpal", candidates=("rslora",), sizes=(1, 2)) == 6
+    assert results("fishpal", candidates=("rslora",)) == results("full") == RESULTS
 
 
 def test_candidates_come_in_sizes():

@@ -168,6 +168,11 @@ def test_penalties_and_prompts_take_words(config_of, tmp_path):
         experiment.run(config, tmp_path / method, QUIET)
 
 
+def test_a_set_of_classes_is_no_distribution(config_of, tmp_path):
+    with pytest.raises(UserError, match=r"adamix holds two answers .* take another method, such as pfeiffer"):
+        experiment.run(config_of("multilabel", "adamix"), tmp_path, QUIET)
+
+
 @pytest.mark.slow  # the loop does not know of words
 def test_seeds_train_together_as_alone(config_of, tmp_path):
     config = config_of("tagging")

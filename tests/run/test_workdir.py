@@ -20,6 +20,7 @@ from jpeft.data.tasks import TASKS
 from jpeft.models import pretrained
 from jpeft.run import config as configs
 from jpeft.run import workdir as workdirs
+from jpeft.version import RESULTS
 
 
 def examples(words=(2, 5, 3), label=1):
@@ -202,9 +203,9 @@ def test_other_weights_and_another_tokenizer_are_named(begun, tiny_config, base,
     assert "changed: the base model's config.json. Restore" in told
 
 
-def test_other_results_of_the_code_are_named(begun, tiny_config, base, monkeypatch):
-    monkeypatch.setattr(workdirs, "RESULTS", 99)
-    assert "version" in refusal(begun, tiny_config, workdirs.inputs(data(), base, "here"))
+def test_other_results_of_the_code_are_named(begun, tiny_config, base):
+    told = refusal(begun, tiny_config, workdirs.inputs(data(), base, "here", results=99))
+    assert f"other results (number {RESULTS} before, 99 now)" in told
 
 
 def test_seeds_can_be_added_and_nothing_else_changed(begun, tiny_config):

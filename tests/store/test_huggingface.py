@@ -5,6 +5,7 @@ open what is written.
 """
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -137,6 +138,14 @@ def test_what_peft_has_no_words_for(tmp_path, base, spec, says):
         huggingface.write(tmp_path, Modules(spec, leaves, {}), base.model.config, "base")
 
 
+def test_modules_in_the_head_which_peft_stores_whole(tmp_path, base):
+    place = {"bert": "classifier", "roberta": "classifier/dense"}[base.architecture]
+    spec = [entry_of("lora", targets=f"query|{place}")]
+    leaves = jpeft.init(jpeft.build(spec), jax.random.key(0), base.sites, base.params)
+    with pytest.raises(UserError, match="peft cannot hold lora in the classifier, which it stores whole: export the"):
+        huggingface.write(tmp_path, Modules(spec, leaves, {}), base.model.config, "base")
+
+
 def test_what_trained_besides_the_head_and_the_pooler(tmp_path, base):
     modules = huggingface.read(_folder(tmp_path, base), base.model.config)
     params = {"embeddings": {"LayerNorm": {"scale": np.ones(16, np.float32)}}}
@@ -174,6 +183,7 @@ def _folder(tmp_path, base, method="lora"):
         ({"target_modules": "("}, "target_modules or layers_to_transform is not as peft writes it"),
         ({"layers_to_transform": [0]}, "layer_1/attention/query, which is not among the targets"),
         ({"layer_replication": [[0, 1]]}, "layer_replication has no counterpart here"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights 'lora_ga' has changed the base weights"),
         ({"lora_alpha": 10**400}, "must be positive numbers, got 10{59}$"),
     ],
 )
@@ -183,6 +193,22 @@ def test_configs_that_cannot_be_read(tmp_path, base, change, says):
     (folder / huggingface.CONFIG).write_text(json.dumps(config))
     with pytest.raises(UserError, match=says):
         huggingface.read(folder, base.model.config)
+
+
+@pytest.mark.parametrize("start", ["", "^"])
+def test_targets_and_patterns_that_name_a_module_in_full(tmp_path, base, start):
+    folder = _folder(tmp_path, base)
+    config = json.loads((folder / huggingface.CONFIG).read_text())
+    stored = load_file(folder / huggingface.WEIGHTS)
+    names = sorted({name.removeprefix(BODY).split(".lora_")[0] for name in stored if ".lora_" in name})
+    query = f"{base.architecture}.encoder.layer.1.attention.self.query"
+    assert query in names
+    config |= {"target_modules": names, "alpha_pattern": {start + query: 32}}
+    (folder / huggingface.CONFIG).write_text(json.dumps(config))
+    (entry,) = huggingface.read(folder, base.model.config).spec
+    assert entry["options"]["alpha_pattern"] == {"encoder/layer_1/attention/query": 32.0}
+    (folder / huggingface.CONFIG).write_text(json.dumps(config | {"target_modules": "|".join(map(re.escape, names))}))
+    huggingface.read(folder, base.model.config)
 
 
 def test_folders_that_cannot_be_read(tmp_path, base):

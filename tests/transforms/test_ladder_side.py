@@ -1,5 +1,7 @@
 """Ladder-side tuning."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from conftest import randomised, setting
 
 import jpeft
-from jpeft.models.bert import BertConfig, Layer, attends
+from jpeft.models.bert import Bert, BertConfig, Layer, attends
 from jpeft.transforms.ladder_side import ladder_side
 
 METHOD = ladder_side(4)
@@ -29,12 +31,14 @@ def as_layer(p):
     }
 
 
-def test_equals_a_ladder_built_of_the_encoders_own_layers(toy, key):
+@pytest.mark.parametrize("own", [{}, {"hidden_act": "relu", "layer_norm_eps": 1e-2}], ids=["bert", "others"])
+def test_equals_a_ladder_built_of_the_encoders_own_layers(toy, key, own):
+    toy = toy._replace(model=Bert(dataclasses.replace(toy.model.config, **own)))
     leaves = randomised(fresh(toy, key))
     p = leaves["ladder_side_0"]["encoder"]
     _, seen = toy.model.apply({"params": toy.params}, toy.ids, toy.mask)
     states = [np.asarray(h) for h in seen.hidden_states]
-    small = Layer(BertConfig(hidden_size=4, num_attention_heads=2, intermediate_size=6))
+    small = Layer(BertConfig(hidden_size=4, num_attention_heads=2, intermediate_size=6, **own))
     down = [h @ np.asarray(p["down"]["kernel"][i]) + np.asarray(p["down"]["bias"][i]) for i, h in enumerate(states)]
     side = down[0]
     for i in range(2):

@@ -218,6 +218,19 @@ def test_it_computes_in_bfloat16_with_float32_leaves(name):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+WRITES = ["lora", "said", "bitfit", "layer_norm", "top_k_layers", "far", "random_mask", "prompt", "ladder_side"]
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_on_a_base_in_bfloat16_leaves_are_float32_and_merging_keeps_bfloat16(name):
+    method = jpeft.build([{"method": name, "options": SMALL.get(name, {})}])
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), pretrained())
+    trained, fixed = split(jpeft.init(method, jax.random.key(1), jpeft.sites(MODEL, IDS, MASK), low))
+    assert {x.dtype for x in jax.tree.leaves(trained)} == {np.dtype(np.float32)}
+    merged = jpeft.merge(method, tree.union(fixed, trained), low)
+    assert {x.dtype for x in jax.tree.leaves(merged.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_merged_folded_and_saved_it_gives_the_same_logits(name, tmp_path):
     method, trained, fixed, now, *_ = make(name)

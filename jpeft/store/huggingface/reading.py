@@ -93,7 +93,7 @@ def _read_low_rank(
     if about.get("bias", "none") != "none" or about.get("fan_in_fan_out"):
         raise UserError(f"{CONFIG}: bias {about.get('bias')!r:.60} and fan_in_fan_out have no counterpart here")
     start = str(about.get("init_lora_weights", True)).lower()
-    if start.split("_")[0] in ("pissa", "olora", "corda", "loftq"):
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise UserError(
             f"{CONFIG}: init_lora_weights {start!r:.60} has changed the base weights; in peft, save_pretrained with "
             "path_initial_model_for_weight_conversion writes a plain LoRA"
@@ -111,10 +111,11 @@ def _read_low_rank(
         _check_shapes(path, config, a, b, own.get(ends[2]))
         leaves[path] = {"a": a, "b": b} | ({"magnitude": own[ends[2]]} if method == "dora" else {})
         ranks[path] = a.shape[1]
-        if (said := _patterned(about, "r", "rank_pattern", path)) != ranks[path]:
+        name = hf_module(path, config.model_type)  # patterns and targets may say it in full
+        if (said := _patterned(about, "r", "rank_pattern", name)) != ranks[path]:
             raise UserError(f"{WEIGHTS}: {path} has rank {ranks[path]}, {CONFIG} says {said:g}")
-        alphas[path] = _patterned(about, "lora_alpha", "alpha_pattern", path)
-    _check_targets(about, leaves)
+        alphas[path] = _patterned(about, "lora_alpha", "alpha_pattern", name)
+    _check_targets(about, leaves, config)
     if not leaves:
         raise UserError(f"{WEIGHTS} holds no LoRA of a BERT or RoBERTa encoder")
     rank, alpha = (max(set(x.values()), key=[*x.values()].count) for x in (ranks, alphas))
@@ -182,12 +183,12 @@ def _read_prefix(about: Mapping[str, Any], tensors: Any, config: BertConfig) -> 
     return {"method": "prefix", "options": options}, {**leaves, EMBEDDING: {}}, {"prompt_embeddings"}
 
 
-def _check_targets(about: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+def _check_targets(about: Mapping[str, Any], leaves: Mapping[str, Any], config: BertConfig) -> None:
     """Raises a UserError if there are modules where peft makes none, and so ignores the tensors."""
     targets, layers = about.get("target_modules"), about.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     for path in leaves:
-        name = hf_module(path)
+        name = hf_module(path, config.model_type)
         try:
             if isinstance(targets, str):
                 there = targets == "all-linear" or re.fullmatch(targets, name) is not None
@@ -201,12 +202,12 @@ def _check_targets(about: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
             raise UserError(f"{WEIGHTS} has tensors of {path}, which is not among the targets of {CONFIG}")
 
 
-def _patterned(about: Mapping[str, Any], usual: str, name: str, path: str) -> float:
-    """A site's rank or alpha: of the first pattern that matches the end of peft's name, a regular expression."""
+def _patterned(about: Mapping[str, Any], usual: str, name: str, module: str) -> float:
+    """A module's rank or alpha: of the first pattern that matches its name, or an end of it; a regular expression."""
     patterns, found = about.get(name) or {}, about.get(usual, 8)
     try:
         for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", hf_module(path)):
+            if re.match(rf"(.*\.)?({pattern})$", module):
                 found = value
                 break
     except (AttributeError, OverflowError, RecursionError, re.error) as error:

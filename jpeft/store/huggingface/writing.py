@@ -44,6 +44,8 @@ def write(folder: Path, modules: Modules, config: BertConfig, base: str) -> None
     writers |= {"prompt": _virtual, "p_tuning": _virtual}
     if method not in writers:
         raise UserError(f"peft has no {method} that computes the same: {INSTEAD}")
+    if whole := {path.split("/")[0] for path in leaves} & {"classifier", *modules.params}:
+        raise UserError(f"peft cannot hold {method} in the {whole.pop()}, which it stores whole: {INSTEAD}")
     own, tensors = writers[method](entry, leaves, config)
     inner = VIRTUAL if "prompt_embeddings" in tensors else BODY
     flat = {"/".join(path): np.asarray(x, np.float32) for path, x in flatten(modules.params).items()}

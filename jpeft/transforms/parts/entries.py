@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from jpeft.core.errors import UserError
+from jpeft.core.leaves import wide
 from jpeft.core.site import Sites
 from jpeft.core.transform import FIXED, Leaves, Params, Transform
 from jpeft.core.tree import at, replace
@@ -34,7 +35,7 @@ def take(values: Chosen, indices: Mapping[tuple[str, str], np.ndarray]) -> Leave
         if index.size:
             # In NumPy: JAX would compile a program for every shape.
             entries = jnp.asarray(np.asarray(values[path, name]).reshape(-1)[index])
-            leaves.setdefault(path, {})[name] = {"values": entries, FIXED: {"index": jnp.asarray(index)}}
+            leaves.setdefault(path, {})[name] = {"values": wide(entries), FIXED: {"index": jnp.asarray(index)}}
     return leaves
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from jax import Array
 
 from jpeft.core.errors import UserError
+from jpeft.core.leaves import wide
 from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Leaves, Params, Transform
 from jpeft.core.tree import at, replace
@@ -31,7 +32,7 @@ def retrain(name: str, where: Callable[[Sites], Sequence[Site]], trains: Callabl
         for site in where(sites):
             own = [leaf for leaf in own_parameters(site) if trains(leaf)]
             if own:
-                leaves[site.path] = {leaf: at(params, f"{site.path}/{leaf}") for leaf in own}
+                leaves[site.path] = wide({leaf: at(params, f"{site.path}/{leaf}") for leaf in own})
         if not leaves:
             raise UserError(f"{name} finds no parameters at the given sites")
         return leaves
