@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
-from jpeft.data.task import Task
+from jpeft.data.task import HIDDEN, Task
 
 __all__ = ["ENDINGS", "attempts", "between_spaces", "columns", "is_unicode", "rows", "text_of", "words_of"]
 
@@ -89,6 +89,7 @@ def columns(file: Path, task: Task, hidden: bool, label: str = "label") -> dict[
     """
     found: dict[str, list[Any]] = {name: [] for name in (*task.text, "label", "idx")}
     read = words_of if task.answers.by_token else text_of
+    without = 0
     for number, row in enumerate(rows(file), start=1):
         where = f"{file}, row {number}"
         for name in task.text:
@@ -97,8 +98,14 @@ def columns(file: Path, task: Task, hidden: bool, label: str = "label") -> dict[
             raise UserError(f"{where}: no column {label!r}; {nearest(label, row)}")
         found["label"].append(_label(task, row.get(label, -1), hidden, where))
         found["idx"].append(_index(row.get("idx"), number - 1))
+        without += label not in row
     if not found["label"]:
         raise UserError(f"{file} has no rows")
+    # Where -1 is a value like any other, it cannot stand for a label that is not there.
+    if 0 < without < len(found["label"]) and not task.labels and task.label_range[0] <= HIDDEN:
+        raise UserError(
+            f"{file}: {without:,} of {len(found['label']):,} rows have no {label!r}: all of them must have one, or none"
+        )
     return found
 
 

@@ -130,6 +130,11 @@ class Task:
         """
         return self.answers.score(self.metrics, self.labels, logits, labels)
 
+    @property
+    def own_score(self) -> bool:
+        """Whether `score` is not that of `jpeft.Task`, and so may ask for more than decisions."""
+        return type(self).score is not Task.score
+
     def baseline(self, train: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """The metrics of an answer that reads no text: the most frequent class, or the mean value, of the training.
 

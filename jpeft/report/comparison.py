@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
       labels: [n, ...], the same for all runs of a task.
       trainable_percent: of base and head.
       added_percent: likewise, at inference.
+      logits: as `Task.score` takes them, where that is the user's own; None where the answers say all there is.
     """
 
     task: Task
@@ -39,14 +40,20 @@ class Outcome(NamedTuple):
     labels: np.ndarray
     trainable_percent: float
     added_percent: float
+    logits: np.ndarray | None = None
 
     def score(self, rows: np.ndarray | None = None) -> float:
         """The primary metric, of these rows or of all."""
-        predictions, labels = self.predictions, self.labels
-        if rows is not None:
-            predictions, labels = predictions[rows], labels[rows]
-        logits = self.task.answers.express(predictions, self.task.num_labels)
-        return self.task.score(logits, labels)[self.task.primary]
+        rows = np.arange(len(self.labels)) if rows is None else rows
+        if self.logits is None:
+            logits = self.task.answers.express(self.predictions[rows], self.task.num_labels)
+        elif self.task.answers.by_token:  # those of the words, row after row
+            ends = np.cumsum((self.labels != IGNORED).sum(1))
+            words = np.split(self.logits, ends[:-1])
+            logits = np.concatenate([words[i] for i in rows])
+        else:
+            logits = self.logits[rows]
+        return self.task.score(logits, self.labels[rows])[self.task.primary]
 
 
 class Row(NamedTuple):

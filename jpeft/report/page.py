@@ -130,6 +130,10 @@ def _run(run: Finished) -> Iterator[str]:
         [str(row["seed"]), *(tables.percent(x) for x in row["last"].values())] for row in report["metrics"]["per_seed"]
     ]
     yield document.table((["seed", *report["metrics"]["mean"]], rows))
+    if report["recipe"].get("export") == "best":
+        yield document.paragraph(
+            "The table is of the last epoch, pictures of answers are of the best one, which is saved."
+        )
     if answers.is_classes(logits, run.truth):
         names = list(run.labels) or [str(i) for i in range(logits.shape[1])]
         text = "Labels by answers, all seeds together. Colours are shares of a label."

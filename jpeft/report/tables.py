@@ -47,6 +47,17 @@ def spread(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | N
     }
 
 
+def saved(report: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of what a run saved of a seed: of the last epoch, or the best if `config.train.export` says so.
+
+    Args:
+      report: of the run.
+      row: the seed's, one of its `metrics.per_seed`.
+    """
+    kept = "best" if report["recipe"].get("export") == "best" else "last"
+    return {name: row[kept][name] for name in row["last"]}
+
+
 def average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each entry over seeds, whose plans may differ in size; whole where all agree."""
     same = {name: len({row[name] for row in rows}) == 1 for name in rows[0]}

@@ -48,6 +48,8 @@ def plan(seed: Seed) -> Plan:
         return found
     config, start = seed.config, time.perf_counter()
     candidates = configs.candidates(config)
+    if config.fishpal.criterion == "race":
+        candidates = _affordable(seed, candidates)
     _best(seed, {0: dict.fromkeys(candidates, 1.0)}, candidates)  # fails on a budget that nothing fits, before any work
     found = CRITERIA[config.fishpal.criterion](seed, candidates, lambda name, *args: _fisher(seed, name, *args))
     chosen = _best(seed, found.scores, candidates)
@@ -98,14 +100,37 @@ def rate(seed: Seed) -> float:
     return float(files.read_record(record, CHOICE).get("rate", 1)) if record.is_file() else 1.0
 
 
+def _affordable(seed: Seed, candidates: Candidates) -> Candidates:
+    """Those that fit the budget in all layers, where they race, so that the winner is what then trains.
+
+    Raises:
+      UserError: if none does.
+    """
+    if seed.config.fishpal.budget is None:
+        return candidates
+    limit, layers = _limit(seed), seed.base.config.num_hidden_layers
+    costs = {name: _cost(seed, entry) for name, entry in candidates.items()}
+    whole = {name: layers * cost.own + cost.shared for name, cost in costs.items()}
+    if fits := {name: entry for name, entry in candidates.items() if whole[name] <= limit}:
+        return fits
+    least = min(whole, key=whole.__getitem__)
+    raise UserError(
+        f"the budget of {limit:,.0f} parameters is too small for a race, in which modules are in all layers: {least} "
+        f"has {whole[least]:,} there. Add smaller sizes (config.fishpal.sizes), or take another criterion, as adam_step"
+    )
+
+
+def _limit(seed: Seed) -> float:
+    limit, percent = configs.budget(seed.config)
+    return limit * count(seed.base.params) / 100 if percent else limit
+
+
 def _best(seed: Seed, scores: Scores, candidates: Candidates) -> Plan:
     """The best candidate of each layer, or the best plan under the budget."""
     if seed.config.fishpal.budget is None:
         return fishpal.choose(scores, candidates)
-    limit, percent = configs.budget(seed.config)
-    limit = limit * count(seed.base.params) / 100 if percent else limit
     costs = {name: _cost(seed, entry) for name, entry in candidates.items()}
-    return allocate(scores, candidates, costs, limit)
+    return allocate(scores, candidates, costs, _limit(seed))
 
 
 def _cost(seed: Seed, entry: Entry) -> Cost:

@@ -82,8 +82,8 @@ def parse(
         lines = [f"  --{name:{wide}}{help}" for name, help in told.items()]
         print(f"{doc}\nFlags:\n" + "\n".join(lines))
         print(f"\nFields of the config and their defaults (what they mean: {where}):\n")
-        for names, value in tree.flatten(defaults().to_dict()).items():
-            print(f"  --config.{'.'.join(names)}{'  (not set)' if value is None else '=' + _quoted(str(value))}")
+        for path, value in tree.flatten(defaults().to_dict()).items():
+            print(f"  --config.{'.'.join(path)}{'  (not set)' if value is None else '=' + _quoted(str(value))}")
         raise SystemExit(0)
     given = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))]
     given += [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg in ("--config", "-config")]

@@ -241,6 +241,8 @@ def results(config: Config, shape: BertConfig) -> int:
         patterns = [x for name in names for key, x in config.peft[name].items() if key.endswith("_pattern")]
         if "rslora" in names or any(patterns):
             return 6  # candidates of other sizes keep their scale
+    if METHODS[config.method.split("+")[0]].chooses and own.plan is None and own.budget is not None:
+        return 6  # what races fits the budget, and the program is exact
     return RESULTS
 
 

@@ -112,8 +112,9 @@ def write(
         ]
         for row in read["metrics"]["per_seed"]:
             own = f"{row['seed']}, this model" if f"seed_{row['seed']}" == folder.parent.name else str(row["seed"])
-            lines.append(f"| {own} | {' | '.join(f'{x:.4f}' for x in row['last'].values())} |")
-        lines += ["", f"On {read['examples']['evaluation']:,} rows of {read['split']}.", ""]
+            lines.append(f"| {own} | {' | '.join(f'{x:.4f}' for x in tables.saved(read, row).values())} |")
+        told = ", by which the best epoch was chosen" if read["recipe"].get("export") == "best" else ""
+        lines += ["", f"On {read['examples']['evaluation']:,} rows of {read['split']}{told}.", ""]
         if read["command"]:
             lines += ["Made by", "", f"    {read['command']}", ""]
     if drift:

@@ -97,10 +97,11 @@ def find_modules(model: Path, console: Console) -> Path:
         raise UserError(f"--model {model} is neither a folder of trained modules nor the workdir of a finished run")
     report = files.read_record(model / "report.json", tables.REPORT)
     metric = report["primary_metric"]
-    best = max(report["metrics"]["per_seed"], key=lambda row: row["last"][metric])
-    if len(report["metrics"]["per_seed"]) > 1:
-        console.say(f"  seed {best['seed']} has the best {metric}, {best['last'][metric]:.4f}")
-    return model / f"seed_{best['seed']}" / "model"
+    found = {row["seed"]: tables.saved(report, row)[metric] for row in report["metrics"]["per_seed"]}
+    best = max(found, key=found.__getitem__)
+    if len(found) > 1:
+        console.say(f"  seed {best} has the best {metric}, {found[best]:.4f}")
+    return model / f"seed_{best}" / "model"
 
 
 def _write_merged(output: Path, saved: Saved) -> None:

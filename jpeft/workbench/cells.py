@@ -48,7 +48,8 @@ def write(folder: Path, config: Config, cell: Cell, report: Mapping[str, Any], w
     """
     arrays = files.read_leaves(workdir / f"seed_{cell.seed}" / experiment.PREDICTIONS)
     logits, labels = (np.asarray(arrays[name]) for name in ("logits", "labels"))
-    choice, answers = report.get("choice"), configs.task_of(config).answers
+    choice, task = report.get("choice"), configs.task_of(config)
+    answers = task.answers
     predictions = answers.decide(logits)
     if answers.by_token:  # where the labels of the words are
         predictions, words = np.full_like(labels, kinds.IGNORED), predictions
@@ -68,6 +69,8 @@ def write(folder: Path, config: Config, cell: Cell, report: Mapping[str, Any], w
         **({"choice": choice} if choice else {}),
         "versions": report["versions"],
         "inputs": inputs,
+        # A score of the user's own may ask for more than the decisions.
+        **({"logits": [_packed(row) for row in logits.reshape(len(logits), -1)]} if task.own_score else {}),
         "predictions": _packed(predictions),
         "labels": _packed(labels),
     }

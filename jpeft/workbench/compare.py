@@ -26,6 +26,9 @@ from jpeft.run.config import Config
 from jpeft.run.console import Console
 from jpeft.workbench.cells import Cell, read, write
 
+# Fields of `data` that say which rows a run is evaluated on.
+ROWS = ("hub", "path", "validation", "validation_fraction", "split_seed", "kind", "label", "labels")
+
 __all__ = ["Cell", "cells", "check", "config_of", "default", "duration", "run_all", "set_fields"]
 
 
@@ -181,6 +184,7 @@ def check(grid: Config) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two cells are called {twice!r}: give the variants, tasks, rates and seeds distinct names")
+    firsts: dict[str, Config] = {}
     for cell in cells(grid):
         if cell.seed != grid.seeds[0]:
             continue
@@ -190,6 +194,25 @@ def check(grid: Config) -> None:
             checks.check(config)
         except UserError as error:
             raise UserError(f"cell {cell.name}: {error}") from None
+        _check_fair(cell, config, firsts.setdefault(cell.task, config))
+    names = [configs.task_of(config).name for config in firsts.values()]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two of config.tasks are called {twice[0]!r}: give them distinct names")
+
+
+def _check_fair(cell: Cell, config: Config, first: Config) -> None:
+    """Raises a UserError if a cell would not be scored as the first one of its task is."""
+    if config.train.export != "last":
+        raise UserError(
+            f"cell {cell.name}: train.export is {config.train.export!r}, but what is compared is the last epoch, since "
+            "the best one is chosen by the very rows that it is scored on: drop it"
+        )
+    for name in ROWS if config.data.validation else (*ROWS, "train"):
+        if config.data[name] != first.data[name]:
+            raise UserError(
+                f"cell {cell.name}: data.{name} is {config.data[name]!r:.60}, in another {first.data[name]!r:.60}, "
+                "but what is compared is scored on the same rows"
+            )
 
 
 def _is_place(x: Any) -> bool:
@@ -238,7 +261,8 @@ def _check_inputs(grid: Config, folder: Path, console: Console) -> None:
         row = read(folder, config, cell)
         if row is None or "inputs" not in row:  # made by an earlier version, which did not write them down
             continue
-        fields = [config.task, config.model, config.data.to_dict(), config.train.max_length]
+        fields = [config.task, config.model, config.quantise, config.quantise_except, config.data.to_dict()]
+        fields.append(config.train.max_length)
         key = json.dumps([*fields, config.train.max_train_examples, config.init_from])
         if key not in known:
             try:

@@ -1,9 +1,12 @@
 """What the finished cells of a grid found, and the report on it: a page as Markdown and as HTML, pictures, tables."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jpeft.core import files
+from jpeft.core.errors import UserError
 from jpeft.core.tree import flatten
 from jpeft.data.task import Task
 from jpeft.report import comparison, document, drawings, formats, series
@@ -47,9 +50,28 @@ def outcomes(grid: Config, folder: Path) -> list[Outcome]:
             continue
         task = tasks.setdefault(cell.task, configs.task_of(config_of(grid, cell)))
         predictions, labels = unpacked(row["predictions"]), unpacked(row["labels"])
+        logits = unpacked(row["logits"]) if "logits" in row else None
         sizes = row["trainable_percent"], row["added_percent"]
-        found.append(Outcome(task, _shown(cell), cell.seed, predictions, labels, *sizes))
+        outcome = Outcome(task, _shown(cell), cell.seed, predictions, labels, *sizes, logits)
+        _check(outcome, row, folder / f"{cell.name}.json", found)
+        found.append(outcome)
     return found
+
+
+def _check(outcome: Outcome, row: Mapping[str, Any], path: Path, others: list[Outcome]) -> None:
+    """Raises a UserError if a cell's answers do not have the score of its run, or are not of the rows of the others."""
+    score, was = outcome.score(), row["metrics"][outcome.task.primary]
+    if not math.isclose(score, was, abs_tol=1e-4):
+        raise UserError(
+            f"{path}: its answers have a {outcome.task.primary} of {score:.4f}, its run had {was:.4f}: remove the "
+            "file, and the cell runs again"
+        )
+    first = next((other for other in others if other.task.name == outcome.task.name), outcome)
+    if first.labels.shape != outcome.labels.shape or (first.labels != outcome.labels).any():
+        raise UserError(
+            f"{path}: {outcome.variant} and {first.variant} were not evaluated on the same rows of "
+            f"{outcome.task.name}, so their differences mean nothing"
+        )
 
 
 def _shown(cell: Cell) -> str:
@@ -59,13 +81,15 @@ def _shown(cell: Cell) -> str:
 
 def unlike(grid: Config) -> list[str]:
     """In what, besides what is compared, the runs of the variants differ: one line for each field of `RECIPE`."""
-    configs_of = {cell.variant: config_of(grid, cell) for cell in cells(grid)}
-    told = []
-    for name in RECIPE:
-        values = {variant: flatten(config.to_dict())[tuple(name.split("."))] for variant, config in configs_of.items()}
-        if len(set(values.values())) > 1:
-            told.append(f"{name} is " + ", ".join(f"{value} for {variant}" for variant, value in values.items()))
-    return told
+    told: dict[str, None] = {}  # each line once
+    for task in grid.tasks:
+        runs = {cell.variant: flatten(config_of(grid, cell).to_dict()) for cell in cells(grid) if cell.task == task}
+        for name in RECIPE:
+            values = {variant: fields[tuple(name.split("."))] for variant, fields in runs.items()}
+            if len(set(values.values())) > 1:
+                line = f"{name} is " + ", ".join(f"{value} for {variant}" for variant, value in values.items())
+                told[line] = None
+    return list(told)
 
 
 def published(grid: Config) -> dict[str, dict[str, Published]]:

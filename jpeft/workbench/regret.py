@@ -28,10 +28,12 @@ from jpeft.plans.plan import Entry, Plan
 from jpeft.report import tables
 from jpeft.report.comparison import Outcome
 from jpeft.run import command, loading, measuring
+from jpeft.run import config as configs
 from jpeft.run.config import CRITERIA, Config
 from jpeft.run.console import Console
 from jpeft.run.criteria import CRITERIA as MEASURES
 from jpeft.run.seed import begin
+from jpeft.version import RESULTS
 from jpeft.workbench import compare, findings
 from jpeft.workbench.compare import Cell
 
@@ -181,15 +183,24 @@ def run(argv: list[str]) -> None:
             found = {}
             for seed in trained:
                 path = folder / "scores" / f"{other or task}-{name}-{seed}.json"
+                config = config_of(grid, other or task, seed)
                 if not path.is_file():
                     console.title(f"{name} on {other or task}, seed {seed}")
-                    files.write_json(path, measure(config_of(grid, other or task, seed), seed, name, pool, console))
+                    files.write_json(path, {**measure(config, seed, name, pool, console), "of": _identity(config)})
                 found[seed] = files.read_json(path)
+                if found[seed].get("of") != _identity(config):
+                    raise UserError(f"{path} was measured by another config or version: remove it")
             verdicts[criterion] = verdict(found, trained, pool)
         names = [name for name in pool if all(name in row for row in trained.values())]
         uniform = [name for name in names if name.startswith("all ")]
         console.say("\n" + _table(task, verdicts, _ceiling(trained, names), headroom(trained, uniform), len(names),
                                   len(trained)))  # fmt: skip
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """What a measurement depends on besides the plans and what is in its file's name."""
+    rest = {name: x for name, x in configs.chosen(config).items() if name not in ("data.path", "fishpal.plan", "seeds")}
+    return json.loads(json.dumps({**rest, "results": RESULTS}))
 
 
 def _ceiling(trained: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> float:

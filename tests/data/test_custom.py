@@ -50,6 +50,18 @@ def test_files_for_validation_and_test_whose_labels_may_be_hidden(tmp_path):
     assert splits["train"]["label"][:3] == [0, 1, 2]
 
 
+def test_values_are_there_in_all_rows_of_a_split_or_in_none(tmp_path):
+    """-1 stands for a label that is not there, and is a value like any other."""
+    train = write(tmp_path / "train.csv", [("a", "b", i / 2) for i in range(30)])
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"one": "a", "answer": 1.5}\n{"one": "b"}\n')
+    task = custom(train, ("one",), "answer", test=str(test), kind="regression")
+    with pytest.raises(
+        UserError, match=r"test\.jsonl: 1 of 2 rows have no 'answer': all of them must have one, or none"
+    ):
+        task.splits()
+
+
 def test_numbers_are_classes_in_their_order_and_values_in_a_regression(tmp_path):
     file = write(tmp_path / "train.csv", [("a", "b", i % 11) for i in range(30)])
     assert custom(file, ("one",), "answer").labels == tuple(map(str, range(11)))

@@ -75,6 +75,27 @@ def test_entities_are_counted_once_and_drawn_with_their_sentences():
     assert np.std(expected) > 0.01
 
 
+def test_a_score_of_the_users_own_is_given_the_logits_of_the_drawn_rows():
+    """Of words, those of the sentences that are drawn."""
+    rng, seen = np.random.default_rng(0), []
+
+    class Own(Task):
+        def score(self, logits, labels):
+            seen.append((logits, labels))
+            return {"mine": 1.0}
+
+    labels = rng.integers(0, 2, (6, 4))
+    labels[np.arange(4) >= rng.integers(1, 5, (6, 1))] = IGNORED
+    words = rng.normal(size=((labels != IGNORED).sum(), 2))
+    task = Own("own", ("words",), ("a", "b"), ("mine",), "mine", kind="tagging")
+    rows = np.array([3, 0, 3])
+    Outcome(task, "x", 1, labels, labels, 1.0, 0.0, words).score(rows)
+    ends = np.cumsum((labels != IGNORED).sum(1))
+    expected = np.concatenate([words[ends[i] - (labels[i] != IGNORED).sum() : ends[i]] for i in rows])
+    np.testing.assert_array_equal(seen[0][0], expected)
+    np.testing.assert_array_equal(seen[0][1], labels[rows])
+
+
 def test_the_baseline_is_the_answer_that_reads_no_text():
     share = float(np.mean(LABELS))
     assert comparison.baselines([outcome("good", 1, 0.9)]) == {"sst2": pytest.approx(max(share, 1 - share))}

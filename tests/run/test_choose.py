@@ -69,6 +69,25 @@ def test_a_budget_that_nothing_fits_is_refused_before_anything_is_measured(tiny_
         run(config, tmp_path)
 
 
+def test_only_what_fits_the_budget_in_all_layers_races(tiny_config, tmp_path, monkeypatch):
+    config, asked = tiny_config("fishpal"), []
+    config.fishpal.update(criterion="race", num_examples=None, budget="270")
+
+    def race(seed, candidates, _):
+        asked.append(list(candidates))
+        raise UserError("far enough")
+
+    monkeypatch.setitem(choice.CRITERIA, "race", race)
+    with pytest.raises(UserError, match="far enough"):
+        run(config, tmp_path / "one")
+    assert asked == [["lora"]]
+    config.fishpal.budget = "50"
+    says = r"the budget of 50 parameters is too small for a race, .*: \w+ has \d+ there. Add smaller sizes"
+    with pytest.raises(UserError, match=says):
+        run(config, tmp_path / "two")
+    assert len(asked) == 1
+
+
 MEASURED = """
 import json
 import sys

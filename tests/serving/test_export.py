@@ -15,6 +15,7 @@ from jpeft.core import files
 from jpeft.core.errors import UserError
 from jpeft.data import tokenizer as tokenizers
 from jpeft.models import Bert, pretrained
+from jpeft.report import tables
 from jpeft.run import experiment
 from jpeft.run import workdir as workdirs
 from jpeft.run.console import Console
@@ -87,6 +88,24 @@ def test_the_exported_model_has_the_logits_of_the_run(trained, tmp_path, form, c
 
 
 PAIRS = [("the dog runs", "a cat"), ("a big tree", "the house sees the dog"), ("the cat", "the cat")]
+
+
+def test_the_best_epoch_has_its_own_scores(trained, tmp_path, tiny_config):
+    """Where the best epoch is what was saved, its scores stand in the card and decide between seeds."""
+    config = tiny_config("lora", num_epochs=2, max_length=8)
+    config.seeds, config.train.export = (11, 22), "best"
+    experiment.run(config, tmp_path / "run", QUIET)
+    path = tmp_path / "run" / "report.json"
+    report = files.read_record(path, tables.REPORT)
+    one, two = report["metrics"]["per_seed"]
+    one["last"], one["best"]["accuracy"] = {"accuracy": 0.9, "f1": 0.1}, 0.9
+    two["last"], two["best"] = {"accuracy": 0.8, "f1": 0.1}, {"epoch": 1, "accuracy": 0.95, "f1": 0.2}
+    files.write_record(path, tables.REPORT, report)
+    assert export.find_modules(tmp_path / "run", QUIET).parent.name == "seed_22"
+    export.export(tmp_path / "run", "peft", tmp_path / "out", QUIET)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| 22, this model | 0.9500 | 0.2000 |" in card
+    assert "rows of validation, by which the best epoch was chosen." in card
 
 
 def test_a_program_serves_what_does_not_merge(trained, tmp_path):

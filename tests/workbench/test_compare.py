@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from jpeft import UserError
 from jpeft.core import files
+from jpeft.data.tasks import TASKS
 from jpeft.report import grid as grids
 from jpeft.report.published import COLUMNS
 from jpeft.run.console import Console
@@ -83,6 +84,14 @@ def test_what_cannot_run_is_refused_before_any_work(grid, variants, message):
         ({"curves": {"a": {"head": 1}}, "learning_rates": (0.1,)}, "give each its rate"),
         ({"reference": "haed"}, "config.reference names 'haed', which is no variant: did you mean 'head'"),
         ({"variants": {"\ud800": {"method": "head"}}}, "cannot be the name of a variant"),
+        (
+            {"run": {"train": {"export": "best"}}},
+            "cell mrpc-head-1: train.export is 'best', but what is compared is the",
+        ),
+        (
+            {"variants": {"a": {"method": "head"}, "b": {"method": "head", "data": {"path": "x"}}}},
+            "cell mrpc-b-1: data.path is 'x', in another .*, but what is compared is scored on the same rows",
+        ),
     ],
 )
 def test_grids_that_cannot_be(grid, changes, says):
@@ -118,6 +127,55 @@ def test_a_cell_is_one_small_file_and_is_not_run_again(grid, tmp_path, monkeypat
     ]  # fmt: skip
     monkeypatch.setattr(compare.experiment, "run", lambda *_: pytest.fail("it ran a finished cell"))
     assert list(compare.run_all(config, folder, tmp_path / "elsewhere", QUIET)) == []
+
+
+def test_a_score_of_the_users_own_sees_what_the_model_said(grid, tmp_path, monkeypatch):
+    """A score that reads more than decisions is that of the run, in the comparison too."""
+
+    def score(self, logits, labels):
+        gap = logits[:, 1] - logits[:, 0]
+        return {"f1": 0.0, "accuracy": float((gap[labels == 1][:, None] > gap[labels == 0]).mean())}  # the area
+
+    own = type("Own", (type(TASKS["mrpc"]),), {"score": score})
+    monkeypatch.setattr(
+        compare.configs,
+        "task_of",
+        lambda config: own(
+            **vars(TASKS["mrpc"]),
+        ),
+    )
+    config = grid(seeds=(1,))
+    list(compare.run_all(config, tmp_path, tmp_path / "runs", QUIET))
+    row = files.read_record(tmp_path / "mrpc-head-1.json", cells.KIND)
+    (found,) = findings.outcomes(config, tmp_path)
+    assert found.score() == pytest.approx(row["metrics"]["accuracy"], abs=1e-4)
+    decided = found._replace(logits=None).score()
+    assert abs(decided - found.score()) > 0.01
+    # A cell of an earlier version kept the decisions alone.
+    del row["logits"]
+    files.write_record(tmp_path / "mrpc-head-1.json", cells.KIND, row)
+    with pytest.raises(UserError, match=r"its answers have a accuracy of .*, its run had .*: remove the file"):
+        findings.outcomes(config, tmp_path)
+
+
+def test_cells_of_other_rows_are_not_compared(grid, tmp_path):
+    config = grid(one={"method": "head"}, two={"method": "head"}, seeds=(1,))
+    list(compare.run_all(config, tmp_path, tmp_path / "runs", QUIET))
+    path = tmp_path / "mrpc-two-1.json"
+    row = files.read_record(path, cells.KIND)
+    swapped = {name: row[name][::-1] for name in ("predictions", "labels")}
+    assert swapped["labels"] != row["labels"]
+    files.write_record(path, cells.KIND, row | swapped)
+    with pytest.raises(
+        UserError, match=r"two-1\.json: two and one were not evaluated on the same rows of mrpc, so their"
+    ):
+        findings.outcomes(config, tmp_path)
+
+
+def test_a_quantised_base_is_held_against_its_own(grid, tmp_path):
+    config = grid(plain={"method": "head"}, coded={"method": "head", "quantise": "int8"}, seeds=(1,))
+    assert len(list(compare.run_all(config, tmp_path, tmp_path / "runs", QUIET))) == 2
+    assert list(compare.run_all(config, tmp_path, tmp_path / "runs", QUIET)) == []
 
 
 def test_files_of_other_cells_are_refused(grid, tmp_path):
@@ -191,6 +249,12 @@ def test_a_variant_that_is_named_twice_is_one_line():
 def test_a_variant_with_a_dot_is_one_line():
     with pytest.raises(UserError, match=r"the variant 'lora_0\.1' has a dot in its name"):
         compare.default({"lora_0.1": {"method": "lora"}}, ("mrpc",))
+
+
+def test_what_is_not_alike_on_any_task_is_said(grid):
+    config = grid(tasks=("mrpc", "cola"), a={"method": "head", "train": {"num_epochs": 3}}, b={"method": "head"})
+    config.by_task = {"mrpc": {"train": {"num_epochs": 5}}, "cola": {"train": {"num_epochs": 3}}}
+    assert findings.unlike(config) == ["train.num_epochs is 3 for a, 5 for b"]
 
 
 def test_what_is_not_alike_is_said(grid):

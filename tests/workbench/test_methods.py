@@ -36,7 +36,7 @@ def test_scores_come_from_the_cells_of_a_grid(tmp_path):
     with pytest.raises(UserError, match="must have cells of methods on one task, has none"):
         methods.scores(tmp_path)
     cell("lora", 11, 0.5)
-    cell("lora", 22, 0.7, config={"method": "lora", "train.learning_rate": 0.002})
+    cell("lora", 22, 0.7)
     cell("fishpal", 11, 0.9, choice={"rates": {"11": 4.0}})
     cell("lora_x4", 11, 0.1)  # not a method's name
     found = methods.scores(tmp_path)
@@ -47,6 +47,10 @@ def test_scores_come_from_the_cells_of_a_grid(tmp_path):
     assert set(found) == {"lora", "fishpal"}
     assert "| - | chosen | 90.0 |" in methods.table({"fishpal": ROW | found["fishpal"] | {"module_bytes": None}})
     assert "| chosen | 90.0 |" in methods.table({"fishpal": ROW | found["fishpal"]})
+    cell("lora", 33, 0.7, config={"method": "lora", "train.learning_rate": 0.002})
+    with pytest.raises(UserError, match="has cells of lora by several recipes"):
+        methods.scores(tmp_path)
+    cell("lora", 33, 0.7)
     cell("lora", 11, 0.5, task="mrpc")
     with pytest.raises(UserError, match="has mrpc, sst2"):
         methods.scores(tmp_path)

@@ -1,6 +1,7 @@
 """What a criterion predicts, held against trained scores, on numbers where the answer is known."""
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -116,5 +117,10 @@ def test_the_program_measures_once_and_prints_the_table(tmp_path, monkeypatch, c
     printed = capsys.readouterr().out
     assert "| size | +1.00 | +0.00 | +0.00 | 7 | 0-1 lora(rank=2) |" in printed
     assert "| size@cola | +1.00 |" in printed
+    path = tmp_path / "scores" / "mrpc-size-1.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"of": found["of"] | {"train.num_epochs": 7}}))
+    assert command.call(regret.run, call) == 2
+    assert "mrpc-size-1.json was measured by another config or version: remove it" in capsys.readouterr().err
     assert command.call(regret.run, [*call[:-1], "--criteria=sise"]) == 2
     assert "the criterion 'sise' is unknown: did you mean 'size' or" in capsys.readouterr().err
