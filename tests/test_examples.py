@@ -21,6 +21,7 @@ def program(name):
     return module
 
 
+@pytest.mark.slow
 def test_own_model(tmp_path, half_optimised):
     assert program("own_model").main(str(tmp_path / "modules.safetensors")) > 0.95
 

@@ -6,6 +6,7 @@ FishPAL returns a plan; one can also be written by hand. `build` turns it into a
 not list are not in the graph.
 """
 
+import functools
 import inspect
 import json
 import math
@@ -68,9 +69,14 @@ def layered(method: str) -> None:
     Raises:
       UserError: if it acts on the whole model.
     """
-    known = [name for name in MODULES if "layers" in inspect.signature(METHODS[name].make or make).parameters]
+    known = _layered()
     if _current(method) in MODULES and _current(method) not in known:
         raise UserError(f"{method} acts on the whole model and cannot be put into a layer: {nearest(method, known)}")
+
+
+@functools.cache
+def _layered() -> list[str]:
+    return [name for name in MODULES if "layers" in inspect.signature(METHODS[name].make or make).parameters]
 
 
 MAX_FLOAT32 = 3.4e38

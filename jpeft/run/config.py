@@ -1,5 +1,6 @@
 """The configuration of a run: its fields and their defaults, and what they mean."""
 
+import functools
 import inspect
 import types
 from collections.abc import Mapping, Sequence
@@ -135,19 +136,25 @@ def default(task: str, method: str) -> Config:
 
 def _section(method: str) -> ConfigDict:
     """The options of a method with their defaults, from its signature."""
-    make: Any = METHODS[method].make
-    hints = get_type_hints(make)
     section = ConfigDict()
-    for name, parameter in inspect.signature(make).parameters.items():
-        section[name] = _placeholder(hints[name]) if parameter.default is None else parameter.default
+    for name, default, kind in _options(method):
+        section[name] = placeholder(kind) if default is None else default
     return section
 
 
-def _placeholder(hint: Any) -> Any:
-    """A field that is None and takes a value of the other type in `hint`, `int | None` for instance."""
-    kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
-    of = get_origin(kinds[0]) or kinds[0]
-    return placeholder({Sequence: tuple, Mapping: dict}.get(of, of))
+@functools.cache  # a grid makes thousands of configs
+def _options(method: str) -> list[tuple[str, Any, type]]:
+    """Of every option of a method: its name, its default, and the type of its values besides None."""
+    make: Any = METHODS[method].make
+    hints = get_type_hints(make)
+    return [(name, x.default, _kind(hints[name])) for name, x in inspect.signature(make).parameters.items()]
+
+
+def _kind(hint: Any) -> type:
+    """The type besides None in a hint, such as `int | None`."""
+    (kind, *_) = [kind for kind in get_args(hint) if kind is not types.NoneType] or [hint]
+    of = get_origin(kind) or kind
+    return {Sequence: tuple, Mapping: dict}.get(of, of)
 
 
 def demo(config: Config) -> Config:
@@ -281,10 +288,9 @@ def modules(config: Config) -> plans.Spec:
 
 def options(config: Config, method: str) -> dict[str, Any]:
     """The options of a method that differ from its defaults, so that plans show only what was chosen."""
-    make: Any = METHODS[method].make
-    standard = inspect.signature(make).parameters
+    standard = {name: default for name, default, _ in _options(method)}
     given = config.peft[method].to_dict()
-    return {name: value for name, value in given.items() if value != standard[name].default}
+    return {name: value for name, value in given.items() if value != standard[name]}
 
 
 def task_of(config: Config) -> Task:

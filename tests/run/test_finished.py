@@ -6,6 +6,7 @@ import shutil
 import chex
 import jax
 import pytest
+from conftest import all_but_slow
 from heard import again, run
 
 import jpeft
@@ -154,7 +155,7 @@ def test_a_result_that_no_seed_writes(tmp_path, changes, says):
         read(tmp_path / "result.json")
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", all_but_slow(["lora", "full"], ["full"]))
 def test_a_run_starts_from_the_modules_of_another(tiny_config, tmp_path, method):
     """At a rate of next to nothing, all but the head ends where the other run ended."""
     first = tiny_config(method, num_epochs=1, max_length=8)

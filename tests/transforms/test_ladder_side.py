@@ -106,6 +106,7 @@ def test_it_starts_as_a_cut_of_the_backbone(toy, key):
         np.testing.assert_array_equal(blocks["output"]["kernel"][i][1], o[1][best][:, stream])
 
 
+@pytest.mark.slow
 def test_fisher_information_decides_another_cut(toy, key):
     method = ladder_side(4, init_from="fisher", num_examples=4)
     leaves = jpeft.prepare(method, setting(toy, method, key))
