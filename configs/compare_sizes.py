@@ -9,13 +9,14 @@ has all. On two CPU cores, take MiniLM and fewer rows:
 """
 
 from pathlib import Path
+from typing import Any
 
 from jpeft.run.config import Config
 from jpeft.workbench import compare
 
 PUBLISHED = Path(__file__).parents[1] / "third_party" / "results" / "sizes.csv"
 SIZES = {
-    "houlsby": ("houlsby", "bottleneck", (1, 4, 16, 64, 256)),
+    "houlsby": ("houlsby", "bottleneck", (1, 4, 16, 64, 256)),  # with LayerNorms, as in that repository
     "LoRA": ("lora", "rank", (1, 4, 16, 64)),
     "top layers": ("top_k_layers", "num_layers", (1, 2, 3, 6)),
     "FISH": ("fish", "count", (10_000, 100_000, 1_000_000)),
@@ -25,7 +26,14 @@ SIZES = {
 def get_config(task: str = "mnli") -> Config:
     variants, curves = {"full": {"method": "full"}}, {}
     for curve, (method, option, sizes) in SIZES.items():
-        named = {f"{curve} {size}": {"method": method, "peft": {method: {option: size}}} for size in sizes}
+        named: dict[str, Any] = {
+            f"{curve} {size}": {"method": method, "peft": {method: {option: size}}} for size in sizes
+        }
+        for size, fields in zip(sizes, named.values(), strict=True):
+            if method == "lora":  # one scale for all ranks, as there
+                fields["peft"]["lora"]["alpha"] = float(size)
+            if method == "houlsby":
+                fields["method"] = "houlsby+layer_norm"
         variants |= named
         curves[curve] = dict.fromkeys(named)
     return compare.default(

@@ -55,7 +55,7 @@ def test_a_comparison_ends_on_its_report_and_resumes(config, tmp_path, capsys, m
     assert "report.md" in capsys.readouterr().out
     assert "Bands: three standard deviations" in (tmp_path / "work" / "report.html").read_text()
     lines = (tmp_path / "work" / "report.csv").read_text().splitlines()
-    assert lines[0] == "variant,trainable %,added %,mrpc"
+    assert lines[0] == "variant,trainable %,added %,mrpc accuracy"
     assert {line.split(",")[0] for line in lines[1:]} == {"head", "bitfit", "an answer that reads no text"}
     assert "toprule" in (tmp_path / "work" / "report.tex").read_text()
 

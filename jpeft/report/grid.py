@@ -36,6 +36,7 @@ class Grid(NamedTuple):
       baselines: {task: the score of an answer that reads no text}.
       unlike: what is not the same for all variants, beyond what they are compared in.
       published: {task: {variant: what others published}}, for a column of its own beside each task.
+      metrics: {task: its primary metric}.
     """
 
     rows: Mapping[str, Mapping[str, Row]]
@@ -44,6 +45,7 @@ class Grid(NamedTuple):
     baselines: Mapping[str, float]
     unlike: Sequence[str] = ()
     published: Mapping[str, Mapping[str, Published]] = {}
+    metrics: Mapping[str, str] = {}
 
 
 def scores(grid: Grid, mark: str = PLAIN) -> Table:
@@ -56,7 +58,11 @@ def scores(grid: Grid, mark: str = PLAIN) -> Table:
     columns: list[tuple[str, Mapping[str, str], str]] = []
     for task, rows in grid.rows.items():
         columns.append(
-            (task, {name: _cell(row, mark) for name, row in rows.items()}, f"{100 * grid.baselines[task]:.1f}")
+            (
+                f"{task} {grid.metrics.get(task, '')}".strip(),
+                {name: _cell(row, mark) for name, row in rows.items()},
+                f"{100 * grid.baselines[task]:.1f}",
+            )
         )
         if theirs := grid.published.get(task):
             metrics = " or ".join(dict.fromkeys(row.metric for row in theirs.values()))

@@ -56,17 +56,27 @@ def read(path: Path) -> list[Published]:
             raise UserError(f"published scores: line {number} of {path} has {len(row)} columns, not {len(COLUMNS)}")
         if not row[5].replace(".", "", 1).removeprefix("-").isdecimal():
             raise UserError(f"published scores: line {number} of {path} has the score {row[5]!r:.40}, not a number")
-    return [Published(*row) for row in rows]
+    found = [Published(*row) for row in rows]
+    whose = [(row.task, row.method, row.metric) for row in found]
+    if twice := [row for row, key in zip(found, whose, strict=True) if whose.count(key) > 1]:
+        row = twice[0]
+        raise UserError(f"published scores: {path} has the {row.metric} of {row.method} on {row.task} more than once")
+    return found
 
 
-def beside(rows: Sequence[Published], variants: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Published]]:
+def beside(
+    rows: Sequence[Published], variants: Mapping[str, Sequence[str]], metrics: Mapping[str, str]
+) -> dict[str, dict[str, Published]]:
     """{task: {variant: what is published of it}}, by the first of its names that the task has.
 
     Args:
       rows: from `read`.
       variants: {variant: what it may be called there: its own name, its method}.
+      metrics: {task: its primary metric}, which goes before others.
     """
-    by_name = {(row.task, row.method): row for row in rows}
+    by_name: dict[tuple[str, str], Published] = {}
+    for row in sorted(rows, key=lambda row: row.metric != metrics.get(row.task)):
+        by_name.setdefault((row.task, row.method), row)
     found: dict[str, dict[str, Published]] = {}
     for task in dict.fromkeys(row.task for row in rows):
         for variant, names in variants.items():

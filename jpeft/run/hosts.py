@@ -51,6 +51,8 @@ def join(given: str) -> None:
             f"--distributed {given!r}: expected auto, or HOST:PORT,COUNT,INDEX, such as 10.0.0.1:1234,2,0 on the first "
             "of two hosts and 10.0.0.1:1234,2,1 on the second"
         )
+    # It would take SIGTERM for itself, and a run that is told to stop before it trains would go on.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         if explicit:
             jax.distributed.initialize(address, int(numbers[0]), int(numbers[1]), cluster_detection_method="deactivate")

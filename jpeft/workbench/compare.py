@@ -29,7 +29,7 @@ from jpeft.workbench.cells import Cell, read, write
 # Fields of `data` that say which rows a run is evaluated on.
 ROWS = ("hub", "path", "validation", "validation_fraction", "split_seed", "kind", "label", "labels")
 
-__all__ = ["Cell", "cells", "check", "config_of", "default", "duration", "run_all", "set_fields"]
+__all__ = ["Cell", "cells", "check", "check_fair", "config_of", "default", "duration", "run_all", "set_fields"]
 
 
 def default(
@@ -194,23 +194,32 @@ def check(grid: Config) -> None:
             checks.check(config)
         except UserError as error:
             raise UserError(f"cell {cell.name}: {error}") from None
-        _check_fair(cell, config, firsts.setdefault(cell.task, config))
+        check_fair(f"cell {cell.name}", config, firsts.setdefault(cell.task, config))
     names = [configs.task_of(config).name for config in firsts.values()]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two of config.tasks are called {twice[0]!r}: give them distinct names")
 
 
-def _check_fair(cell: Cell, config: Config, first: Config) -> None:
-    """Raises a UserError if a cell would not be scored as the first one of its task is."""
+def check_fair(where: str, config: Config, first: Config) -> None:
+    """Checks that a run is scored as another one of its task is.
+
+    Args:
+      where: what it is, for the message.
+      config: of the run.
+      first: of the other one.
+
+    Raises:
+      UserError: if it is not.
+    """
     if config.train.export != "last":
         raise UserError(
-            f"cell {cell.name}: train.export is {config.train.export!r}, but what is compared is the last epoch, since "
+            f"{where}: train.export is {config.train.export!r}, but what is compared is the last epoch, since "
             "the best one is chosen by the very rows that it is scored on: drop it"
         )
     for name in ROWS if config.data.validation else (*ROWS, "train"):
         if config.data[name] != first.data[name]:
             raise UserError(
-                f"cell {cell.name}: data.{name} is {config.data[name]!r:.60}, in another {first.data[name]!r:.60}, "
+                f"{where}: data.{name} is {config.data[name]!r:.60}, in another {first.data[name]!r:.60}, "
                 "but what is compared is scored on the same rows"
             )
 

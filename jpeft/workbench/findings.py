@@ -101,7 +101,8 @@ def published(grid: Config) -> dict[str, dict[str, Published]]:
     if not grid.published:
         return {}
     variants = {_shown(cell): (cell.variant, config_of(grid, cell).method) for cell in cells(grid)}
-    found = others.beside(others.read(Path(grid.published)), variants)
+    metrics = {cell.task: configs.task_of(config_of(grid, cell)).primary for cell in cells(grid)}
+    found = others.beside(others.read(Path(grid.published)), variants, metrics)
     return {task: rows for task, rows in found.items() if task in grid.tasks}
 
 
@@ -118,11 +119,11 @@ def write(grid: Config, found: list[Outcome], workdir: Path) -> str:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     rows, baselines = comparison.summarise(found), comparison.baselines(found)
-    shown = pages.Grid(rows, len(found), len(cells(grid)), baselines, unlike(grid), published(grid))
+    metrics = {o.task.name: o.task.primary for o in found}
+    shown = pages.Grid(rows, len(found), len(cells(grid)), baselines, unlike(grid), published(grid), metrics)
     drawings.png(workdir / "report.png", *pages.drawing(rows, found))
     page, more = pages.markdown(shown, "report.png"), ""
     if curves := series.series(found, grid.curves.to_dict()):
-        metrics = {o.task.name: o.task.primary for o in found}
         reference: Mapping[str, float] = {
             t: own[grid.reference].mean for t, own in rows.items() if grid.reference in own
         }

@@ -32,6 +32,7 @@ from jpeft.run.console import Console
 from jpeft.training import optim
 from jpeft.training import step as stepping
 from jpeft.transforms.registry import METHODS, MODULES
+from jpeft.version import RESULTS
 from jpeft.workbench.cells import KIND
 
 BASE = BertConfig()  # the shapes of bert-base
@@ -200,7 +201,11 @@ def main(argv: list[str]) -> int:
 
 def _measure(names: list[str], args: argparse.Namespace, console: Console) -> None:
     path = args.workdir / "methods.json"
-    rows: dict[str, dict[str, Any]] = files.read_json(path) if path.is_file() else {}
+    of = {"model": args.model, "batch": [BATCH, LENGTH], "device": jax.devices()[0].device_kind, "results": RESULTS}
+    kept = files.read_json(path) if path.is_file() else {"of": of, "rows": {}}
+    if kept.get("of") != of:
+        raise UserError(f"{path} has what was measured of {kept.get('of')}, not of {of}: choose another --workdir")
+    rows: dict[str, dict[str, Any]] = kept["rows"]
     todo = [name for name in names if "merges" not in rows.get(name, {})]
     if todo:
         shape = jax.ShapeDtypeStruct((1, LENGTH), "int32")
@@ -214,7 +219,7 @@ def _measure(names: list[str], args: argparse.Namespace, console: Console) -> No
             console.title(f"{name}: sizes and times")
             measured, _ = cost(name, model, loaded.params, full)
             rows[name] = {**rows.get(name, {}), **sizes(name, base_params, base_sites), **measured}
-            files.write_json(path, rows)
+            files.write_json(path, {"of": of, "rows": rows})
     scored = scores(args.cells) if args.cells else {}
     rows = {name: rows[name] | scored.get(name, {}) for name in NAMES if name in rows}
     files.write_text(args.workdir / "methods.md", table(rows))

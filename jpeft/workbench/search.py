@@ -109,11 +109,13 @@ def check(config: Config) -> None:
         raise UserError(f"config.warm_start must be True or False, got {config.warm_start!r:.60}")
     spaces.check(config.space)
     everything = spaces.largest(config.space)
-    for short in (False, True):
+    full = config_of(config, everything, False)
+    for where, run in (("a run of the front", full), ("a trial", config_of(config, everything, True))):
         try:
-            checks.check(config_of(config, everything, short))
+            checks.check(run)
         except UserError as error:
-            raise UserError(f"{'a trial' if short else 'a run of the front'}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
+        compare.check_fair(where, run, full)
     needs_optuna()
 
 

@@ -55,9 +55,9 @@ def test_the_majority_stands_below_and_what_is_no_better_is_named():
 
 
 def test_what_others_published_has_a_column_of_its_own():
-    page = grid.markdown(of(runs(), 6, published={"sst2": {"lora": PUBLISHED}}), None)
+    page = grid.markdown(of(runs(), 6, published={"sst2": {"lora": PUBLISHED}}, metrics={"cola": "matthews"}), None)
     head, lora, frozen = rows(page, "variant", "lora", "head")
-    assert head[3:] == ["sst2", "published accuracy", "cola"]
+    assert head[3:] == ["sst2", "published accuracy", "cola matthews"]
     assert (lora[4], frozen[4]) == ("95.1", "-")
     assert "a table (roberta-base, validation split)" in page
 

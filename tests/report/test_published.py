@@ -24,9 +24,16 @@ def written(tmp_path, *lines):
 def test_a_variant_is_found_by_its_own_name_first(tmp_path):
     rows = published.read(written(tmp_path, HEAD, LORA, LORA.replace("lora", "lora 4", 1).replace("95.1", "94.0")))
     variants = {name: (name, "lora") for name in ("lora 4", "lora 8")} | {"head": ("head", "head")}
-    found = published.beside(rows, variants)
+    found = published.beside(rows, variants, {})
     assert {name: row.score for name, row in found["sst2"].items()} == {"lora 4": "94.0", "lora 8": "95.1"}
     assert published.sources(rows) == ["a table (roberta-base, validation split)"]
+
+
+def test_the_primary_metric_goes_before_others(tmp_path):
+    f1 = LORA.replace("accuracy", "f1").replace("95.1", "90.0")
+    rows = published.read(written(tmp_path, HEAD, f1, LORA))
+    for metrics, score in (({"sst2": "accuracy"}, "95.1"), ({"sst2": "matthews"}, "90.0")):
+        assert published.beside(rows, {"a": ("lora",)}, metrics)["sst2"]["a"].score == score
 
 
 @pytest.mark.parametrize(
@@ -37,6 +44,7 @@ def test_a_variant_is_found_by_its_own_name_first(tmp_path):
         ((HEAD, LORA + ",more"), "line 2 of .* has 9 columns, not 8"),
         ((HEAD, LORA, LORA.replace("95.1", "good")), "line 3 of .* has the score 'good', not a number"),
         ((HEAD, '"lora'), "cannot be read"),
+        ((HEAD, LORA, LORA.replace("95.1", "96.0")), "has the accuracy of lora on sst2 more than once"),
     ],
 )
 def test_another_file_is_one_line(tmp_path, lines, message):

@@ -40,6 +40,31 @@ sys.exit(command.call(main, sys.argv))
 EPOCHS = 17  # of three steps: 51
 
 
+TOLD = """
+import os, signal, sys, time
+from jpeft.run import command, hosts
+
+def main(argv):
+    hosts.join(argv[1])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+
+sys.exit(command.call(main, sys.argv))
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_training_is_heard():
+    """JAX's own service would take it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", TOLD, f"127.0.0.1:{port},1,0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "stopped before training" in done.stdout + done.stderr
+
+
 @pytest.fixture
 def start(tiny_config):
     """Starts two processes; both end with the test."""

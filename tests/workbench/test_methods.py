@@ -61,6 +61,13 @@ def test_the_picture_is_written(tmp_path):
     assert (tmp_path / "methods.png").stat().st_size > 5000
 
 
+def test_what_was_measured_of_another_model_is_not_taken(capsys, tmp_path):
+    (tmp_path / "methods.json").write_text('{"of": {"model": "minilm"}, "rows": {}}')
+    assert methods.main(["--model", "bert-base-uncased", "--workdir", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "has what was measured of {'model': 'minilm'}, not of {'model': 'bert-base-uncased'," in told
+
+
 def test_an_unknown_method_is_one_line(capsys, tmp_path):
     assert methods.main(["--methods", "lroa", "--workdir", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: method 'lroa' is unknown: did you mean 'lora'")

@@ -52,6 +52,7 @@ def claim():
         ({"search": {"task": "cola"}}, "config.search sets task, which is for the whole search"),
         ({"search": {"trian": {"num_epochs": 1}}}, r"config.search: 'trian.num_epochs' is not a field of a run"),
         ({"search": {"train": {"num_epochs": 0}}}, r"a trial: config.train.num_epochs must be from 1"),
+        ({"search": {"train": {"export": "best"}}}, "a trial: train.export is 'best', but what is"),
         ({"space": {}}, "config.space must be"),
         ({"space": {"a": 5}}, "config.space.a must be a dict of method, option, sizes, options, got 5"),
         ({"space": {"layer_1": SPACE["flat"]}}, "'layer_1' cannot be the name of a candidate"),

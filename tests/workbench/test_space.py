@@ -20,6 +20,17 @@ def test_a_point_is_a_plan():
     assert spaces.plan_of(space, LAYERS, {"serial": 2, "flat": 1, "layer_0": 0, "layer_1": 0}) == {}
 
 
+def test_all_ranks_have_the_scale_of_the_default():
+    def entry(method, **options):
+        candidate = {"method": method, "option": "rank", "sizes": (2, 32), "options": options}
+        ((found,),) = spaces.plan_of(ConfigDict({"a": candidate}), 1, {"a": 1}).values()
+        return found.options
+
+    assert entry("lora") == {"rank": 32, "alpha": 64.0}  # 16 for rank 8
+    assert entry("rslora") == {"rank": 32, "alpha": 32.0}  # over the root of the rank
+    assert entry("lora", alpha=3.0) == {"rank": 32, "alpha": 3.0}
+
+
 @pytest.mark.parametrize("layers", spaces.LAYERS)
 @pytest.mark.parametrize("sizes", [(0, 1, 2, 4), (1, 2)])
 def test_the_size_of_a_space_is_the_number_of_its_plans(layers, sizes):

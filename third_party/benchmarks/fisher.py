@@ -9,6 +9,7 @@ after the other; the time to compile is told apart.
 
 import argparse
 import dataclasses
+import os
 import statistics
 import subprocess
 import sys
@@ -52,7 +53,10 @@ class Torch:
     def __init__(self, python: str, folder: Path, data: Path):
         script = Path(__file__).with_name("torch_fisher.py")
         self._process = subprocess.Popen(
-            [python, script, folder, data], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, script, folder, data, str(len(os.sched_getaffinity(0)))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._process.stdout is not None
         assert self._process.stdin is not None

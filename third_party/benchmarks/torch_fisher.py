@@ -1,7 +1,8 @@
 """The PyTorch side of fisher.py: the empirical Fisher information as FISH computes it, one example after the other.
 
-Started by fisher.py with the folder of a model and a file of examples. Answers each line on standard input, "padded" or
-"natural", with the seconds that all examples took; "check" with a path writes the result there.
+Started by fisher.py with the folder of a model, a file of examples and the number of threads. Answers each line on
+standard input, "padded" or "natural", with the seconds that all examples took; "check" with a path writes the result
+there.
 """
 
 import sys
@@ -12,8 +13,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 
-def main(folder: str, data: str) -> None:
-    torch.set_num_threads(2)
+def main(folder: str, data: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, attn_implementation="sdpa").eval()
     arrays = np.load(data)
     ids, mask, types, labels = (torch.from_numpy(arrays[k]).long() for k in ("ids", "mask", "types", "labels"))
