@@ -10,7 +10,7 @@ import numpy as np
 from jpeft.core.errors import UserError, nearest
 from jpeft.data.kinds import IGNORED, KINDS
 from jpeft.data.metrics import MANY, METRICS, TAGS
-from jpeft.data.task import HIDDEN, Splits, Task, further
+from jpeft.data.task import Splits, Task, further, is_hidden
 
 __all__ = ["check_splits", "check_task", "splits"]
 
@@ -119,17 +119,13 @@ def check_splits(task: Task, found: Any) -> Splits:
             if not all(isinstance(text, str) for text in words):
                 raise UserError(f"the {name} split: column {column!r} holds something else than text")
         for i, (label, words) in enumerate(zip(columns["label"], columns[task.text[0]], strict=True)):
-            if name not in task.required_splits and _is_hidden(label):
+            if name not in task.required_splits and is_hidden(label):
                 continue
             if task.kind in ("multilabel", "tagging"):
                 _check_list(task, f"the {name} split, row {i}", label, words)
             else:
                 _check_label(task, f"the {name} split, row {i}", label)
     return found
-
-
-def _is_hidden(label: Any) -> bool:
-    return isinstance(label, int | float | np.number) and label == HIDDEN
 
 
 def _check_list(task: Task, where: str, row: Any, words: Any) -> None:

@@ -102,7 +102,7 @@ def tokenize_words(split: Any, words: str, tokenizer: Any, max_length: int, unla
     encoded = tokenizer(rows, is_split_into_words=True, truncation=True, max_length=max_length)
     labels = np.full((len(rows), max(map(len, encoded["input_ids"]))), unlabelled, np.int32)
     for i, (row, own) in enumerate(zip(rows, split["label"], strict=True)):
-        if not isinstance(own, int):  # a hidden label
+        if not isinstance(own, int | np.number):  # a hidden label
             at = first_tokens(encoded.word_ids(i), len(row))
             labels[i, at[at >= 0]] = np.asarray(own, np.int32)[at >= 0]
     return _examples(encoded, labels, tokenizer)._replace(unlabelled=unlabelled)

@@ -198,15 +198,19 @@ def _sentences(file: Path) -> Iterator[Mapping[str, list[str]] | UserError]:
     words: list[str] = []
     tags: list[str] = []
     wrong: UserError | None = None
-    number = 1
+    number, width = 1, 0
     for line in itertools.chain(_lines(file), [""]):
         if isinstance(line, UserError):
             wrong = wrong or line
         elif cells := between_spaces(line):
             if cells[0] == "-DOCSTART-":
                 continue
+            width = width or len(cells)
             if len(cells) < 2:
                 wrong = wrong or UserError(f"{file}, row {number}: {line.strip()!r:.60} has no tag")
+            if len(cells) != width:
+                told = f"{line.strip()!r:.60} has {len(cells)} columns, the first line {width}"
+                wrong = wrong or UserError(f"{file}, row {number}: {told}")
             words.append(cells[0])
             tags.append(cells[-1])
         elif words or wrong:

@@ -142,7 +142,11 @@ class Task:
           train: the labels of the training examples.
           labels: those to be scored on.
         """
-        return self.score(self.answers.guess(train, labels, self.num_labels), labels)
+        return self.scores(self.answers.guess(train, labels, self.num_labels), labels)
+
+    def scores(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """What `score` gives, as Python's numbers, which files can hold."""
+        return {name: float(value) for name, value in self.score(logits, labels).items()}
 
 
 class Data(NamedTuple):
@@ -185,9 +189,14 @@ def further(task: Task, found: Splits) -> list[str]:
     return [name for name in task.optional_splits if name in found.splits and name not in task.required_splits]
 
 
+def is_hidden(label: Any) -> bool:
+    """Whether a label says that a row has none."""
+    return isinstance(label, int | float | np.number) and label == HIDDEN
+
+
 def hidden(task: Task, labels: Sequence[float]) -> int:
     """How many rows of a split have no label: it is -1 there. Where values may be -1, it is one unless all are."""
-    without = sum(label == HIDDEN for label in labels if not isinstance(label, list))
+    without = sum(map(is_hidden, labels))
     is_value = not task.labels and task.label_range[0] <= HIDDEN
     return 0 if is_value and without < len(labels) else without
 

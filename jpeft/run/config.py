@@ -37,6 +37,7 @@ __all__ = [
     "variant",
 ]
 
+LONG = 2000  # steps, from which on kinds may race
 CUSTOM = "custom"  # the task that `config.data` defines
 # What FishPAL can choose by; `jpeft.run.criteria` says how.
 CRITERIA = (
@@ -234,12 +235,13 @@ def named(config: Config) -> set[str]:
     return {entry.method for entries in plans.read(config.fishpal.plan).values() for entry in entries}
 
 
-def results(config: Config, shape: BertConfig) -> int:
+def results(config: Config, shape: BertConfig, rows: int = 0) -> int:
     """`jpeft.version.RESULTS`, or a later number if a later change concerns this run.
 
     Args:
       config: the run's.
       shape: the base model's.
+      rows: to train on.
     """
     names, own = named(config), config.fishpal
     if "ladder_side" in names and (shape.hidden_act, shape.layer_norm_eps) != ("gelu", 1e-12):
@@ -250,6 +252,9 @@ def results(config: Config, shape: BertConfig) -> int:
             return 6  # candidates of other sizes keep their scale
     if METHODS[config.method.split("+")[0]].chooses and own.plan is None and own.budget is not None:
         return 6  # what races fits the budget, and the program is exact
+    several = len(own.candidates) * len(own.sizes) > 2 and len(raced_rates(config)) > 1
+    if several and config.train.num_epochs * rows / config.train.batch_size > LONG:
+        return 6  # after a race of kinds, rates are held against each other over equally many steps
     return RESULTS
 
 

@@ -218,7 +218,7 @@ def _other_scores(ready: Ready, trainable: Any) -> dict[str, dict[str, float]]:
         buckets = [*data.eval_buckets, *([longest] if longest > data.eval_buckets[-1] else [])]
         with seed.console.waiting(f"evaluating on {name}"):
             logits = evaluate(run, trainable, ready.parts.frozen, examples, buckets)
-        scores[name] = data.task.score(logits, examples.labels)
+        scores[name] = data.task.scores(logits, examples.labels)
     return scores
 
 

@@ -52,7 +52,9 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
     return (
         data,
         base,
-        workdirs.inputs(data, base, source, config.task, config.init_from, configs.results(config, base.config)),
+        workdirs.inputs(
+            data, base, source, config.task, config.init_from, configs.results(config, base.config, data.train.size)
+        ),
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.core import files
+from jpeft.core.errors import UserError
 from jpeft.core.partition import Partition
 from jpeft.core.summary import Summary
 from jpeft.core.transform import Chain, Transform, members
@@ -206,7 +207,8 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
                 each.clock.lap("evaluate" if ends_epoch else "train")
                 log.write(event)
                 if ends_epoch and config.train.export == "best" and _is_best(event.history, data.task.primary):
-                    files.write_leaves(each.folder / BEST, jax.device_get(event.state.trainable))
+                    about = {"epoch": str(event.history[-1]["epoch"])}
+                    files.write_leaves(each.folder / BEST, jax.device_get(event.state.trainable), about)
             bar.show(events, data.task.primary, config.train.batch_size)
             # Not after the last step of an epoch: its checkpoint is the one that also holds the scores.
             between = not ends_epoch and events[0].step % per_epoch != 0
@@ -266,7 +268,13 @@ def _exported(ready: Ready, event: Event) -> Event:
     """The event whose state is to be exported, with its logits."""
     seed = ready.seed
     if seed.config.train.export == "best" and not _is_best(event.history, seed.data.task.primary):
-        trainable = files.read_leaves(seed.folder / BEST)
+        path, best = seed.folder / BEST, max(event.history, key=lambda row: row[seed.data.task.primary])["epoch"]
+        # It is written before the checkpoint, so a run that was killed between may not have that epoch any more.
+        if (was := files.read_tensors(path)[1].get("epoch")) != str(best):
+            raise UserError(
+                f"{path} is of epoch {was}, but the best one is {best}: set train.export=last, or start again"
+            )
+        trainable = files.read_leaves(path)
         event = event._replace(states=event.state._replace(trainable=trainable), logits=None)
     if event.logits is None:  # of the best epoch; or stopped between the last checkpoint and the end of the run
         run = Steps.compiled(lambda *_: None, step.eval_step(seed.model, ready.method)).eval

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 
+from jpeft.core.errors import UserError
 from jpeft.core.partition import partition
 from jpeft.data import batching, padding
 from jpeft.data.batching import Examples
@@ -31,6 +32,7 @@ TELLING = 30  # steps before a look tells anything: a faster rate is behind at f
 DROP_STEPS = 8
 DROP_HELD = 64  # held-out examples of `loss_drop`
 WARMUP = 4  # steps of a trial
+DIVERGED, BAD = 1e9, "not finite"  # the held-out loss of what diverged
 
 
 def loss_drop(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Found:
@@ -85,16 +87,19 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
         seed.console.say(f"  too short a run to tell kinds of modules apart: {alive[0]}, which is named first")
 
     def begun(name: str, every: int, rate: float) -> Iterator[Reached]:
-        return tried(seed, candidates[name], seed.base.params, train, held, every, False, rate)
+        # All over equally many steps, whenever they are looked at: so only what races differs.
+        return tried(seed, candidates[name], seed.base.params, train, held, every, False, rate, -(-steps // 3))
 
     runs = {name: begun(name, steps, own) for name in alive}
     passes, order, history = 0.0, [], []
     for size in sizes:
-        losses = {name: next(runs[name]).losses for name in alive}
+        losses = {name: bounded(next(runs[name]).losses) for name in alive}
         passes += len(alive) * (steps * batch_size + held.size / 3)
-        history.append({name: float(x.mean()) for name, x in losses.items()})
-        told = ", ".join(f"{name} {loss:.4f}" for name, loss in history[-1].items())
-        seed.console.say(f"  held-out loss after {steps * len(history)} steps: {told}")
+        history.append(_finite(losses))
+        told = ", ".join(f"{name} {history[-1].get(name, DIVERGED):.4f}" for name in losses)
+        seed.console.say(f"  held-out loss after {steps * len(history)} steps: {told.replace(f'{DIVERGED:.4f}', BAD)}")
+        if not history[-1]:
+            raise UserError(f"no candidate has a finite held-out loss after {steps} steps: try lower learning rates")
         ranked = ranking(losses)
         alive = [name for name in candidates if name in ranked[: math.ceil(size / 2)]]
         order = [*ranked, *(name for name in order if name not in ranked)]
@@ -104,13 +109,24 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
     about = {"steps": steps, "held_out_losses": history, **({} if own == 1 else {"rate": own})}
     if faster:
         most = steps * len(sizes)
-        rivals = {f"{rate:g}": next(begun(order[0], most, rate)).losses for rate in faster}
+        rivals = {f"{rate:g}": bounded(next(begun(order[0], most, rate)).losses) for rate in faster}
         passes += len(faster) * (most * batch_size + held.size / 3)
         by_rate = {f"{own:g}": losses[order[0]], **rivals}
-        about |= {"rate": float(leading(by_rate)), "rate_losses": {x: float(y.mean()) for x, y in by_rate.items()}}
-        told = ", ".join(f"{loss:.4f} at {name} times its rate" for name, loss in about["rate_losses"].items())
+        about |= {"rate": float(leading(by_rate)), "rate_losses": _finite(by_rate)}
+        found = {name: f"{loss:.4f}" for name, loss in about["rate_losses"].items()}
+        told = ", ".join(f"{found.get(name, BAD)} at {name} times its rate" for name in by_rate)
         seed.console.say(f"  {order[0]}: held-out loss {told}; taken: {about['rate']:g}")
     return Found(dict.fromkeys(range(layers), scores), passes, about)
+
+
+def bounded(losses: np.ndarray) -> np.ndarray:
+    """The losses, finite, so that what diverged is behind all that did not."""
+    return losses if np.isfinite(losses).all() else np.full_like(losses, DIVERGED)
+
+
+def _finite(losses: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The mean losses of those that did not diverge."""
+    return {name: float(own.mean()) for name, own in losses.items() if own.mean() < DIVERGED}
 
 
 def race_steps(total: int, sizes: Sequence[int], fixed: float) -> int:
@@ -165,6 +181,7 @@ def tried(
     every: int,
     attribute: bool,
     rate: float = 1,
+    averaged: int | None = None,
 ) -> Iterator[Reached]:
     """A trial of a candidate in all layers, at a multiple of its own rate, from `params` on."""
     method, leaves = alone(seed, entry)
@@ -180,7 +197,7 @@ def tried(
     batches = _endless(train, layouts, seed)
     eyes = [batch for batch, _ in batching.eval_batches(held, 32, lengths(seed))]
     state = step.init_state(parts.trainable, optimizer)
-    return trial(run, total, state, parts.frozen, batches, eyes, seed.dropout_key, every, attribute)
+    return trial(run, total, state, parts.frozen, batches, eyes, seed.dropout_key, every, attribute, averaged)
 
 
 def _endless(train: Examples, layouts: Sequence[Layout], seed: Seed) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from jpeft.core import files
 from jpeft.core.tree import flatten
 from jpeft.report import tables
 from jpeft.serving.drift import Drift
-from jpeft.store import bases
+from jpeft.store import bases, model_folder
 from jpeft.store.modules import Saved
 
 __all__ = ["PADDING", "gated", "on_the_hub", "write"]
@@ -38,6 +38,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={num_labels})
 adapters.init(model)
+model.load_adapter("this folder", set_active=True, use_safetensors=True)
+tokenizer = AutoTokenizer.from_pretrained({base!r})""",
+    # Of a pooler that trained: only flexible heads have a place for it.
+    "adapters with a pooler": """import adapters
+from transformers import AutoTokenizer
+
+model = adapters.BertAdapterModel.from_pretrained({base!r})
 model.load_adapter("this folder", set_active=True, use_safetensors=True)
 tokenizer = AutoTokenizer.from_pretrained({base!r})""",
     "stablehlo": """from pathlib import Path
@@ -130,6 +137,8 @@ def write(
         lines += [f"Note: {PADDING}.", ""]
     example = '["a sentence"]' + (', ["and another"]' if saved.num_texts == 2 else "")
     example = '[["some", "words"]], is_split_into_words=True' if tagging else example
+    if form == "adapters" and "pooler" in model_folder.read(folder)[1]["params"]:
+        form = "adapters with a pooler"
     use = USE[form].format(base=base, num_labels=len(labels) or 1, example=example, max_length=saved.max_length)
     if tagging:
         use = use.replace("ForSequenceClassification", "ForTokenClassification")

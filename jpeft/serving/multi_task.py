@@ -58,7 +58,8 @@ class MultiTask:
         self._base: Saved | None = None
         self._tasks: dict[str, _Task] = {}
         self._levels: dict[str, tuple[str, ...]] = {}  # at each site the kinds, from the inside out; they only grow
-        self._wraps: dict[str, Wrap] = {}  # by kind
+        # By site and kind: a wrap may do at one site what another one does there, and at others something else.
+        self._wraps: dict[tuple[str, str], Wrap] = {}
         self._shapes: dict[Path, tuple[tuple[int, ...], Any]] = {}  # of the stacked leaves; they only grow
         self._capacity = self._width = 1
         self._transform = Chain(())
@@ -90,7 +91,7 @@ class MultiTask:
         if KINDS[saved.kind].by_token:
             raise UserError(f"task {name!r} has a head for words, the others answer once a row: {INSTEAD}")
         base = self._base or saved
-        row, modules = own_parts(name, saved, base, self._wraps)
+        row, modules = own_parts(name, saved, base, {kind for _, kind in self._wraps})
         levels, at = dict(self._levels), defaultdict(int)
         for module in modules:
             have, start = levels.get(module.site, ()), at[module.site]
@@ -102,7 +103,7 @@ class MultiTask:
         slot = next(i for i in range(len(taken) + 1) if i not in taken)
         self._base = base
         self._tasks[name] = _Task(slot, saved._replace(variables={}), {path: np.asarray(x) for path, x in row.items()})
-        self._wraps |= {module.kind: module.wrap for module in modules if module.kind not in self._wraps}
+        self._wraps = {(module.site, module.kind): module.wrap for module in modules} | self._wraps
         self._width = max(self._width, saved.model.config.num_labels)
         while self._capacity < len(self._tasks):
             self._capacity *= 2
@@ -111,7 +112,9 @@ class MultiTask:
             self._shapes[path] = tuple(map(max, shape, x.shape)), dtype
         if levels != self._levels:
             self._levels = levels
-            self._transform = Chain((mixed({path: [self._wraps[kind] for kind in levels[path]] for path in levels}),))
+            self._transform = Chain(
+                (mixed({path: [self._wraps[path, kind] for kind in levels[path]] for path in levels}),)
+            )
         self._ready = None
 
     def remove(self, name: str) -> None:

@@ -75,7 +75,9 @@ def predict(model: Path, source: str, output: Path, console: Console, text: Sequ
     if given is None and not source.endswith(ENDINGS):
         raise UserError(f"--input {file} is of an unknown kind: expected {', '.join(ENDINGS)}")
     identity = {
-        "model": files.file_hash(folder / model_folder.WEIGHTS),
+        "model": files.file_hash(
+            folder / model_folder.DESCRIPTION
+        ),  # with the hash of its weights, and names of classes
         "input": "" if given else files.file_hash(file),
         "text": list(columns),
         "backend": jax.default_backend(),

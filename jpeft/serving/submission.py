@@ -87,6 +87,8 @@ def submit(models: Sequence[Path], output: Path, console: Console, data: str | N
         if file.trained in found:
             texts[file] = _texts(file, data or _data_of(found[file.trained]), console)
     loaded = {task: modules.load(folder) for task, folder in found.items()}
+    for task, saved in loaded.items():
+        _check(task, saved)
     pages = {}
     for file, rows in texts.items():
         if rows is not None:
@@ -151,6 +153,14 @@ def _logits(saved: Saved, rows: Sequence[tuple[str, ...]], file: File, console: 
             found += answer(rows[start : start + CHUNK])
             show(min(start + CHUNK, len(rows)))
     return np.stack(found)
+
+
+def _check(task: str, saved: Saved) -> None:
+    """Raises a UserError if a model answers otherwise than GLUE's task of its name."""
+    labels = tasks.task(task).labels
+    if tuple(saved.labels) != tuple(labels):
+        ours, theirs = (", ".join(names) or "numbers" for names in (saved.labels, labels))
+        raise UserError(f"the model of {task} answers with {ours}, GLUE's {task} has {theirs}: it is of another task")
 
 
 def _page(file: File, saved: Saved, logits: np.ndarray) -> str:

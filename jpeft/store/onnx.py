@@ -20,7 +20,7 @@ from jax.extend.core import jaxpr_as_fun
 from jpeft.core.errors import UserError
 from jpeft.core.hook import apply
 from jpeft.core.transform import instances, merge
-from jpeft.models.pretrained import tokenizer_files
+from jpeft.models.pretrained import write_tokenizer
 from jpeft.store.modules import Saved
 
 __all__ = ["INPUTS", "PROGRAM", "read", "write"]
@@ -75,8 +75,8 @@ def write(folder: Path, saved: Saved) -> None:
             raise UserError(f"jax2onnx cannot convert {modules}: export --format stablehlo ({why:.160})") from None
         if not difference <= TOLERANCE:
             raise UserError(f"jax2onnx made a model with other logits, by {difference:.1e}: export --format stablehlo")
-        for file in (*Path(aside).iterdir(), *tokenizer_files(saved.base)):
-            folder.mkdir(parents=True, exist_ok=True)
+        write_tokenizer(Path(saved.base), folder)
+        for file in Path(aside).iterdir():
             shutil.copyfile(file, folder / file.name)
 
 

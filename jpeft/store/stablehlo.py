@@ -17,7 +17,7 @@ from jpeft.core.errors import UserError
 from jpeft.core.hook import apply
 from jpeft.core.transform import merge
 from jpeft.core.tree import empty_paths, flatten, unflatten
-from jpeft.models.pretrained import tokenizer_files
+from jpeft.models.pretrained import write_tokenizer
 from jpeft.store.modules import Saved
 
 __all__ = ["PLATFORMS", "PROGRAM", "WEIGHTS", "read", "write"]
@@ -57,9 +57,7 @@ def write(folder: Path, saved: Saved) -> None:
         packed = exported.serialize()
     except ImportError:
         raise UserError("a StableHLO program is written with flatbuffers: pip install 'jpeft[stablehlo]'") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in tokenizer_files(saved.base):
-        (folder / file.name).write_bytes(file.read_bytes())
+    write_tokenizer(Path(saved.base), folder)
     files.write_safetensors(folder / WEIGHTS, weights, {"format": "pt"})
     (folder / PROGRAM).write_bytes(packed)
 

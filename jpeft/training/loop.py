@@ -180,7 +180,7 @@ def fit_together(
             raise UserError(f"the model's answers are not finite after step {step}: try a lower learning_rate")
         logits = [found] if runs == [None] else list(found)
         rows: list[Row] = [
-            {"epoch": epoch, "step": step, "train_loss": loss_sum / per_epoch, **data.task.score(own, data.dev.labels)}
+            {"epoch": epoch, "step": step, "train_loss": loss_sum / per_epoch, **data.task.scores(own, data.dev.labels)}
             for loss_sum, own in zip(sums, logits, strict=True)
         ]
         histories = [(*history, row) for history, row in zip(histories, rows, strict=True)]

@@ -68,10 +68,11 @@ def trial(
     key: Array,
     every: int,
     attribute: bool = False,
+    averaged: int | None = None,
 ) -> Iterator[Reached]:
     """Trains without end and looks at the held-out examples every so many steps.
 
-    What is looked at is the mean of the trained parameters over the last third of the steps since the last look
+    What is looked at is the mean of the trained parameters over the last `averaged` steps
     (Polyak and Juditsky 1992, *Acceleration of Stochastic Approximation by Averaging*). At a constant rate the
     parameters themselves jump about, and the more the higher the rate; a run ends on a low rate, so it does not. With
     `attribute` it is the parameters themselves: what is attributed adds up along their path.
@@ -90,6 +91,7 @@ def trial(
       key: the dropout key.
       every: steps between two looks.
       attribute: whether to compute `drop`, which needs the gradient at each look.
+      averaged: over how many of the last steps the mean is; None for a third of `every`.
 
     Yields:
       Where the trial stands, after every `every` steps.
@@ -105,7 +107,7 @@ def trial(
         mean = jax.tree.map(lambda *g: sum(np.asarray(x, np.float64) for x in g) / n, *(g for _, g in found))
         return np.concatenate(losses), mean
 
-    step, drop, gradient, some = 0, None, None, -(-every // 3)
+    step, drop, gradient, some = 0, None, None, averaged or -(-every // 3)
     if attribute:
         _, gradient = look(state.trainable)
         drop = jax.tree.map(np.zeros_like, gradient)

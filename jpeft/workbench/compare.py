@@ -282,7 +282,7 @@ def _check_inputs(grid: Config, folder: Path, console: Console) -> None:
                 known[key] = None
         if known[key] is not None:
             shape, now = known[key]
-            now = now._replace(results=configs.results(config, shape))
+            now = now._replace(results=configs.results(config, shape, now.train[0]))
             workdirs.check(row["inputs"], now, folder / f"{cell.name}.json", "--cells")
 
 

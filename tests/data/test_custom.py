@@ -312,6 +312,14 @@ def test_a_conll_file_that_lacks_a_tag(tmp_path):
         custom(str(tmp_path / "a.conll"), ("words",), "tags", kind="tagging")
 
 
+def test_lines_of_a_conll_file_with_more_or_fewer_columns(tmp_path):
+    """The last column of such a line would be taken for the tag."""
+    for line in ("dog NN B-NP", "# a comment"):
+        (tmp_path / "a.conll").write_text(f"the DT B-NP O\n\na DT B-NP O\n{line}\n")
+        with pytest.raises(UserError, match=r"a\.conll, row 2: .* has \d columns, the first line 4"):
+            custom(str(tmp_path / "a.conll"), ("words",), "tags", kind="tagging")
+
+
 def test_numbers_of_many_digits_are_classes_of_their_own(tmp_path):
     numbers = ["1234567890123456781", "1234567890123456780", "100000000000000000001", "100000000000000000000"]
     file = write(tmp_path / "a.csv", [("x", "y", number) for number in numbers * 2])

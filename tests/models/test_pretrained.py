@@ -93,6 +93,21 @@ def test_saved_folder_names_labels_and_copies_the_tokenizer(tmp_path):
         pretrained.save(tmp_path / "b", model.config, model.params, labels=("yes", "no"))
 
 
+def test_what_config_json_says_of_the_tokenizer_goes_with_it(tmp_path):
+    base = write(tmp_path / "a")
+    (base / "vocab.txt").write_text("[PAD]\n")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tokenizer_class": "BertJapaneseTokenizer"}))
+    model = load(base)
+    pretrained.save(tmp_path / "b", model.config, model.params, tokenizer_from=model.folder)
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["tokenizer_class"] == "BertJapaneseTokenizer"
+    pretrained.write_tokenizer(model.folder, tmp_path / "c")  # without the weights
+    assert json.loads((tmp_path / "c" / "config.json").read_text()) == {
+        "model_type": "bert", "tokenizer_class": "BertJapaneseTokenizer",
+    }  # fmt: skip
+    assert (tmp_path / "c" / "vocab.txt").read_text() == "[PAD]\n"
+
+
 def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     model = load(write(tmp_path))
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from jpeft.core.errors import UserError
 from jpeft.data.batching import Examples
 from jpeft.plans import plan as plans
 from jpeft.run import checks, criteria, experiment, loading, measuring, trials
@@ -105,8 +106,9 @@ def test_the_winner_races_against_itself_at_other_rates(seed, monkeypatch, faste
     entries = {name: plans.Entry("lora", {"rank": 2, "alpha": alpha}) for name, alpha in (("one", 1.0), ("two", 2.0))}
     asked = []
 
-    def trial(seed, entry, params, train, held, every, attribute, rate):
+    def trial(seed, entry, params, train, held, every, attribute, rate, averaged):
         asked.append((entry.options["alpha"], every, rate))
+        assert averaged == 2  # a third of the four steps to a look
         yield Reached(0, np.full(10, faster if rate == 4 else entry.options["alpha"] / 2))
 
     monkeypatch.setattr(trials, "tried", trial)
@@ -121,10 +123,45 @@ def test_the_winner_races_against_itself_at_other_rates(seed, monkeypatch, faste
     assert found.passes - alone.passes == pytest.approx(4 * 16 + 11 / 3)
 
 
+def test_rates_are_looked_at_over_equally_many_steps(seed, monkeypatch):
+    """The winner of two rounds was looked at twice, its rivals once."""
+    entries = {name: plans.Entry("lora", {"rank": 2, "alpha": x}) for name, x in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    asked = []
+
+    def trial(seed, entry, params, train, held, every, attribute, rate, averaged):
+        while True:
+            asked.append((every, averaged))
+            yield Reached(0, np.full(10, entry.options["alpha"]))
+
+    monkeypatch.setattr(trials, "tried", trial)
+    monkeypatch.setattr(trials, "TELLING", 0)
+    monkeypatch.setattr(trials, "race_steps", lambda *_: 6)
+    trials.race(seed("race"), entries, unkept)
+    assert asked == [(6, 2)] * 5 + [(12, 2)]
+
+
+def test_what_diverges_loses_the_race(seed, monkeypatch):
+    entries = {name: plans.Entry("lora", {"rank": 2, "alpha": x}) for name, x in (("one", 1.0), ("two", 2.0))}
+    bad = []
+
+    def trial(seed, entry, params, train, held, every, attribute, rate, averaged):
+        yield Reached(0, np.full(10, np.nan if (entry.options["alpha"], rate) in bad else 0.5))
+
+    monkeypatch.setattr(trials, "tried", trial)
+    monkeypatch.setattr(trials, "TELLING", 0)
+    bad += [(1.0, 1), (2.0, 4)]
+    found = trials.race(seed("race"), entries, unkept)
+    assert found.scores[0] == {"one": 1.0, "two": 2.0}
+    assert found.about == {"steps": 4, "held_out_losses": [{"two": 0.5}], "rate": 1.0, "rate_losses": {"1": 0.5}}
+    bad += [(2.0, 1)]
+    with pytest.raises(UserError, match="no candidate has a finite held-out loss after 4 steps"):
+        trials.race(seed("race"), entries, unkept)
+
+
 def test_in_a_short_run_all_steps_go_to_the_rates_of_the_first_candidate(seed, monkeypatch):
     entries, asked = {name: plans.Entry("lora", {"rank": 2, "alpha": x}) for name, x in (("a", 1.0), ("b", 2.0))}, []
 
-    def trial(seed, entry, params, train, held, every, attribute, rate):
+    def trial(seed, entry, params, train, held, every, attribute, rate, averaged):
         assert params is seed.base.params  # with the head that the run begins with
         rows = [ids.tobytes() for ids in (*train.input_ids, *held.input_ids)]
         assert (sorted(rows), held.size) == (sorted(ids.tobytes() for ids in seed.data.train.input_ids), 11)

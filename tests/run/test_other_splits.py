@@ -61,6 +61,7 @@ def test_rows_without_labels_are_not_scored(config, tmp_path, labels, warns):
 def test_minus_one_may_be_a_value():
     free = Task("own", ("text",), (), ("pearson",), "pearson")
     assert hidden(free, [-1.0, -1.0]) == 2
+    assert hidden(free, np.array([[1, 0], [0, -1]])) == 0  # rows of several classes, as NumPy has them
     assert hidden(free, [-1.0, 2.0]) == 0
     assert hidden(TASKS["stsb"], [-1.0, 2.0]) == 1  # from 0 to 5
     assert hidden(TASKS["cola"], [-1, 1]) == 1

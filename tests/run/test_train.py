@@ -11,6 +11,7 @@ import pytest
 from training.test_loop import DATA, METHOD, MODEL, divided
 
 import jpeft
+from jpeft.core.errors import UserError
 from jpeft.run import log
 from jpeft.run import train as running
 from jpeft.run.clock import Clock
@@ -158,7 +159,8 @@ def test_seconds_add_up_over_starts(tmp_path, start):
 def falling(monkeypatch):
     """A task whose first epoch is the best."""
     scores = iter([0.9, 0.5, 0.7] * 9)
-    monkeypatch.setattr(type(DATA.task), "score", lambda *_: {"accuracy": next(scores), "f1": 0.0})
+    # NumPy's numbers, as a score of the user's own may give: files cannot hold them.
+    monkeypatch.setattr(type(DATA.task), "score", lambda *_: {"accuracy": np.float32(next(scores)), "f1": np.float32()})
 
 
 def test_the_best_epoch_is_given_back_if_the_config_says_so(tmp_path, start, whole, falling, monkeypatch):
@@ -172,8 +174,21 @@ def test_the_best_epoch_is_given_back_if_the_config_says_so(tmp_path, start, who
     assert first is not None
     last, _ = start(tmp_path / "killed")
     chex.assert_trees_all_equal(last.state.trainable, first.state.trainable)
-    assert [row["accuracy"] for row in last.history] == [0.9, 0.5, 0.7]
+    assert [row["accuracy"] for row in last.history] == pytest.approx([0.9, 0.5, 0.7])
     assert np.abs(last.logits - whole.logits).max() > 1e-4
+
+
+def test_another_epoch_does_not_pass_for_the_best(tmp_path, start, falling, monkeypatch):
+    """As a run that was killed between may have it, if its last epoch ended in another score when it was repeated."""
+    config = CONFIG.copy_and_resolve_references()
+    config.train.export = "best"
+    monkeypatch.setitem(globals(), "CONFIG", config)
+    written = running.files.write_leaves
+    monkeypatch.setattr(
+        running.files, "write_leaves", lambda path, leaves, about: written(path, leaves, {"epoch": "2"})
+    )
+    with pytest.raises(UserError, match=r"is of epoch 2, but the best one is 1: set train\.export=last"):
+        start(tmp_path)
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path, start, monkeypatch):

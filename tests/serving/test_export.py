@@ -20,7 +20,8 @@ from jpeft.run import experiment
 from jpeft.run import workdir as workdirs
 from jpeft.run.console import Console
 from jpeft.serving import card, drift, export
-from jpeft.store import adapterhub, huggingface, stablehlo
+from jpeft.store import adapterhub, huggingface, model_folder, stablehlo
+from jpeft.store.adapterhub.format import FLEXIBLE_CLASS
 from jpeft.transforms.registry import METHODS
 
 QUIET = Console(quiet=True)
@@ -131,6 +132,22 @@ def test_a_program_serves_what_does_not_merge(trained, tmp_path):
     card = (tmp_path / "adapters/README.md").read_text()
     assert "library_name: adapters" in card
     assert 'model.load_adapter("this folder", set_active=True, use_safetensors=True)' in card
+
+
+def test_the_card_opens_the_head_with_what_has_a_place_for_it(trained, monkeypatch):
+    """A pooler that trained is part of a flexible head, which other classes leave out with no more than a warning."""
+    folder = trained("pfeiffer", bottleneck=4) / "seed_11" / "model"
+    description, arrays = model_folder.read(folder)
+
+    saved = jpeft.load(folder)
+
+    def page():
+        return card.write(folder, "adapters", description, saved, [], "mit")
+
+    assert "model = AutoModelForSequenceClassification.from_pretrained(" in page()
+    pooled = {**arrays, "params": {**arrays["params"], "pooler": {}}}
+    monkeypatch.setattr(card.model_folder, "read", lambda _: (description, pooled))
+    assert f"model = adapters.{FLEXIBLE_CLASS}.from_pretrained(" in page()
 
 
 # One for each way to act that does not merge.

@@ -20,6 +20,7 @@ from jpeft.run import experiment
 from jpeft.run.console import Console
 from jpeft.run.stopping import Stopped
 from jpeft.serving import stream
+from jpeft.store import model_folder
 
 QUIET = Console(quiet=True)
 PROGRAM = runpy.run_path(str(Path(jpeft.__file__).with_name("predict.py")))
@@ -197,6 +198,11 @@ def test_what_was_begun_goes_on_with_the_same_only(workdir, source, tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(stream.jax, "default_backend", lambda: "tpu")
         assert "was begun with another model, input, columns or device" in fails(input=source)
+    about = workdir / "seed_11" / "model" / "jpeft.json"
+    was = files.read_record(about, model_folder.KIND)
+    files.write_record(about, model_folder.KIND, was | {"labels": ["a", "b"]})  # the same weights, other names
+    assert "was begun with another model, input, columns or device" in fails(input=source)
+    files.write_record(about, model_folder.KIND, was)
     output.write_text(kept.replace('"label": "', '"label": "x')[: len(kept)])
     assert "was edited since it was begun" in fails(input=source)
     output.write_text(kept)

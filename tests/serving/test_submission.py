@@ -97,6 +97,13 @@ def test_what_cannot_be_submitted(models, once, tmp_path, names, output, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_of_another_task_of_that_name(models, once):
+    saved = jpeft.load(once / "mrpc" / "seed_11" / "model")
+    submission._check("mrpc", saved)
+    with pytest.raises(UserError, match="answers with equivalent, not_equivalent, GLUE's mrpc has not_equiv"):
+        submission._check("mrpc", saved._replace(labels=saved.labels[::-1]))
+
+
 def test_rows_that_are_not_numbered_through(models, once, folder, tmp_path, small):
     broken = shutil.copytree(folder, tmp_path / "glue")
     file = broken / "mrpc" / "test.jsonl"

@@ -25,14 +25,14 @@ def parts():
     return jpeft.partition(METHOD, params, leaves, "classifier")
 
 
-def start(parts, attribute, every, rate=1e-2):
+def start(parts, attribute, every, rate=1e-2, averaged=None):
     optimizer = optax.adam(rate)
     total = held_out_loss(step.eval_step(MODEL, METHOD), example_losses)
     held = [batch for batch, _ in batching.eval_batches(DATA.dev, 4, DATA.eval_buckets)]
     batches = (b for epoch in itertools.count(1) for b in batching.train_batches(DATA.train, DATA.layouts, 5, epoch))
     return trial(
         jax.jit(step.train_step(MODEL, METHOD, optimizer)), jax.jit(held_out_gradient(total) if attribute else total),
-        step.init_state(parts.trainable, optimizer), parts.frozen, batches, held, KEY, every, attribute,
+        step.init_state(parts.trainable, optimizer), parts.frozen, batches, held, KEY, every, attribute, averaged,
     )  # fmt: skip
 
 
@@ -72,7 +72,8 @@ def test_a_look_is_at_the_mean_of_the_last_third(parts):
     for batch in itertools.islice(batches, 12):
         state, _ = train(state, parts.frozen, batch, KEY)
         path.append(jax.tree.map(np.asarray, state.trainable))
-    for reached, some in zip(start(parts, False, 6), (path[4:6], path[10:12]), strict=False):
+    looks = [*itertools.islice(start(parts, False, 6), 2), next(start(parts, False, 12, averaged=2))]
+    for reached, some in zip(looks, (path[4:6], path[10:12], path[10:12]), strict=True):
         mean = jax.tree.map(lambda *x: np.mean(x, 0), *some)
         losses = [np.asarray(total(mean, parts.frozen, b)[1])[b.weights > 0] for b in eyes]
         np.testing.assert_allclose(reached.losses, np.concatenate(losses), rtol=1e-4)
