@@ -49,13 +49,8 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
         console.say(f"  {len(task.labels)} classes: {names}")
     if base.fresh:
         console.say(f"  not trained in the checkpoint, so initialised and trained: {', '.join(base.fresh)}")
-    return (
-        data,
-        base,
-        workdirs.inputs(
-            data, base, source, config.task, config.init_from, configs.results(config, base.config, data.train.size)
-        ),
-    )
+    results = configs.results(config, base.config, data.train.size)
+    return data, base, workdirs.inputs(data, base, source, config.task, config.init_from, results)
 
 
 def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -> tuple[Data, str]:

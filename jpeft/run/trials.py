@@ -32,7 +32,7 @@ TELLING = 30  # steps before a look tells anything: a faster rate is behind at f
 DROP_STEPS = 8
 DROP_HELD = 64  # held-out examples of `loss_drop`
 WARMUP = 4  # steps of a trial
-DIVERGED, BAD = 1e9, "not finite"  # the held-out loss of what diverged
+DIVERGED = 1e9  # the held-out loss of what diverged
 
 
 def loss_drop(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Found:
@@ -96,8 +96,8 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
         losses = {name: bounded(next(runs[name]).losses) for name in alive}
         passes += len(alive) * (steps * batch_size + held.size / 3)
         history.append(_finite(losses))
-        told = ", ".join(f"{name} {history[-1].get(name, DIVERGED):.4f}" for name in losses)
-        seed.console.say(f"  held-out loss after {steps * len(history)} steps: {told.replace(f'{DIVERGED:.4f}', BAD)}")
+        told = ", ".join(f"{name} {loss}" for name, loss in _shown(losses).items())
+        seed.console.say(f"  held-out loss after {steps * len(history)} steps: {told}")
         if not history[-1]:
             raise UserError(f"no candidate has a finite held-out loss after {steps} steps: try lower learning rates")
         ranked = ranking(losses)
@@ -113,8 +113,7 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
         passes += len(faster) * (most * batch_size + held.size / 3)
         by_rate = {f"{own:g}": losses[order[0]], **rivals}
         about |= {"rate": float(leading(by_rate)), "rate_losses": _finite(by_rate)}
-        found = {name: f"{loss:.4f}" for name, loss in about["rate_losses"].items()}
-        told = ", ".join(f"{found.get(name, BAD)} at {name} times its rate" for name in by_rate)
+        told = ", ".join(f"{loss} at {name} times its rate" for name, loss in _shown(by_rate).items())
         seed.console.say(f"  {order[0]}: held-out loss {told}; taken: {about['rate']:g}")
     return Found(dict.fromkeys(range(layers), scores), passes, about)
 
@@ -127,6 +126,11 @@ def bounded(losses: np.ndarray) -> np.ndarray:
 def _finite(losses: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The mean losses of those that did not diverge."""
     return {name: float(own.mean()) for name, own in losses.items() if own.mean() < DIVERGED}
+
+
+def _shown(losses: Mapping[str, np.ndarray]) -> dict[str, str]:
+    found = _finite(losses)
+    return {name: f"{found[name]:.4f}" if name in found else "not finite" for name in losses}
 
 
 def race_steps(total: int, sizes: Sequence[int], fixed: float) -> int:
