@@ -75,9 +75,8 @@ def predict(model: Path, source: str, output: Path, console: Console, text: Sequ
     if given is None and not source.endswith(ENDINGS):
         raise UserError(f"--input {file} is of an unknown kind: expected {', '.join(ENDINGS)}")
     identity = {
-        "model": files.file_hash(
-            folder / model_folder.DESCRIPTION
-        ),  # with the hash of its weights, and names of classes
+        # It has the hash of the weights, and the names of the classes.
+        "model": files.file_hash(folder / model_folder.DESCRIPTION),
         "input": "" if given else files.file_hash(file),
         "text": list(columns),
         "backend": jax.default_backend(),

@@ -101,7 +101,8 @@ def published(grid: Config) -> dict[str, dict[str, Published]]:
     if not grid.published:
         return {}
     variants = {_shown(cell): (cell.variant, config_of(grid, cell).method) for cell in cells(grid)}
-    metrics = {cell.task: configs.task_of(config_of(grid, cell)).primary for cell in cells(grid)}
+    firsts = {cell.task: cell for cell in reversed(cells(grid))}
+    metrics = {task: configs.task_of(config_of(grid, cell)).primary for task, cell in firsts.items()}
     found = others.beside(others.read(Path(grid.published)), variants, metrics)
     return {task: rows for task, rows in found.items() if task in grid.tasks}
 
