@@ -127,8 +127,8 @@ def scores(folder: Path) -> dict[str, dict[str, Any]]:
         name, metric = row["variant"], row["primary_metric"]
         rate = None if "choice" in row else row["config"].get("train.learning_rate", METHODS[name].learning_rate)
         about = {"primary_metric": metric, "learning_rate": rate, "module_bytes": row.get("module_bytes"), "scores": {}}
-        first = recipes.setdefault(name, row["config"])
-        if row["config"] != first or str(row["seed"]) in found.get(name, {"scores": {}})["scores"]:
+        recipe = {field: x for field, x in row["config"].items() if field != "seeds"}
+        if recipe != recipes.setdefault(name, recipe) or str(row["seed"]) in found.get(name, {"scores": {}})["scores"]:
             raise UserError(f"--cells {folder} has cells of {name} by several recipes: give it those of one")
         found.setdefault(name, about)["scores"][str(row["seed"])] = row["metrics"][metric]
     return found

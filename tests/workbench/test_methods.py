@@ -28,7 +28,8 @@ def test_the_table_has_a_row_a_method_and_dashes_for_what_is_not_measured():
 def test_scores_come_from_the_cells_of_a_grid(tmp_path):
     def cell(variant, seed, score, task="sst2", **more):
         row = {
-            "task": task, "variant": variant, "seed": seed, "config": {"method": variant}, "primary_metric": "accuracy",
+            "task": task, "variant": variant, "seed": seed, "config": {"method": variant, "seeds": [seed]},
+            "primary_metric": "accuracy",
             "metrics": {"accuracy": score}, "module_bytes": 7, **more,
         }  # fmt: skip
         files.write_record(tmp_path / f"{task}-{variant}-{seed}.json", KIND, row)
@@ -47,7 +48,7 @@ def test_scores_come_from_the_cells_of_a_grid(tmp_path):
     assert set(found) == {"lora", "fishpal"}
     assert "| - | chosen | 90.0 |" in methods.table({"fishpal": ROW | found["fishpal"] | {"module_bytes": None}})
     assert "| chosen | 90.0 |" in methods.table({"fishpal": ROW | found["fishpal"]})
-    cell("lora", 33, 0.7, config={"method": "lora", "train.learning_rate": 0.002})
+    cell("lora", 33, 0.7, config={"method": "lora", "seeds": [33], "train.learning_rate": 0.002})
     with pytest.raises(UserError, match="has cells of lora by several recipes"):
         methods.scores(tmp_path)
     cell("lora", 33, 0.7)
