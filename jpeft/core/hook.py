@@ -7,6 +7,7 @@ A module with a quantised kernel is called with a dense one in its place, be the
 """
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,19 +31,21 @@ class _Held:
     """The data stored next to a site's parameters: its own pytree type, so that nothing traverses it by mistake.
 
     Attributes:
-      members: the transforms at this site by instance, in the order of the chain. They are static, hence part of the
-        cache key of `nn.jit`.
+      members: the transforms at this site by instance, in the order of the chain.
+      path: of the site. Both are static, hence part of the cache key of `nn.jit`: what a wrap does may depend on where.
       leaves: {instance: (own leaves, shared leaves)}.
       ambient: {"key": ..., "mask": ...}, each only if given.
       stack: zeros of shape (*stack, 0); shape (0,) inside the scans and maps that stack the site's parameters.
     """
 
-    def __init__(self, members: tuple[tuple[str, Transform], ...], leaves: Any, ambient: Any, stack: Any):
-        self.members, self.leaves, self.ambient, self.stack = members, leaves, ambient, stack
+    def __init__(self, members: tuple[tuple[str, Transform], ...], path: str, leaves: Any, ambient: Any, stack: Any):
+        self.members, self.path, self.leaves, self.ambient, self.stack = members, path, leaves, ambient, stack
 
 
 jax.tree_util.register_pytree_node(
-    _Held, lambda held: ((held.leaves, held.ambient, held.stack), held.members), lambda members, x: _Held(members, *x)
+    _Held,
+    lambda held: ((held.leaves, held.ambient, held.stack), (held.members, held.path)),
+    lambda static, x: _Held(*static, *x),
 )
 
 
@@ -66,7 +69,8 @@ def apply(
       variables: as for `model.apply`, with the leaves under "peft". Kernels may be quantised (`jpeft.quantise`); wraps
         see them dense.
       *args: positional arguments of the model's `__call__`.
-      mask: passed to the wraps as `ctx.mask`; for our encoders, the attention mask.
+      mask: passed to the wraps as `ctx.mask`; for our encoders, the attention mask. A model that has an argument of
+        this name gets it, too.
       rngs: as for `model.apply`: keys by name, or one key for all. With a "dropout" key, or one for all, the wraps
         are in training mode and use it.
       **kwargs: keyword arguments of the model's `__call__`, and `mutable` or `method` as for `model.apply`.
@@ -128,6 +132,8 @@ def apply(
             inner = _wrapped(member, own, site, inner, ctx._replace(shared=shared))
         return inner(*args)
 
+    if mask is not None and _lacks_mask(model, args, kwargs):
+        kwargs["mask"] = mask
     with nn.intercept_methods(hook):
         out = model.apply(variables, *args, rngs=rngs, **kwargs)
     for path in sorted(missed - reached):
@@ -139,6 +145,16 @@ def apply(
     if kwargs.get("mutable", False) is False or "params" not in out[1]:
         return out
     return out[0], {**out[1], "params": _without_held(out[1]["params"])}
+
+
+def _lacks_mask(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the method that is called has an argument `mask` that was not given."""
+    method = kwargs.get("method") or "__call__"
+    called = getattr(type(model), method, None) if isinstance(method, str) else method
+    if called is None:
+        return False  # for flax to say
+    _, *names = inspect.signature(called).parameters
+    return "mask" in names and "mask" not in names[: len(args)]
 
 
 def _dequantised(module: nn.Module, call: Call) -> Call:
@@ -181,7 +197,7 @@ def _held(path: str, at_site: Mapping[str, Any], named: Mapping[str, Transform],
         if key is not None:
             ambient["key"] = jax.random.split(key, stack)
     members = tuple((name, member) for name, member in named.items() if name in leaves)
-    return _Held(members, leaves, ambient, jnp.zeros((*stack, 0)))
+    return _Held(members, path, leaves, ambient, jnp.zeros((*stack, 0)))
 
 
 def _wrapped(member: Transform, own: Any, site: Any, inner: Call, ctx: Context) -> Call:

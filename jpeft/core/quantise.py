@@ -70,7 +70,8 @@ def _chosen(sites: Sites, targets: str, exceptions: str | None) -> list[Site]:
     def fits(site: Site) -> bool:
         kernel = site.params.get("kernel")
         inside = targets != ALL or site.layer is not None or bool(site.stack)
-        return inside and isinstance(kernel, jax.ShapeDtypeStruct) and len(kernel.shape) > 1
+        above = any(path.startswith(f"{site.path}/") for path in sites)  # the hook would not reach what is below
+        return inside and not above and isinstance(kernel, jax.ShapeDtypeStruct) and len(kernel.shape) > 1
 
     found = find(sites, targets, None, fits, "layers with a kernel")
     spared = {site.path for site in found if exceptions is not None and matches(exceptions, site.path)}

@@ -251,7 +251,8 @@ def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merge
     stays if it cannot be merged, or if it wraps one that stays: folded into the weights, it would act before that one.
     If a member that reads the site's own parameters wraps another, both stay. Matrix products are computed in full
     float32 precision, and the result has the dtypes of the base. Quantised kernels become dense, whether anything is
-    folded into them or not.
+    folded into them or not. Kernels are taken to be what their layers multiply with: where something normalises them
+    on the way, as `nn.WeightNorm` does, the merged model is another one.
 
     Args:
       transform: a method or a chain.

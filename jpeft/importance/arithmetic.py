@@ -71,7 +71,10 @@ def ties(start: Any, models: Sequence[Any], density: float = 0.2, scale: float =
     if not finite(scale):
         raise UserError(f"scale must be a finite number, got {scale}")
     _weights(models, None)
-    vectors = [_trimmed(_vector(start, model, f"model {i}"), density) for i, model in enumerate(models)]
+    whole = [_vector(start, model, f"model {i}") for i, model in enumerate(models)]
+    # What no model changed is no part of a task vector: frozen parameters, indices.
+    moved = jax.tree.map(lambda *x: any(part.any() for part in x), *whole)
+    vectors = [_trimmed(vector, moved, density) for vector in whole]
 
     def agreed(*parts: np.ndarray) -> np.ndarray:
         stacked = np.stack(parts)
@@ -195,11 +198,15 @@ def _vector(start: Any, model: Any, name: str) -> Any:
     return jax.tree_util.tree_map_with_path(less, start, model)
 
 
-def _trimmed(vector: Any, density: float) -> Any:
-    """The largest entries of a whole task vector, 0 in the place of the others."""
-    sizes = np.concatenate([np.zeros(0, np.float32), *(np.abs(x).ravel() for x in jax.tree.leaves(vector))])
-    if not sizes.size:
+def _trimmed(vector: Any, moved: Any, density: float) -> Any:
+    """The largest entries of a whole task vector, of the leaves that moved; 0 in the place of the others."""
+    leaves = jax.tree.leaves(vector)
+    if not sum(x.size for x in leaves):
         raise UserError("expected models with entries to choose from, got none")
+    found = [np.abs(x).ravel() for x, some in zip(leaves, jax.tree.leaves(moved), strict=True) if some]
+    if not found:
+        return vector
+    sizes = np.concatenate(found)
     kept = math.ceil(density * sizes.size)
     least = np.partition(sizes, sizes.size - kept)[sizes.size - kept]
     return jax.tree.map(lambda x: np.where(np.abs(x) >= least, x, 0), vector)

@@ -193,3 +193,30 @@ def test_every_suitable_site_by_one_pattern():
     assert set(norms) == {"norm_0", "norm_1"}
     biases = jpeft.init(jpeft.bitfit(), jax.random.key(0), PLAIN, params)["bitfit_0"]
     assert len(biases) == 5
+
+
+def test_equal_blocks_under_nn_jit_have_their_own_places():
+    """Flax traces equal blocks once, unless something static differs."""
+    method = jpeft.lora(2, targets="proj", alpha_pattern={"blocks_1/proj": 64.0})
+    variables = {"params": PARAMS, "peft": leaves_of(method)}
+    np.testing.assert_allclose(
+        jpeft.apply(Net(JitBlock), method, variables, X), jpeft.apply(Net(), method, variables, X), atol=1e-5
+    )
+
+
+class Masked(nn.Module):
+    @nn.compact
+    def __call__(self, x, mask=None):
+        y = nn.Dense(D, name="proj")(x)
+        return y if mask is None else y * mask
+
+
+def test_a_mask_is_the_models_too_where_it_has_such_an_argument():
+    model, mask = Masked(), np.arange(len(X))[:, None] < 1
+    params = model.init(jax.random.key(0), X)["params"]
+    method = jpeft.lora(2, targets="proj")
+    variables = {"params": params, "peft": jpeft.init(method, jax.random.key(1), jpeft.sites(model, X), params)}
+    wanted = model.apply({"params": params}, X, mask)
+    assert np.abs(wanted - model.apply({"params": params}, X)).max() > 0.1
+    for given in ((X,), (X, mask)):
+        np.testing.assert_array_equal(jpeft.apply(model, method, variables, *given, mask=mask), wanted)

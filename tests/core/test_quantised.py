@@ -253,3 +253,25 @@ def test_memory(optimised):
     assert kernels(coded["int8"]) <= 0.26 * kernels(params)
     assert needed(coded["nf4"]) - needed(params) <= 3 * kernels(params) / layers
     assert needed(coded["nf4"], before=dense) - needed(params) >= 0.9 * kernels(params)  # if they were kept
+
+
+class Above(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.ones, (4, 4))
+        return nn.Dense(4, name="proj")(x @ kernel)
+
+
+class Nested(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Above(name="block")(x)
+
+
+def test_a_kernel_above_other_modules_is_not_quantised():
+    """What is below it would not be reached by the hook."""
+    x = jnp.ones((2, 4))
+    params = Nested().init(jax.random.key(0), x)["params"]
+    with pytest.raises(UserError, match=r"'block' .* is not one of the layers with a kernel"):
+        jpeft.quantise(params, jpeft.sites(Nested(), x), "int8", targets="block")
+    assert jpeft.quantise(params, jpeft.sites(Nested(), x), "int8", targets="proj")

@@ -59,6 +59,17 @@ def test_one_model_survives_ties_as_its_largest_entries():
     assert np.flatnonzero(moved).tolist() == sorted(np.argsort(-np.abs(flat(MODELS[0]) - flat(START)))[:3])
 
 
+def test_what_no_model_moved_is_not_counted():
+    """Indices, and parameters that were frozen."""
+    start = {"x": np.zeros(10, np.float32)}
+    model = {"x": np.arange(1, 11, dtype=np.float32)}
+    more = {"index": np.arange(30), "frozen": np.ones(50, np.float32)}
+    for rest in ({}, more):
+        found = jpeft.ties({**start, **rest}, [{**model, **rest}], density=0.2)
+        assert found["x"].tolist() == [0] * 8 + [9, 10]
+    np.testing.assert_array_equal(jpeft.ties(model, [model])["x"], model["x"])
+
+
 def test_dare_keeps_the_mean_and_drops_the_rest():
     start, model = {"w": jnp.zeros(20_000)}, {"w": jnp.ones(20_000)}
     got = np.asarray(jpeft.dare(jax.random.key(0), start, model, 0.1)["w"])
