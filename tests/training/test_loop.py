@@ -164,6 +164,7 @@ def several():
     return alone, states, [parts.frozen for parts in found], together, stepping.stack(states), frozen
 
 
+@pytest.mark.slow  # runs are held together and alone in tests/run/test_experiment.py, too
 def test_several_runs_together_are_each_as_it_is_alone(several):
     alone, states, frozens, together, stacked, frozen = several
     assert not np.array_equal(*(jax.tree.leaves(each["peft"])[0] for each in frozens[:2]))  # projections of their own
