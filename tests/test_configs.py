@@ -144,3 +144,13 @@ def test_the_files_and_the_names_agree():
 def test_a_name_that_is_wrong(name, message):
     with pytest.raises(UserError, match=message):
         get_config(FOLDER / "glue.py", name)
+
+
+def test_the_study_of_sizes_trains_what_was_published():
+    grid = get_config(FOLDER / "compare_sizes.py", "mnli")
+    for cell in compare.cells(grid):
+        config = compare.config_of(grid, cell)
+        if cell.variant.startswith("LoRA"):
+            assert config.peft.lora.alpha == config.peft.lora.rank == int(cell.variant.split()[1])
+        if cell.variant.startswith("houlsby"):
+            assert config.method == "houlsby+layer_norm"

@@ -150,7 +150,8 @@ def apply(
 def _lacks_mask(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether the method that is called has an argument `mask` that was not given."""
     method = kwargs.get("method") or "__call__"
-    called = getattr(type(model), method, None) if isinstance(method, str) else method
+    # A bound method has lost its first argument.
+    called = getattr(type(model), method, None) if isinstance(method, str) else getattr(method, "__func__", method)
     if called is None:
         return False  # for flax to say
     _, *names = inspect.signature(called).parameters

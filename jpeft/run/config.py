@@ -246,16 +246,17 @@ def results(config: Config, shape: BertConfig, rows: int = 0) -> int:
     names, own = named(config), config.fishpal
     if "ladder_side" in names and (shape.hidden_act, shape.layer_norm_eps) != ("gelu", 1e-12):
         return 6  # its blocks take activation and epsilon from the backbone
-    if METHODS[config.method.split("+")[0]].chooses and own.plan is None and set(own.sizes) != {1}:
-        patterns = [x for name in names for key, x in config.peft[name].items() if key.endswith("_pattern")]
-        if "rslora" in names or any(patterns):
-            return 6  # candidates of other sizes keep their scale
-    if METHODS[config.method.split("+")[0]].chooses and own.plan is None and own.budget is not None:
-        return 6  # what races fits the budget, and the program is exact
+    if not METHODS[config.method.split("+")[0]].chooses or own.plan is not None:
+        return RESULTS
+    patterns = [x for name in names for key, x in config.peft[name].items() if key.endswith("_pattern")]
+    scaled = set(own.sizes) != {1} and (
+        "rslora" in names or any(patterns)
+    )  # candidates of other sizes keep their scale
     several = len(own.candidates) * len(own.sizes) > 2 and len(raced_rates(config)) > 1
-    if several and config.train.num_epochs * rows / config.train.batch_size > LONG:
-        return 6  # after a race of kinds, rates are held against each other over equally many steps
-    return RESULTS
+    # After a race of kinds, rates are compared over equally many steps.
+    raced = several and config.train.num_epochs * rows / config.train.batch_size > LONG
+    # What races fits the budget, and the integer program is exact.
+    return 6 if scaled or raced or own.budget is not None else RESULTS
 
 
 def candidates(config: Config) -> Candidates:

@@ -57,8 +57,7 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
     if not task.trainable:
         raise UserError(f"config.task {task.name!r} is a test set without training data: train config.task 'mnli'")
     if task.kind == "multilabel" and "adamix" in configs.named(config):
-        told = "adamix holds two answers against each other as distributions over classes, and a set of classes is none"
-        raise UserError(f"{told}: take another method, such as pfeiffer")
+        raise UserError("adamix's penalty needs one class a row, and here are sets of them: take pfeiffer, for example")
     own = config.task.endswith(".py")  # all others check their own
     splits = checking.splits(task, config.data.path) if own else task.splits(config.data.path)
     for name, count in splits.empty_texts.items():

@@ -220,3 +220,5 @@ def test_a_mask_is_the_models_too_where_it_has_such_an_argument():
     assert np.abs(wanted - model.apply({"params": params}, X)).max() > 0.1
     for given in ((X,), (X, mask)):
         np.testing.assert_array_equal(jpeft.apply(model, method, variables, *given, mask=mask), wanted)
+    for called in ("__call__", Masked.__call__, model.__call__):
+        np.testing.assert_array_equal(jpeft.apply(model, method, variables, X, mask=mask, method=called), wanted)
