@@ -246,6 +246,8 @@ def results(config: Config, shape: BertConfig, rows: int = 0) -> int:
     names, own = named(config), config.fishpal
     if "ladder_side" in names and (shape.hidden_act, shape.layer_norm_eps) != ("gelu", 1e-12):
         return 6  # its blocks take activation and epsilon from the backbone
+    if names & {"prompt", "p_tuning"}:
+        return 6  # fewer virtual tokens by default
     if not METHODS[config.method.split("+")[0]].chooses or own.plan is not None:
         return RESULTS
     patterns = [x for name in names for key, x in config.peft[name].items() if key.endswith("_pattern")]

@@ -27,7 +27,7 @@ PROMPT, INPUT = "prompt", "input"
 
 
 def p_tuning(
-    num_virtual_tokens: int = 20,
+    num_virtual_tokens: int = 9,
     encoder: str = "lstm",
     hidden: int = 128,
     num_layers: int = 2,
@@ -48,7 +48,7 @@ def p_tuning(
     `fold` runs the encoder once and stores its P vectors. At inference each row has that many more tokens.
 
     Args:
-      num_virtual_tokens: P.
+      num_virtual_tokens: P. Its authors' default is 9; with more than the text has, it hardly learns in a short run.
       encoder: "lstm" or "mlp".
       hidden: h.
       num_layers: of the LSTM; the MLP has three.

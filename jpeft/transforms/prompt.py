@@ -23,7 +23,7 @@ PLACES = {
 
 
 def prompt(
-    num_virtual_tokens: int = 20,
+    num_virtual_tokens: int = 10,
     start_from: str = "vocabulary",
     token_ids: Sequence[int] | None = None,
     placement: str = "words",
@@ -33,7 +33,7 @@ def prompt(
     At inference each row has P more tokens. It cannot be merged.
 
     Args:
-      num_virtual_tokens: P.
+      num_virtual_tokens: P. AdapterHub's default is 10; with more than the text has, it hardly learns in a short run.
       start_from: "vocabulary" starts from rows of the word embeddings, those of `token_ids` or random ones;
         "random" from N(0, 1).
       token_ids: the P rows to start from; None samples them. Only with "vocabulary".

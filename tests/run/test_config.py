@@ -136,6 +136,7 @@ def test_a_change_that_concerns_few_runs_has_a_number_of_its_own():
         return configs.results(config, BertConfig(hidden_act=act), rows)
 
     assert results("lora", "relu") == results("ladder_side") == results("fishpal", sizes=(1, 2)) == RESULTS
+    assert results("lora+prompt") == results("fishpal", candidates=("lora", "p_tuning")) == 6
     assert results("ladder_side", "relu") == results("fishpal", candidates=("rslora",), sizes=(1, 2)) == 6
     assert results("fishpal", candidates=("rslora",)) == results("full") == RESULTS
     assert results("fishpal", budget="1%") == results("fishpal", rows=4000) == 6  # 2,500 steps
