@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program.
 
     Returns:
-      The exit code: 0, 2 after one line about what the user can mend, or 130 if it was stopped.
+      The exit code: 0, also after SIGTERM; 2 after one line about what the user can mend; 130 after Ctrl-C.
     """
     return command.call(run, None if argv is None else list(argv))
 

@@ -255,7 +255,7 @@ def test_a_real_process_fails_with_one_line(config, tmp_path):
 def test_a_pattern_that_is_there_twice_is_refused(config, tmp_path, capsys):
     twice = '--config.peft.lora.rank_pattern={"layer_0.*": 4, "layer_0.*": 5}'
     assert program.main(["jpeft", "--config", str(config), "--workdir", str(tmp_path / "work"), twice]) == 2
-    assert "must be a JSON object, no name twice" in capsys.readouterr().err
+    assert "must be a JSON object without duplicate names" in capsys.readouterr().err
 
 
 def test_a_config_file_without_its_function_is_refused(tmp_path, capsys):

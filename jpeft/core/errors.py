@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "nearest"]
+__all__ = ["UserError", "nearest", "one_line"]
 
 
 class UserError(ValueError):
@@ -11,6 +11,11 @@ class UserError(ValueError):
 
     `jpeft.main` prints the message and exits with code 2; library users catch it as a `ValueError`.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, in one line."""
+    return " ".join(str(error).split())
 
 
 def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:

@@ -11,16 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.core import tree
-from jpeft.core.errors import UserError
-from jpeft.core.site import Site
+from jpeft.core.site import Site, stack_axes
 from jpeft.core.transform import SHARED, STACKED, Leaves, Params, site_key
 
 __all__ = ["fold_sites", "init_sites", "merge_sites"]
 
 
-def init_sites(
-    key: Array, where: Sequence[Site], make: Callable[..., Any], params: Params | None = None, stacks: bool = True
-) -> Leaves:
+def init_sites(key: Array, where: Sequence[Site], make: Callable[..., Any], params: Params | None = None) -> Leaves:
     """Creates leaves for each site: {path: make(site_key(key, path), site)}.
 
     At a site with stacked parameters, `make` is mapped over one key per copy, so its leaves are stacked as well.
@@ -30,26 +27,22 @@ def init_sites(
       where: the sites.
       make: (key, site) -> leaves; or (key, site, own parameters), at least float32, if `params` are given.
       params: the model's parameters.
-      stacks: whether the method supports stacked leaves.
 
     Raises:
       UserError: if a site is stacked in a way that is not supported.
     """
 
     def at_site(site: Site) -> Any:
-        if site.stack is None or (site.stack and not stacks):
-            why = "on an axis other than the first" if site.stack is None else "which this method does not support"
-            advice = "pass variable_axes={'params': 0}" if site.stack is None else "choose other sites"
-            raise UserError(f"nn.scan or nn.vmap stacks the parameters of site {site.path!r}, {why}: {advice}")
+        stack = stack_axes(site)
         own = () if params is None else (wide(tree.at(params, site.path)),)
 
         def one(key: Array, *own: Any) -> Any:
             return make(key, site, *own)
 
         build, keys = one, site_key(key, site.path)
-        for _ in site.stack:
+        for _ in stack:
             build = _stacked(build)
-        return build(jax.random.split(keys, site.stack) if site.stack else keys, *own)
+        return build(jax.random.split(keys, stack) if stack else keys, *own)
 
     return {site.path: at_site(site) for site in where}
 

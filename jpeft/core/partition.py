@@ -48,7 +48,7 @@ def partition(transform: Transform | Chain, params: Params, leaves: Leaves, trai
       transform: a method or a chain.
       params: the parameters of the model.
       leaves: the leaves of the transform.
-      trains: top-level names of `params` that train as well, such as the head.
+      trains: a top-level name of `params`, or several, that train as well, such as the head.
 
     Returns:
       The parts. Arrays are not copied: an optimiser step that donates them needs a copy.

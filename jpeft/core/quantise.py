@@ -14,7 +14,7 @@ import numpy as np
 from jpeft.core import tree
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.quantised import BLOCK, BOOKS, DYNAMIC, KINDS, NESTED, Quantised
-from jpeft.core.site import ALL, Site, Sites, find, matches
+from jpeft.core.site import ALL, Site, Sites, find, matches, stack_axes
 from jpeft.core.transform import Params
 
 __all__ = ["quantise"]
@@ -32,7 +32,7 @@ def quantise(
     "nf4" and "fp4" take blocks of 64 values, 4 bits each, with their absmax in 8 bits (double quantisation), which is
     0.129 of float32; "int8" takes 8 bits a value and one float32 an output, with zero at zero. `jpeft.apply`
     dequantises a kernel where its layer is called, and again in the backward pass: no dense copy is kept. Any method
-    trains on top; those that change kernels themselves (FISH, SAID, the top layers) hold dense ones of these.
+    trains on top; those that change kernels themselves (FISH, SAID, the top layers) keep dense copies of those.
     `jpeft.merge` gives dense weights.
 
     Args:
@@ -56,12 +56,7 @@ def quantise(
         old = tree.get(params, f"{site.path}/kernel")
         if isinstance(old, Quantised):
             raise UserError(f"the kernel of site {site.path!r} is quantised already, as {old.kind}")
-        if site.stack is None:
-            raise UserError(
-                f"nn.scan or nn.vmap stacks the parameters of site {site.path!r} on an axis other than the first: pass "
-                "variable_axes={'params': 0}"
-            )
-        new = _quantised(np.asarray(old), kind, len(site.stack), site.path)
+        new = _quantised(np.asarray(old), kind, len(stack_axes(site)), site.path)
         params = tree.replace(params, f"{site.path}/kernel", lambda _, new=new: new)
     return dict(params)
 

@@ -26,6 +26,7 @@ __all__ = [
     "path_of",
     "site_of",
     "sites",
+    "stack_axes",
     "stack_of",
 ]
 
@@ -148,10 +149,23 @@ def _stack(path: str, seen: Mapping[str, Any], params: Mapping[str, Any]) -> tup
     own, whole = (jax.tree.leaves(tree) for tree in (seen[path], _subtree(params, path)))
     if len(own) != len(whole):
         return ()
-    extra = {len(b.shape) - len(a.shape) for a, b in zip(own, whole, strict=True)}
-    stacks = {b.shape[: len(b.shape) - len(a.shape)] for a, b in zip(own, whole, strict=True)}
-    in_front = all(b.shape[len(b.shape) - len(a.shape) :] == a.shape for a, b in zip(own, whole, strict=True))
-    return stacks.pop() if len(extra) == 1 and len(stacks) == 1 and in_front else None
+    stacks = set()
+    for a, b in zip(own, whole, strict=True):
+        depth = len(b.shape) - len(a.shape)
+        if b.shape[depth:] != a.shape:
+            return None
+        stacks.add(b.shape[:depth])
+    return stacks.pop() if len(stacks) == 1 else None
+
+
+def stack_axes(site: Site) -> tuple[int, ...]:
+    """The axes on which a site's parameters are stacked; raises a UserError if these are not in front."""
+    if site.stack is None:
+        raise UserError(
+            f"nn.scan or nn.vmap stacks the parameters of site {site.path!r} on an axis other than the first: pass "
+            "variable_axes={'params': 0}"
+        )
+    return site.stack
 
 
 def _shapes(tree: Any) -> Any:

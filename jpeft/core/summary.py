@@ -83,14 +83,12 @@ def summary(transform: Transform | Chain, leaves: Leaves, params: Params, traine
     left = jax.eval_shape(lambda leaves: _deployed(transform, leaves, params), leaves)
     rows: list[Row] = []
     for name in instances(transform):
-        trains, stays = _by_layer(split({name: leaves[name]})[0].get(name, {})), _by_layer(left.get(name, {}))
-        rows += _joined(
-            [
-                (place, Row("", name, tree.count(trains.get(place, {})), tree.count(left_at), tree.num_bytes(left_at)))
-                for place in sorted({**trains, **stays}, key=lambda place: (place.layer < 0, place))
-                for left_at in [stays.get(place, {})]
-            ]
-        )
+        trains, kept = _by_layer(split(leaves[name])[0]), _by_layer(left.get(name, {}))
+        placed = []
+        for place in sorted({**trains, **kept}, key=lambda place: (place.layer < 0, place)):
+            own, here = trains.get(place, {}), kept.get(place, {})
+            placed.append((place, Row("", name, tree.count(own), tree.count(here), tree.num_bytes(here))))
+        rows += _joined(placed)
     rows += [Row("", name, tree.count(x), 0, 0) for name, x in (trained or {}).items()]
     return Summary(tuple(rows), tree.count(params))
 

@@ -168,7 +168,11 @@ class Merged(NamedTuple):
 
 
 def chain(*transforms: Transform | Chain) -> Chain:
-    """Composes transforms in the order written: where two meet at a site, the later one wraps the earlier one."""
+    """Composes transforms in the order written: where two meet at a site, the later one wraps the earlier one.
+
+    Raises:
+      UserError: if an argument is not a transform.
+    """
     for each in transforms:
         if not isinstance(each, Transform | Chain):
             raise UserError(f"jpeft.chain takes transforms, such as jpeft.lora(), got {each!r:.60}")
@@ -199,7 +203,8 @@ def init(transform: Transform | Chain, key: Array, sites: Sites, params: Params 
 
     Args:
       transform: a method or a chain.
-      key: a PRNG key; each instance and site folds in its name, so the rest of the chain does not matter.
+      key: a PRNG key; each instance and site folds in its name, such as "lora_0", so members of other methods do not
+        matter.
       sites: the sites of the model, from `sites`.
       params: the model's frozen parameters, for methods that start from them.
 
@@ -303,6 +308,10 @@ def stays(transform: Transform | Chain, leaves: Leaves) -> list[str]:
 
 
 def fold(transform: Transform | Chain, leaves: Leaves) -> Leaves:
-    """Drops what only training needs, such as the MLP of a prefix; the same transform reads the smaller leaves."""
+    """Drops what only training needs, such as the MLP of a prefix; the same transform reads the smaller leaves.
+
+    Raises:
+      UserError: if the leaves are not those of the transform.
+    """
     folded = {name: member.fold for name, member in checked(transform, leaves).items()}
     return {name: leaves[name] if fn is None else fn(leaves[name]) for name, fn in folded.items()}

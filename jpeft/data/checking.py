@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jpeft.core.errors import UserError, nearest
+from jpeft.core.errors import UserError, nearest, one_line
 from jpeft.data.kinds import IGNORED, KINDS
 from jpeft.data.metrics import MANY, METRICS, TAGS
 from jpeft.data.task import Splits, Task, further, is_hidden
@@ -77,7 +77,7 @@ def _told(what: str, call: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # the user's code
-        raise UserError(f"{what} fails: {type(error).__name__}: {' '.join(str(error).split()):.200}") from None
+        raise UserError(f"{what} fails: {type(error).__name__}: {one_line(error):.200}") from None
 
 
 def splits(task: Task, path: str | None) -> Splits:

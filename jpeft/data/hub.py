@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jpeft.core.errors import UserError, nearest
+from jpeft.core.errors import UserError, nearest, one_line
 from jpeft.core.files import file_hash
 
 __all__ = ["SPLITS", "fetch", "load"]
@@ -56,7 +56,7 @@ def fetch(name: str) -> Mapping[str, str]:
         open_it = datasets.load_dataset if Path(where).is_dir() else load
         found: Any = open_it(where, config or None)
     except Exception as error:  # the libraries underneath raise many unrelated types
-        told = " ".join(str(error).split())
+        told = one_line(error)
         raise UserError(
             f"config.data.hub: cannot load {name!r} ({type(error).__name__}: {told:.200}); expected owner/name, "
             "owner/name:config, or a local folder"

@@ -195,7 +195,7 @@ def is_hidden(label: Any) -> bool:
 
 
 def hidden(task: Task, labels: Sequence[float]) -> int:
-    """How many rows of a split have no label: it is -1 there. Where values may be -1, it is one unless all are."""
+    """How many rows of a split have no label, that is, -1. Where -1 can be a value, it is one unless all are -1."""
     without = sum(map(is_hidden, labels))
     is_value = not task.labels and task.label_range[0] <= HIDDEN
     return 0 if is_value and without < len(labels) else without

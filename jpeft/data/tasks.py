@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jpeft.core.errors import UserError, nearest
+from jpeft.core.errors import UserError, nearest, one_line
 from jpeft.data import checking, hub
 from jpeft.data.rows import ENDINGS, columns
 from jpeft.data.task import Splits, Task
@@ -91,7 +91,7 @@ def read_task(file: str) -> Task:
     except SystemExit:
         raise UserError(f"task file {file!r} exits: expected it to define get_task()") from None
     except Exception as error:  # a task file is a program
-        raise UserError(f"task file {file!r}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise UserError(f"task file {file!r}: {type(error).__name__}: {one_line(error)}") from None
     if not isinstance(found, Task):
         raise UserError(f"task file {file!r}: get_task() returned {type(found).__name__}, expected a jpeft Task")
     try:

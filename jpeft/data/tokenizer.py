@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jpeft.core.errors import UserError
+from jpeft.core.errors import UserError, one_line
 
 __all__ = ["load"]
 
@@ -26,7 +26,7 @@ def load(folder: Path, vocab_size: int, words: bool = False) -> Any:
         # RoBERTa's tells words apart by the space before them.
         tokenizer = AutoTokenizer.from_pretrained(folder, **({"add_prefix_space": True} if words else {}))
     except Exception as error:  # whatever its parsers raise, of JSON, of Rust, of a missing class
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if "Validation error for field" in reason:  # transformers reads it on the way to the tokenizer
             raise UserError(f"transformers cannot read {folder / 'config.json'}: {reason:.160}") from None
         raise UserError(

@@ -36,8 +36,8 @@ def task_arithmetic(start: Any, models: Sequence[Any], weights: Sequence[float] 
       A pytree like `start`. Leaves that are not floats, such as indices, are its own.
 
     Raises:
-      UserError: if there are no models, one is not like the start or not finite, leaves that are not floats differ, the
-        number of weights does, or the result is not finite.
+      UserError: if there are no models, a model differs from the start in structure, shape or dtype, a model or the
+        result is not finite, leaves that are not floats differ, or there are not as many weights as models.
     """
     weights = _weights(models, weights)
     vectors = [_vector(start, model, f"model {i}") for i, model in enumerate(models)]
@@ -49,7 +49,7 @@ def task_arithmetic(start: Any, models: Sequence[Any], weights: Sequence[float] 
 
 
 def ties(start: Any, models: Sequence[Any], density: float = 0.2, scale: float = 1.0) -> Any:
-    """Adds the mean of those entries of the task vectors that agree in sign, after each lost its smallest entries.
+    """Trims each task vector to its largest entries, then adds the mean of those that have the prevailing sign.
 
     The sign that prevails at an entry is that of the sum over the tasks; the mean is over the tasks that kept the entry
     and have this sign.
@@ -85,7 +85,7 @@ def ties(start: Any, models: Sequence[Any], density: float = 0.2, scale: float =
 
 
 def dare(key: Array, start: Any, model: Any, density: float = 0.1) -> Any:
-    """Drops entries of a task vector at random and divides the rest by `density`, so that it stays the same on average.
+    """Drops entries of a task vector at random and divides the rest by `density`, which keeps its expected value.
 
     Args:
       key: decides which entries.

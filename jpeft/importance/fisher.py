@@ -245,8 +245,10 @@ def _check(
     n: int, tree: Any, labels: str, values: str, key: Array | None, ids: Sequence[int] | None, microbatch: int | None,
     limit: int | None, done: int,
 ) -> None:  # fmt: skip
-    if n == 0 or (microbatch is not None and (microbatch < 1 or microbatch % 1)):
-        raise UserError(f"Fisher information needs examples and a microbatch of at least 1, got {n} and {microbatch}")
+    if n == 0:
+        raise UserError("Fisher information needs examples, got none")
+    if microbatch is not None and (microbatch < 1 or microbatch % 1):
+        raise UserError(f"microbatch must be a whole number of at least 1, got {microbatch}")
     if limit is not None and not limit >= 0:
         raise UserError(f"memory_limit_bytes must be 0 or more, got {limit}")
     for name, value, known in (("labels", labels, LABELS), ("values", values, VALUES)):
@@ -297,9 +299,8 @@ def _one(fn: Callable[..., Array], labels: str, key: Array) -> Callable[..., tup
         if labels == "sampled":
             drawn = jax.random.categorical(own, out)
             return 1.0, backward(jax.nn.one_hot(drawn, out.size, dtype=out.dtype) - probabilities)[0]
-        return probabilities[direction], backward(jax.nn.one_hot(direction, out.size, dtype=out.dtype) - probabilities)[
-            0
-        ]
+        towards = jax.nn.one_hot(direction, out.size, dtype=out.dtype)
+        return probabilities[direction], backward(towards - probabilities)[0]
 
     return one
 

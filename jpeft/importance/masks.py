@@ -5,7 +5,7 @@ int32 [k], ascending, the entries of the flattened leaf that train.
 
     scores = jpeft.fisher(loss, params, examples)
     mask = jpeft.top(scores, k=1000)
-    optimizer = jpeft.packed(optax.adamw(1e-4), mask)      # the optimiser's state has 1000 entries twice, not all
+    optimizer = jpeft.packed(optax.adamw(1e-4), mask)  # Adam's two moments have 1000 entries each
 """
 
 import math
@@ -41,7 +41,7 @@ def top(scores: Any, k: int) -> Any:
       A pytree like `scores` with int32 arrays of sorted flat indices, empty where nothing is selected.
 
     Raises:
-      UserError: if k is out of range or not an integer, or a score is NaN or complex.
+      UserError: if k is out of range or not an integer, a score is NaN or complex, or a leaf has 2^31 entries or more.
 
     >>> import jax.numpy as jnp
     >>> mask = top({"a": jnp.array([[3.0, 1.0], [4.0, 1.0]]), "b": jnp.array([5.0, 1.0])}, k=4)
@@ -91,7 +91,7 @@ def random(key: Array, like: Any, k: int) -> Any:
       k: as in `top`.
 
     Raises:
-      UserError: if k is out of range.
+      UserError: if k is out of range or not an integer, or a leaf has 2^31 entries or more.
     """
     leaves, treedef = jax.tree.flatten(like)
     sizes = [math.prod(x.shape) for x in leaves]

@@ -7,9 +7,10 @@ example's gradient is cut just before those products:
     one example:   (tree, example) -> head -> x [t, in], d [t, out], ... -> tails -> x^T d [in, out], ...
 
 The head, which is all of the forward and the backward pass, runs under `vmap`: its weights are shared, so its products
-stay large. Each tail then runs for one leaf at a time, example by example, and adds its function of the gradient to a
-running total that stays in the cache. Embedding tables are cheaper still: they are updated only in the few rows that
-an example looked up. Other gradients, such as those of biases, are small and come directly from the head.
+stay large. Each tail then runs for one leaf at a time: on CPU example by example, adding its function of the gradient
+to a running total that stays in the cache; elsewhere for all examples at once. Embedding tables are cheaper still: they
+are updated only in the few rows that an example looked up. Other gradients, such as those of biases, are small and come
+directly from the head.
 
 Nothing is approximated, and any function is supported: where a cut would not help, the head computes the gradient.
 """
@@ -25,9 +26,9 @@ from jax.extend.core import Literal
 
 __all__ = ["Cut", "add", "bytes_per_example", "cut"]
 
-LAYOUT = {"convert_element_type", "copy", "copy_p", "expand_dims", "neg", "reshape", "squeeze", "transpose"}
+LAYOUT = {"convert_element_type", "copy", "expand_dims", "neg", "reshape", "squeeze", "transpose"}
 PRODUCTS = {"dot_general", "scatter-add"}
-INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr",
+INLINED = {"jit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr",
            "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}  # fmt: skip
 
 

@@ -99,16 +99,17 @@ def from_hf(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> tuple[dict
     ignored = _IGNORED + ("" if pooled else r"|pooler\..*")
     bare: dict[str, np.ndarray] = {}
     for name, x in tensors.items():
-        if _bare(name) in bare:
-            raise UserError(f"the checkpoint has {_bare(name)} twice, with and without prefix or by its older name")
-        if not re.fullmatch(ignored, _bare(name)):
-            bare[_bare(name)] = x
-    check_sizes(config, {name: tuple(x.shape) for name, x in bare.items()})
+        own = _bare(name)
+        if own in bare:
+            raise UserError(f"the checkpoint has {own} twice, with and without prefix or by its older name")
+        if not re.fullmatch(ignored, own):
+            bare[own] = x
+    stored = {name: tuple(x.shape) for name, x in bare.items()}
+    check_sizes(config, stored)
     fresh = tuple(group for group in _FRESH if not any(name.startswith(f"{group}.") for name in bare))
     ours = {path: s for path, s in shapes(config).items() if path.split("/")[0] not in fresh}
     fresh = tuple(group for group in fresh if group != "pooler" or pooled)
     paths = {_hf_name(path): path for path in ours}
-    stored = {name: tuple(x.shape) for name, x in bare.items()}
     wanted = {name: ours[path][::-1] if path.endswith("kernel") else ours[path] for name, path in paths.items()}
     head = f"classifier{'.out_proj' if config.model_type == 'roberta' and not config.by_token else ''}.weight"
     if head in stored and head in wanted and stored[head] != wanted[head]:

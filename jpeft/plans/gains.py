@@ -1,7 +1,7 @@
 """What a module promises to gain in a layer, from the gradients of its entries.
 
 A gain is estimated for every entry of a candidate's leaves, and summed over its entries in a layer. Scores of different
-kinds of modules are comparable where they are in units of loss, which `adam_step` is, and `mean squares` are not.
+kinds of modules can be compared only in units of the loss: those of `adam_step` are, sums of squares are not.
 """
 
 from collections.abc import Callable, Mapping

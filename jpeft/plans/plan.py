@@ -178,8 +178,12 @@ def build(modules: Plan | Spec, rates: Mapping[str, float] | None = None) -> Cha
       rates: {method: factor}, which multiplies the learning rates of the method's leaves, so that modules of different
         kinds can each train at their own rate. 1 for any other method.
 
+    Returns:
+      The chain of the groups' transforms, in the order of `spec`.
+
     Raises:
-      UserError: if a layer, an entry or a rate is not one, no layer has a module, or an option does not fit.
+      UserError: if a layer is not a number from 0 on, an entry is not a `jpeft.Entry`, a rate is not positive, no layer
+        has a module, or an option does not fit its method.
     """
     if isinstance(modules, dict):
         for layer, entries in modules.items():

@@ -1,1 +1,1 @@
-"""What a run shows: on the console while it goes, as tables and pictures afterwards."""
+"""Finished runs as tables, pictures and pages."""

@@ -155,9 +155,13 @@ def check_names(config: Config) -> None:
 def _check_data(config: Config) -> None:
     standard = configs.default("mnli", "head").data
     given = [name for name in standard if config.data[name] != standard[name]]
-    unread = [
-        name for name in given if (name == "path") == (config.task == configs.CUSTOM) or config.task == "synthetic"
-    ]
+    if config.task == "synthetic":
+        read = ()
+    elif config.task == configs.CUSTOM:
+        read = tuple(name for name in standard if name != "path")
+    else:
+        read = ("path",)
+    unread = [name for name in given if name not in read]
     if unread:
         raise UserError(f"config.data.{unread[0]} is set, but config.task {config.task!r} does not read it: drop it")
     for name in hub.SPLITS:
@@ -183,7 +187,7 @@ def _check_quantised(config: Config) -> None:
         return
     if kind not in KINDS:
         raise UserError(f"config.quantise {kind!r} is unknown: {nearest(kind, KINDS)}")
-    if METHODS[config.method.split("+")[0]].trains_base:
+    if configs.first_method(config).trains_base:
         raise UserError(
             f"config.quantise is set, but config.method {config.method!r} trains the kernels themselves, and codes "
             "cannot train: drop it, or train modules, such as 'lora'"
@@ -226,7 +230,7 @@ def _check_read(config: Config) -> None:
 def _unread(config: Config, name: str) -> str | None:
     """Why this run reads no such field of `config.fishpal`; None if it does."""
     own = config.fishpal
-    if not METHODS[config.method.split("+")[0]].chooses:
+    if not configs.first_method(config).chooses:
         return f"config.method is {config.method!r}"
     if own.plan is not None and name not in ("plan", "criterion", "learning_rates"):
         return "config.fishpal.plan is set, and nothing is chosen"
@@ -246,7 +250,7 @@ def _unread(config: Config, name: str) -> str | None:
 
 
 def _reader(config: Config) -> str:
-    if not METHODS[config.method.split("+")[0]].chooses:
+    if not configs.first_method(config).chooses:
         return f"config.method is {config.method!r}"
     if config.fishpal.plan is not None:
         return "config.fishpal.plan brings its own options"

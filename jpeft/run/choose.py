@@ -116,7 +116,8 @@ def _affordable(seed: Seed, candidates: Candidates) -> Candidates:
     least = min(whole, key=whole.__getitem__)
     raise UserError(
         f"the budget of {limit:,.0f} parameters is too small for a race, in which modules are in all layers: {least} "
-        f"has {whole[least]:,} there. Add smaller sizes (config.fishpal.sizes), or take another criterion, as adam_step"
+        f"has {whole[least]:,} there. Add smaller sizes (config.fishpal.sizes), or take another criterion, such as "
+        "adam_step"
     )
 
 

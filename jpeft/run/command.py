@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jpeft.core import files, tree
-from jpeft.core.errors import UserError, nearest
+from jpeft.core.errors import UserError, nearest, one_line
 from jpeft.run.stopping import Stopped, raised
 from jpeft.version import __version__
 
@@ -106,7 +106,7 @@ def parse(
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"unknown flag --{error.flagname}: {nearest(error.flagname, ['config', *own])}") from None
     except (flags.Error, AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise UserError(f"--config: {' '.join(str(error).split())}") from None
+        raise UserError(f"--config: {one_line(error)}") from None
     for name, help in own.items():
         if values[name].value == "":
             raise UserError(f"--{name} is empty: {help[0].lower()}{help[1:]}")
@@ -170,7 +170,7 @@ def call(program: Callable[[list[str]], None], argv: list[str] | None) -> int:
 
 def _line(error: Exception) -> str:
     """The message in one line, with what no terminal can show escaped, and no longer than anyone reads."""
-    line = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+    line = one_line(error).encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= MOST_SHOWN else f"{line[: MOST_SHOWN // 2]} ... {line[-MOST_SHOWN // 2 :]}"
 
 
@@ -189,7 +189,7 @@ def _made(given: str, standard: Any) -> Any:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a config file is a program
-        raise UserError(f"config file {path!r}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise UserError(f"config file {path!r}: {type(error).__name__}: {one_line(error)}") from None
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise UserError(f"config file {path!r}: get_config() returned {kind}, expected a ConfigDict")
@@ -213,9 +213,8 @@ def _patterns(argv: list[str], config: Any) -> tuple[list[str], dict[str, Any]]:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise UserError(
-                f"--{name} must be a JSON object, no name twice, such as '{{\"layer_0/.*/query\": 4}}', got {text!r}"
-            )
+            example = '{"layer_0/.*/query": 4}'
+            raise UserError(f"--{name} must be a JSON object without duplicate names, as '{example}', got {text!r}")
         if ".".join(names) in found:
             raise UserError(f"--{name} is given twice")
         found[".".join(names)] = value

@@ -18,7 +18,7 @@ from jpeft.data.task import Task
 from jpeft.models import BertConfig
 from jpeft.plans import plan as plans
 from jpeft.plans.fishpal import FACTORS, Candidates
-from jpeft.transforms.registry import METHODS, MODULES
+from jpeft.transforms.registry import METHODS, MODULES, Method
 from jpeft.version import RESULTS
 
 __all__ = [
@@ -194,9 +194,14 @@ def chosen(config: Config) -> dict[str, Any]:
     return {".".join(name): x for name, x in given.items() if name not in known or x != known[name]}
 
 
+def first_method(config: Config) -> Method:
+    """The run's method in the registry; of several joined by "+", the first."""
+    return METHODS[config.method.split("+")[0]]
+
+
 def raced_rates(config: Config) -> tuple[float, ...]:
     """The multiples of the methods' own learning rates that race; (1,) where there is no race, or the rate is given."""
-    races = METHODS[config.method.split("+")[0]].chooses and config.fishpal.criterion == "race"
+    races = first_method(config).chooses and config.fishpal.criterion == "race"
     kinds = (config.fishpal.learning_rates[name] for name in config.fishpal.candidates)
     given = any(rate is not None for rate in (config.train.learning_rate, *kinds))
     return tuple(config.fishpal.rates) if races and not given and config.fishpal.plan is None else (1,)
@@ -206,7 +211,7 @@ def learning_rate(config: Config) -> float:
     """The configured learning rate, or the method's own; of several methods, the first one's."""
     if config.train.learning_rate is not None:
         return config.train.learning_rate
-    return METHODS[config.method.split("+")[0]].learning_rate
+    return first_method(config).learning_rate
 
 
 def rates(config: Config) -> dict[str, float]:
@@ -215,7 +220,7 @@ def rates(config: Config) -> dict[str, float]:
     Each kind trains at its own rate, `config.fishpal.learning_rates`. Where that is None, it is the method's own, times
     what the configured learning rate is to fishpal's. With the criterion of the thesis there is one rate for all.
     """
-    own = METHODS[config.method.split("+")[0]]
+    own = first_method(config)
     if not own.chooses or config.fishpal.criterion == "thesis":
         return {}
     given, base = config.fishpal.learning_rates, learning_rate(config)
@@ -228,7 +233,7 @@ def rates(config: Config) -> dict[str, float]:
 def named(config: Config) -> set[str]:
     """The methods of a run; where it chooses, those that it may choose."""
     parts = set(config.method.split("+"))
-    if not METHODS[config.method.split("+")[0]].chooses:
+    if not first_method(config).chooses:
         return parts
     if config.fishpal.plan is None:
         return {*config.fishpal.candidates}
@@ -248,7 +253,7 @@ def results(config: Config, shape: BertConfig, rows: int = 0) -> int:
         return 6  # its blocks take activation and epsilon from the backbone
     if names & {"prompt", "p_tuning"}:
         return 6  # fewer virtual tokens by default
-    if not METHODS[config.method.split("+")[0]].chooses or own.plan is not None:
+    if not first_method(config).chooses or own.plan is not None:
         return RESULTS
     patterns = [x for name in names for key, x in config.peft[name].items() if key.endswith("_pattern")]
     scaled = set(own.sizes) != {1} and (
@@ -289,7 +294,7 @@ def budget(config: Config) -> tuple[float, bool]:
 
 def modules(config: Config) -> plans.Spec:
     """What `jpeft.build` makes the configured method from; nothing for `full` and `head`."""
-    if METHODS[config.method.split("+")[0]].make is None:
+    if first_method(config).make is None:
         return []
     return [{"method": name, "options": options(config, name)} for name in config.method.split("+")]
 

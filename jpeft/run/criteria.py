@@ -1,8 +1,8 @@
 """What FishPAL chooses by: for each criterion, the score of every candidate in every layer, measured on a run's seed.
 
-All but `race`, `thesis` and the controls begin by fitting the head on frozen features, attach one candidate at a time,
-and look at three disjoint sets of training examples: one for the head, and two halves, so that what is measured on one
-is judged on the other.
+All but `race`, `thesis`, `random`, `size`, `magnitude` and `depth` begin by fitting the head on frozen features, attach
+one candidate at a time, and look at three disjoint sets of training examples: one for the head, and two halves, so that
+what is measured on one is judged on the other.
 """
 
 import zlib

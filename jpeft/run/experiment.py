@@ -33,10 +33,9 @@ from jpeft.run.start import start
 from jpeft.run.train import Ready, groups, most_together, train
 from jpeft.store import model_folder
 from jpeft.training import placement, step
-from jpeft.training.compiled import Steps
+from jpeft.training.compiled import Compiled
 from jpeft.training.loop import Event, evaluate
 from jpeft.transforms.parts.inputs import lengthens
-from jpeft.transforms.registry import METHODS
 
 __all__ = ["PREDICTIONS", "run", "use_compilation_cache"]
 
@@ -125,7 +124,7 @@ def _intact(path: Path, seed: int, config: Config, console: Console) -> bool:
     except UserError as error:
         console.warn(f"seed {seed} is finished, but {error}; rebuilding it, from the last checkpoint if there is one")
         return False
-    if METHODS[config.method.split("+")[0]].chooses:
+    if configs.first_method(config).chooses:
         choose.kept(path.parent, config)  # or the report would be of another plan
     if log.mend(path.parents[1], seed, result.history, result.history[-1]["step"], config.seeds):
         console.warn(f"metrics.jsonl lacked epochs of seed {seed}, which were added")
@@ -145,7 +144,7 @@ def _prepare(config: Config, number: int, data: Data, base: Pretrained, workdir:
     console.title(f"seed {number}")
     warned = len(console.warnings)
     seed = begin(config, number, data, base, workdir, console)
-    method_of = METHODS[config.method.split("+")[0]]
+    method_of = configs.first_method(config)
     with seed.clock.timing("fisher"):
         if method_of.chooses:
             plan = choose.plan(seed)
@@ -212,7 +211,7 @@ def _export(ready: Ready, last: Event) -> Result:
 def _other_scores(ready: Ready, trainable: Any) -> dict[str, dict[str, float]]:
     """What the exported modules score on the splits that nothing was chosen by, a test set with labels for instance."""
     seed, data, scores = ready.seed, ready.seed.data, {}
-    run = Steps.compiled(lambda *_: None, step.eval_step(seed.model, ready.method)).eval
+    run = Compiled(step.eval_step(seed.model, ready.method), 2)
     for name, examples in data.others.items():
         longest = int(examples.lengths.max())
         buckets = [*data.eval_buckets, *([longest] if longest > data.eval_buckets[-1] else [])]

@@ -24,7 +24,6 @@ from jpeft.run.choose import CHOICE
 from jpeft.run.config import Config
 from jpeft.run.console import Console
 from jpeft.run.workdir import INPUTS, INPUTS_KIND
-from jpeft.transforms.registry import METHODS
 from jpeft.version import __version__
 
 __all__ = ["Result", "count", "peak_memory", "read", "save", "write"]
@@ -116,9 +115,7 @@ def write(
         last = {name: result.history[-1][name] for name in task.metrics}
         best = max(result.history, key=lambda row: row[task.primary])
         row = {"seed": seed, "last": last, "best": {name: best[name] for name in ("epoch", *task.metrics)}}
-        per_seed.append(
-            row | ({"plan": f"seed_{seed}/plan.json"} if METHODS[config.method.split("+")[0]].chooses else {})
-        )
+        per_seed.append(row | ({"plan": f"seed_{seed}/plan.json"} if configs.first_method(config).chooses else {}))
     inputs = files.read_record(workdir / INPUTS, INPUTS_KIND)
     spent = {name: sum(r.seconds[name] for r in results.values()) for name in next(iter(results.values())).seconds}
     report = {

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jpeft.core.errors import UserError
+from jpeft.core.errors import UserError, one_line
 
 __all__ = ["any_says", "in_turn", "is_first", "join", "lost", "own_folder", "several", "shared", "together", "told"]
 
@@ -60,7 +60,7 @@ def join(given: str) -> None:
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
         told = "; without a cluster that JAX knows, give HOST:PORT,COUNT,INDEX" if given == "auto" else ""
-        raise UserError(f"--distributed {given}: {' '.join(str(error).split()):.200}{told}") from None
+        raise UserError(f"--distributed {given}: {one_line(error):.200}{told}") from None
 
 
 def several() -> bool:
@@ -93,7 +93,7 @@ def lost() -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # it makes some of the former the latter
-        line = " ".join(str(error).split())
+        line = one_line(error)
         if not several() or not line.startswith(GONE):
             raise
         atexit.register(os._exit, 2)  # before what JAX registered, which would wait for all processes

@@ -22,7 +22,7 @@ from jpeft.run.seed import Seed
 from jpeft.run.stopping import Stopped, deferred
 from jpeft.run.workdir import owner
 from jpeft.training import checkpoint, optim, placement, step
-from jpeft.training.compiled import Steps, planned_memory, prepare
+from jpeft.training.compiled import Compiled, Steps, planned_memory, prepare
 from jpeft.training.loop import Event, Row, Schedule, evaluate, fit_together
 from jpeft.training.step import State
 
@@ -277,7 +277,7 @@ def _exported(ready: Ready, event: Event) -> Event:
         trainable = files.read_leaves(path)
         event = event._replace(states=event.state._replace(trainable=trainable), logits=None)
     if event.logits is None:  # of the best epoch; or stopped between the last checkpoint and the end of the run
-        run = Steps.compiled(lambda *_: None, step.eval_step(seed.model, ready.method)).eval
+        run = Compiled(step.eval_step(seed.model, ready.method), 2)
         frozen, data = ready.parts.frozen, seed.data
         logits = evaluate(run, event.state.trainable, frozen, data.dev, data.eval_buckets)
         event = event._replace(logits=logits)

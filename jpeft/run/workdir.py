@@ -114,7 +114,8 @@ def locked(workdir: Path, warn: Callable[[str], None] = lambda text: None) -> It
       warn: called with one line if the file system has no locks, as on some clusters.
 
     Raises:
-      UserError: if another process holds it, or it is not a folder.
+      UserError: if another process holds it, it is not a folder, its name is too long or not UTF-8, it lies in another
+        run, or it holds something other than a run.
     """
     try:
         str(workdir).encode()  # Orbax needs a name that is UTF-8
@@ -266,7 +267,7 @@ def begun(workdir: Path, config: Config, now: Inputs) -> None:
       UserError: if they are others.
     """
     if told := _differences(files.read_record(workdir / INPUTS, INPUTS_KIND), now):
-        raise UserError(f"not all processes have the same inputs. Others than the first has: {'; '.join(told)}")
+        raise UserError(f"the inputs of this process differ from the first one's: {'; '.join(told)}")
 
 
 def _begun(workdir: Path) -> bool:

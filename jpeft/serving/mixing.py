@@ -110,8 +110,10 @@ def _different(name: str, saved: Saved, base: Saved) -> dict[Path, Array]:
 
 def _equal(x: Any, y: Any) -> bool:
     """Whether two parameters are equal, quantised kernels by their codes."""
-    if x is y or jax.tree.structure(x) != jax.tree.structure(y):
-        return x is y
+    if x is y:
+        return True
+    if jax.tree.structure(x) != jax.tree.structure(y):
+        return False
     pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
     return all(a.shape == b.shape and bool(jnp.array_equal(a, b)) for a, b in pairs)
 

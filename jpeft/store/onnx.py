@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, export
 from jax.extend.core import jaxpr_as_fun
 
-from jpeft.core.errors import UserError
+from jpeft.core.errors import UserError, one_line
 from jpeft.core.hook import apply
 from jpeft.core.transform import instances, merge
 from jpeft.models.pretrained import write_tokenizer
@@ -71,7 +71,7 @@ def write(folder: Path, saved: Saved) -> None:
                 jax2onnx.to_onnx(lambda *args: traced(*args)[0], given, return_mode="file", output_path=made, **names)
             difference = _difference(_opened(made), program, longest, saved.model.config.vocab_size)
         except Exception as error:  # whatever a converter and a runtime raise
-            modules, why = " and ".join(instances(merged.transform)) or "the model", " ".join(str(error).split())
+            modules, why = " and ".join(instances(merged.transform)) or "the model", one_line(error)
             raise UserError(f"jax2onnx cannot convert {modules}: export --format stablehlo ({why:.160})") from None
         if not difference <= TOLERANCE:
             raise UserError(f"jax2onnx made a model with other logits, by {difference:.1e}: export --format stablehlo")
@@ -118,7 +118,7 @@ def read(folder: Path) -> Program:
     try:
         return _opened(folder / PROGRAM)
     except Exception as error:  # whatever the runtime raises
-        raise UserError(f"{folder / PROGRAM} is not an ONNX file: {' '.join(str(error).split()):.120}") from None
+        raise UserError(f"{folder / PROGRAM} is not an ONNX file: {one_line(error):.120}") from None
 
 
 def _opened(file: Path) -> Program:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, export
 
 from jpeft.core import files
-from jpeft.core.errors import UserError
+from jpeft.core.errors import UserError, one_line
 from jpeft.core.hook import apply
 from jpeft.core.transform import merge
 from jpeft.core.tree import empty_paths, flatten, unflatten
@@ -74,9 +74,7 @@ def read(folder: Path) -> Program:
     try:
         exported = export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
     except Exception as error:  # whatever flatbuffers and MLIR raise
-        raise UserError(
-            f"{folder / PROGRAM} is not a program of jax.export: {' '.join(str(error).split()):.120}"
-        ) from None
+        raise UserError(f"{folder / PROGRAM} is not a program of jax.export: {one_line(error):.120}") from None
     tensors, _ = files.read_safetensors(folder / WEIGHTS)
     weights, call = jax.tree.map(jnp.asarray, tensors), jax.jit(exported.call)
     return lambda ids, mask, types: call(weights, ids, mask, types)

@@ -1,1 +1,1 @@
-"""The training step, the loop around it, its checkpoints and its metrics."""
+"""The training step, the loop around it, its checkpoints and its optimiser."""

@@ -127,10 +127,9 @@ def prepare(steps: Steps, state: State, frozen: Tree, data: Data, key: Array) ->
 
 
 def planned_memory(steps: Steps, state: State, frozen: Tree, data: Data, key: Array) -> int:
-    """The bytes that training with these arguments of `prepare` needs, by the layout with the most tokens; 0 if it is
-    not `Compiled`.
+    """The bytes that training needs with the layout of the most tokens; 0 if the steps are not `Compiled`.
 
-    The base model counts, though it may already be there.
+    Arguments as for `prepare`. The base model counts, though it may already be on the device.
     """
     if not isinstance(steps.train, Compiled):
         return 0

@@ -8,6 +8,8 @@ from jpeft.core.partition import Partition, is_matrix, map_leaves
 
 __all__ = ["adamw", "warmup_linear"]
 
+CLIP_NORM = 1.0  # of the gradient of all that trains
+
 
 def warmup_linear(learning_rate: float, num_steps: int, warmup_ratio: float) -> optax.Schedule:
     """From 0 up to `learning_rate` in the first ceil(warmup_ratio * num_steps) steps, then linearly down to 0."""
@@ -18,7 +20,7 @@ def warmup_linear(learning_rate: float, num_steps: int, warmup_ratio: float) -> 
 
 
 def adamw(
-    schedule: optax.Schedule, weight_decay: float, parts: Partition | None = None, clip_norm: float = 1.0
+    schedule: optax.Schedule, weight_decay: float, parts: Partition | None = None
 ) -> optax.GradientTransformation:
     """Clips by the global norm of what trains, then AdamW with the learning rates and the decay that the methods want.
 
@@ -26,8 +28,7 @@ def adamw(
       schedule: the learning rate by step.
       weight_decay: decoupled decay, multiplied by the learning rate as in PyTorch.
       parts: what trains, from `jpeft.partition`. None: all leaves at one rate, and matrices decay.
-      clip_norm: the largest global gradient norm.
     """
     mask = parts.decays if parts is not None else lambda tree: map_leaves(is_matrix, tree)
-    steps = [optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay, mask=mask)]
+    steps = [optax.clip_by_global_norm(CLIP_NORM), optax.adamw(schedule, weight_decay=weight_decay, mask=mask)]
     return optax.chain(*steps, *([] if parts is None else [parts.scale]))

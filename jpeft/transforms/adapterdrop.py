@@ -10,7 +10,7 @@ from jpeft.core.errors import UserError
 from jpeft.core.leaves import init_sites
 from jpeft.core.site import Site, Sites, layer_of
 from jpeft.core.site import layers as layers_of
-from jpeft.core.transform import FIXED, SHARED, Call, Context, Leaves, Params, Transform
+from jpeft.core.transform import FIXED, Call, Context, Leaves, Params, Transform
 from jpeft.transforms.parts.bottleneck import Bottleneck, added, checked, fresh, normal
 from jpeft.transforms.parts.places import find_residual
 
@@ -112,5 +112,4 @@ def drop_layers(leaves: Leaves, n: int) -> Leaves:
     Returns:
       A new dict that refers to the remaining leaves.
     """
-    where = {path: None if path == SHARED else layer_of(path) for path in leaves}
-    return {path: own for path, own in leaves.items() if (layer := where[path]) is None or layer >= n}
+    return {path: own for path, own in leaves.items() if (layer := layer_of(path)) is None or layer >= n}

@@ -67,7 +67,7 @@ def dora(
         def make(key: Array, site: Site, own: Params) -> Leaves:
             return {**fresh(spec, key, site), "magnitude": _norms(own["kernel"].reshape(dense_shape(site)))}
 
-        return init_sites(key, where(spec, sites), make, need_params(params))
+        return init_sites(key, where(spec, sites), make, need_params(params, "dora"))
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         (x,) = args

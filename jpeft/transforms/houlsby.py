@@ -27,7 +27,7 @@ def houlsby(
     """An adapter after the attention projection and one after the feed-forward, before residual and LayerNorm.
 
     h' = LayerNorm(a(h) + residual) with a(h) = h + up(f(down(h))). Houlsby et al. 2019, arXiv:1902.00751. Defaults are
-    those of AdapterHub's "double_seq_bn": swish, reduction factor 16, kernels N(0, 0.02), biases 0. The original
+    those of AdapterHub's "double_seq_bn": swish, reduction factor 16, kernels N(0, 0.02^2), biases 0. The original
     (google-research/adapter-bert) has a bottleneck of 64 and GELU.
 
     Args:

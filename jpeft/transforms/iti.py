@@ -26,7 +26,7 @@ from jpeft.core.hook import apply
 from jpeft.core.site import Site, Sites, find, matches, sites
 from jpeft.core.transform import FIXED, Call, Chain, Context, Leaves, Params, Transform, chain
 from jpeft.core.tree import at, replace
-from jpeft.transforms.parts.linear import positive, sizes
+from jpeft.transforms.parts.linear import sizes
 
 __all__ = ["Probes", "activations", "iti", "probe"]
 
@@ -108,6 +108,9 @@ def probe(train: np.ndarray, train_labels: np.ndarray, held_out: np.ndarray, hel
       held_out: [m, L, h, k], to measure the accuracy of the probes.
       held_out_labels: [m].
 
+    Returns:
+      The probes, in float arrays: accuracy and deviation [L, h], direction [L, h, k].
+
     Raises:
       UserError: if the labels are not two classes, the shapes do not fit, no rows are held out, or an activation is not
         finite.
@@ -151,10 +154,12 @@ def iti(probes: Probes, num_heads: int = 48, strength: float = 15.0, targets: st
       the bias of the projection.
 
     Raises:
-      UserError: if `num_heads` is not a positive integer; in `init`, if the projections do not match the probed layers.
+      UserError: if `num_heads` is not a positive integer, or `strength` is 0 or not finite; in `init`, if the
+        projections do not match the probed layers.
     """
     sizes(num_heads=num_heads)
-    positive(strength=abs(strength))
+    if not 0 < abs(strength) < float("inf"):
+        raise UserError(f"strength must be a finite number other than 0, got {strength!r:.60}")
     best = np.argsort(-probes.accuracy.ravel(), kind="stable")[:num_heads]
     chosen = np.isin(np.arange(probes.accuracy.size), best).reshape(probes.accuracy.shape)
     shift = strength * (chosen * probes.deviation)[..., None] * probes.direction

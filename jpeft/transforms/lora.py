@@ -11,8 +11,8 @@ from jax import Array
 from jpeft.core.errors import UserError
 from jpeft.core.leaves import init_sites, merge_sites
 from jpeft.core.site import Site, Sites
-from jpeft.core.transform import Call, Context, Leaves, Params, Transform, site_key
-from jpeft.transforms.parts.gate import gate_leaves, gate_value
+from jpeft.core.transform import Call, Context, Leaves, Params, Transform
+from jpeft.transforms.parts.gate import gate_at, gate_value
 from jpeft.transforms.parts.low_rank import (
     LowRank,
     add_to_kernel,
@@ -116,7 +116,7 @@ def _lora(name: str, spec: LowRank, learning_rate_ratio: float, gate: bool) -> T
         del params
 
         def make(key: Array, site: Site) -> Leaves:
-            return fresh(spec, key, site) | (_fresh_gate(key, site) if gate else {})
+            return fresh(spec, key, site) | (gate_at(site, dense_shape(site)[0], key) if gate else {})
 
         return init_sites(key, where(spec, sites), make)
 
@@ -137,9 +137,3 @@ def _lora(name: str, spec: LowRank, learning_rate_ratio: float, gate: bool) -> T
 
     method = Transform(name, init, wrap, rate=faster_b(learning_rate_ratio))
     return method if gate else method._replace(merge=merge, factors=factors)
-
-
-def _fresh_gate(key: Array, site: Site) -> Leaves:
-    if len(site.args[0].shape) != 3:
-        raise UserError(f"site {site.path!r} reads {site.args[0].shape}: a gate needs [rows, tokens, features]")
-    return {"gate": gate_leaves(dense_shape(site)[0], site_key(key, "gate"))}

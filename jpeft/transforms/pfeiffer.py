@@ -28,7 +28,7 @@ def pfeiffer(
 
     h' = LayerNorm(h + up(f(down(x))) + residual) with x = LayerNorm(h + residual): it reads the normalised output but
     adds to the raw one, and the layer's LayerNorm is used twice. Pfeiffer et al. 2020, arXiv:2005.00247.
-    Defaults are those of AdapterHub's "seq_bn": relu, reduction factor 16, kernels N(0, 0.02), biases 0.
+    Defaults are those of AdapterHub's "seq_bn": relu, reduction factor 16, kernels N(0, 0.02^2), biases 0.
 
     Args:
       bottleneck: b; None means d / `reduction_factor`.

@@ -22,7 +22,7 @@ from jpeft.transforms.parts.low_rank import (
     where,
 )
 
-__all__ = ["pissa"]
+__all__ = ["difference", "pissa"]
 
 
 def pissa(
@@ -77,23 +77,23 @@ def pissa(
             # A copy, because the training step may donate the buffers of `start`.
             return {**start, FIXED: jax.tree.map(jnp.copy, start)}
 
-        return init_sites(key, where(spec, sites), make, need_params(params))
+        return init_sites(key, where(spec, sites), make, need_params(params, "pissa"))
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         (x,) = args
         y = call(x)
         scale = jnp.asarray(scale_at(spec, site.path, leaves), y.dtype)
-        return y + product(spec, x, *_difference(leaves), site, ctx, y) * scale
+        return y + product(spec, x, *difference(leaves), site, ctx, y) * scale
 
     def merge(leaves: Leaves, params: Params) -> Params:
         def merged(path: str, own: Leaves, old: Params) -> Params:
-            a, b = _difference(own)
+            a, b = difference(own)
             return add_to_kernel(old, scale_at(spec, path, own) * (a @ b))
 
         return merge_sites(leaves, params, merged)
 
     def factors(path: str, own: Leaves) -> tuple[Array, Array]:
-        a, b = _difference(own)
+        a, b = difference(own)
         return a, scale_at(spec, path, own) * b
 
     method = Transform("pissa", init, wrap, merge, rate=faster_b(learning_rate_ratio), factors=factors)
@@ -101,7 +101,7 @@ def pissa(
     return method._replace(decay=lambda path, leaf: False)
 
 
-def _difference(leaves: Leaves) -> tuple[Array, Array]:
+def difference(leaves: Leaves) -> tuple[Array, Array]:
     """A B - A0 B0 as one product of twice the rank: [A - A0, A0] @ [B; B - B0]."""
     a, b, start = leaves["a"], leaves["b"], leaves[FIXED]
     return (

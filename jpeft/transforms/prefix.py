@@ -31,7 +31,7 @@ def prefix(
     With an MLP, all layers share an embedding [P, d] ~ N(0, 1) and tanh(embedding @ W1 + b1) [P, hidden]; each layer
     maps that to its keys and values with its own linear layers. `fold` computes them once and drops the MLP.
     Without an MLP (`mlp_hidden=None`) keys and values are the parameters. Linear layers start as in PyTorch, from
-    U(-1/sqrt(in), 1/sqrt(in)); flat keys and values from N(0, 0.02).
+    U(-1/sqrt(in), 1/sqrt(in)); flat keys and values from N(0, 0.02^2).
     The positions of the text start from 0, as in AdapterHub, unless `shift_positions` makes them start from P. That is
     what Hugging Face peft does, in training too, so a prefix of peft's needs it, and peft takes no other. A pretrained
     encoder then sees its texts where it never saw one begin, and the longest input is P tokens shorter. Two prefixes

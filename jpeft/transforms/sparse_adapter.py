@@ -151,7 +151,7 @@ def snip(loss: Loss, kernels: Kernels, examples: Any, *rest: Any) -> Kernels:
     Returns:
       A pytree like `kernels`; the higher the score, the more the entry matters.
     """
-    grads = _mean(lambda kernels, example, *rest: jax.grad(loss)(kernels, example, *rest), kernels, examples, *rest)
+    grads = _mean(jax.grad(loss), kernels, examples, *rest)
     return jax.tree.map(lambda w, g: jnp.abs(w * g), kernels, grads)
 
 
@@ -170,7 +170,7 @@ def grasp(loss: Loss, kernels: Kernels, examples: Any, *rest: Any) -> Kernels:
     Returns:
       A pytree like `kernels`, signed.
     """
-    g = _mean(lambda kernels, example, *rest: jax.grad(loss)(kernels, example, *rest), kernels, examples, *rest)
+    g = _mean(jax.grad(loss), kernels, examples, *rest)
 
     def product(kernels: Kernels, example: Any, g: Kernels, *rest: Any) -> Kernels:
         return jax.jvp(lambda k: jax.grad(loss)(k, example, *rest), (kernels,), (g,))[1]

@@ -106,6 +106,15 @@ def predicted(found: Mapping[str, Any], name: str, plan: Plan) -> float:
     return sum(found["scores"][str(layer)][_name(entry)] for layer, row in plan.items() for entry in row)
 
 
+def uniform_of(pool: Mapping[str, Plan], names: Sequence[str]) -> list[str]:
+    """Those of the named plans that have one and the same module in as many layers as any plan of the pool has."""
+    most = max(map(len, pool.values()))
+    return [
+        name for name in names
+        if len({_name(e) for row in pool[name].values() for e in row}) == 1 and len(pool[name]) == most
+    ]  # fmt: skip
+
+
 def headroom(trained: Mapping[int, Mapping[str, float]], uniform: Sequence[str]) -> float:
     """The best plan's score less the best uniform one's, both chosen on one seed and judged on the others."""
     gaps = []
@@ -125,8 +134,7 @@ def verdict(
     from scipy.stats import kendalltau
 
     names = [name for name in pool if all(name in row for row in trained.values())]
-    uniform = [name for name in names if len({_name(e) for row in pool[name].values() for e in row}) == 1
-               and len(pool[name]) == max(map(len, pool.values()))]  # fmt: skip
+    uniform = uniform_of(pool, names)
     taus, regrets, gaps = [], [], []
     for measured, own in found.items():
         said = [predicted(own, name, pool[name]) for name in names]
@@ -192,9 +200,8 @@ def run(argv: list[str]) -> None:
                     raise UserError(f"{path} was measured by another config or version: remove it")
             verdicts[criterion] = verdict(found, trained, pool)
         names = [name for name in pool if all(name in row for row in trained.values())]
-        uniform = [name for name in names if name.startswith("all ")]
-        console.say("\n" + _table(task, verdicts, _ceiling(trained, names), headroom(trained, uniform), len(names),
-                                  len(trained)))  # fmt: skip
+        room = headroom(trained, uniform_of(pool, names))
+        console.say("\n" + _table(task, verdicts, _ceiling(trained, names), room, len(names), len(trained)))
 
 
 def _identity(config: Config) -> dict[str, Any]:

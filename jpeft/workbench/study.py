@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from jpeft.core.errors import UserError
+from jpeft.core.errors import UserError, one_line
 from jpeft.core.tree import flatten
 from jpeft.plans.plan import Plan
 from jpeft.workbench import sampling
@@ -136,7 +136,7 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (AssertionError, KeyError, TypeError, ValueError) as error:  # what Optuna's reader fails with
-        told = f"{' '.join(str(error).split()):.80}"
+        told = f"{one_line(error):.80}"
         raise UserError(
             f"{folder / JOURNAL} is damaged ({told}): if its last line is cut short, delete that line, or choose "
             "another --workdir"

@@ -138,9 +138,7 @@ def test_processes_with_other_data_are_refused(tiny_glue, start, tmp_path):
     (tmp_path / "other" / "mrpc" / "train.jsonl").write_text("\n".join(rows[1:]))
     codes, said, _ = ended(start(tmp_path / "work", (None, tmp_path / "other")))
     assert codes == [2, 2], said
-    told = (
-        "error: not all processes have the same inputs. Others than the first has: the training data: 45 rows, now 44"
-    )
+    told = "error: the inputs of this process differ from the first one's: the training data: 45 rows, now 44"
     assert all(told in each for each in said), said
 
 

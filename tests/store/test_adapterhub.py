@@ -281,7 +281,7 @@ def test_folders_without_a_head(tmp_path, bert):
         ([entry("dora")], "adapters has no dora that computes the same: .* --format stablehlo"),
         ([entry("p_tuning")], "adapters has no p_tuning"),
         ([entry("prompt")], "a prompt after the embeddings, placement='states' here: .* --format stablehlo"),
-        ([entry("ia3")], "scales no input, as that at encoder/layer_0/ffn/output does: .* --format hf"),
+        ([entry("ia3")], "at encoder/layer_0/ffn/output scales its layer's input, .* --format hf"),
         ([entry("lora", targets="attention/output")], "no lora at encoder/layer_0/attention/output: .* --format hf"),
         ([entry("parallel", targets="attention/output")], "no parallel at encoder/layer_0/attention/output"),
         ([entry("lora", rank_pattern={"query": 2})], "LoRA in one size per layer, and layer 0 has several"),

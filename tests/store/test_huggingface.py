@@ -246,9 +246,17 @@ def test_folders_that_cannot_be_read(tmp_path, base):
         ("layer.0.attention.self.value.ia3_l", (), r"layer_0/attention/value has shape \[\] instead of \[16, 1\]"),
         ("layer.1.attention.self.key.ia3_l", (9, 1), r"layer_1/attention/key has shape \[9, 1\] instead of \[16, 1\]"),
         ("layer.1.attention.self.key.ia3_l", (16,), r"layer_1/attention/key has shape \[16\] instead of \[16, 1\]"),
-        ("layer.1.attention.self.key.ia3_l", (1, 16), "layer_1/attention/key scales the layer's input, not here"),
+        (
+            "layer.1.attention.self.key.ia3_l",
+            (1, 16),
+            "layer_1/attention/key scales the layer's input, where jpeft scales its output",
+        ),
         ("layer.0.output.dense.ia3_l", (1, 9), r"layer_0/ffn/output has shape \[1, 9\] instead of \[1, {wide}\]"),
-        ("layer.0.output.dense.ia3_l", (16, 1), "layer_0/ffn/output scales the layer's output, not here"),
+        (
+            "layer.0.output.dense.ia3_l",
+            (16, 1),
+            "layer_0/ffn/output scales the layer's output, where jpeft scales its input",
+        ),
     ],
 )
 def test_vectors_of_ia3_that_do_not_fit(tmp_path, base, end, shape, says):

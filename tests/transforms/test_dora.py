@@ -117,5 +117,5 @@ def test_first_in_a_chain_it_merges_with_what_follows(toy, key):
 
 
 def test_it_wants_the_parameters(toy, key):
-    with pytest.raises(UserError, match="starts from the base weights"):
+    with pytest.raises(UserError, match="starts from the model's parameters"):
         jpeft.init(dora(), key, toy.sites)

@@ -105,5 +105,5 @@ def test_ranks_by_pattern_and_a_rank_too_large(toy, key):
 
 
 def test_it_wants_the_parameters(toy, key):
-    with pytest.raises(UserError, match="starts from the base weights"):
+    with pytest.raises(UserError, match="starts from the model's parameters"):
         jpeft.init(pissa(), key, toy.sites)

@@ -113,7 +113,9 @@ def _about(path: Path, config: BertConfig) -> dict[str, Any]:
     about = read_json(path)
     version = about.get("version") if isinstance(about, dict) else None
     if not isinstance(version, str) or not re.match(r"adapters\.[0-9]{1,9}\.[0-9]{1,9}\b", version):
-        raise UserError(f"{path} does not say that adapters wrote it: what older libraries wrote, load and save there")
+        raise UserError(
+            f"{path} does not say that adapters wrote it: if an older library did, save it again in adapters"
+        )
     for field, own in (("model_type", config.model_type), ("hidden_size", config.hidden_size)):
         if about.get(field) != own:
             raise UserError(f"{path} is of another model: {field} {about.get(field)!r:.40} instead of {own!r}")

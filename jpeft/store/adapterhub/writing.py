@@ -49,6 +49,7 @@ from jpeft.store.adapterhub.format import (
     slots_of,
 )
 from jpeft.store.huggingface import Modules
+from jpeft.transforms.pissa import difference
 
 __all__ = ["write"]
 
@@ -237,8 +238,7 @@ def _lora_parts(method: str, options: Mapping[str, Any], leaves: Leaves) -> list
             if method == "rslora":  # alpha / sqrt(rank) there is (alpha sqrt(rank)) / rank
                 alpha = alpha * math.sqrt(rank)
             if method == "pissa":  # A B - A0 B0, a LoRA of twice the rank
-                start = own[FIXED]
-                a, b = np.concatenate([a - start["a"], start["a"]], 1), np.concatenate([b, b - np.asarray(start["b"])])
+                a, b = map(np.asarray, difference(own))
                 rank, alpha = 2 * rank, 2 * alpha
             kept[path] = {"a": a, "b": b} | ({"gate": own["gate"]} if "gate" in own else {})
             sizes.add((rank, alpha))
@@ -268,7 +268,7 @@ def _lora_flags(places: Mapping[str, Any]) -> Config:
 def _ia3_parts(leaves: Leaves) -> list[Part]:
     for path in leaves:
         if path.endswith("output"):
-            raise UserError(f"adapters' (IA)3 scales no input, as that at {path} does: export --format hf, merged")
+            raise UserError(f"(IA)3 at {path} scales its layer's input, which adapters cannot do: export --format hf")
     layers = _by_layer("(IA)3", leaves, (*ATTENTION.values(), "ffn/intermediate"))
     as_ia3 = {"composition_mode": "scale", "init_weights": "ia3", "r": 1, "alpha": 1}
     return _grouped({i: {**LORA, **as_ia3, **_lora_flags(own)} for i, own in layers.items()}, leaves)

@@ -152,9 +152,8 @@ def _read_ia3(about: Mapping[str, Any], tensors: Any, config: BertConfig) -> tup
         wanted, other = (at_input, at_output) if path.endswith("output") else (at_output, at_input)
         shape = own[".ia3_l"].shape
         if shape == other != wanted:
-            raise UserError(
-                f"{WEIGHTS}: (IA)3 at {path} scales the layer's {'input' if other == at_input else 'output'}, not here"
-            )
+            theirs, ours = ("input", "output") if other == at_input else ("output", "input")
+            raise UserError(f"{WEIGHTS}: (IA)3 at {path} scales the layer's {theirs}, where jpeft scales its {ours}")
         if shape != wanted:
             raise UserError(f"{WEIGHTS}: (IA)3 at {path} has shape {list(shape)} instead of {list(wanted)}")
     leaves = {path: {"scale": own[".ia3_l"].reshape(-1)} for path, own in found.items()}

@@ -10,11 +10,12 @@ import numpy as np
 from jpeft.core.errors import UserError
 from jpeft.core.files import write_json, write_safetensors
 from jpeft.core.site import matches
-from jpeft.core.transform import FIXED, Leaves
+from jpeft.core.transform import Leaves
 from jpeft.core.tree import flatten
 from jpeft.models.bert import BertConfig
 from jpeft.models.conversion import hf_module
 from jpeft.store.huggingface.format import BODY, CONFIG, CORE, EMBEDDING, VIRTUAL, WEIGHTS, Modules
+from jpeft.transforms.pissa import difference
 from jpeft.transforms.registry import METHODS
 
 __all__ = ["write"]
@@ -75,8 +76,7 @@ def _low_rank(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> t
         a, b, rank = np.asarray(own["a"]), np.asarray(own["b"]), own["a"].shape[-1]
         alpha = _alpha(method, options, path)
         if method == "pissa":  # A B - A0 B0, a LoRA of twice the rank
-            start = own[FIXED]
-            a, b = np.concatenate([a - start["a"], start["a"]], 1), np.concatenate([b, b - np.asarray(start["b"])])
+            a, b = map(np.asarray, difference(own))
             rank, alpha = 2 * rank, 2 * alpha
         name = hf_module(path)
         ranks[name], alphas[name] = rank, alpha

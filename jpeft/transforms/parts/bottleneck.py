@@ -15,9 +15,9 @@ from jax import Array
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.leaves import init_sites
 from jpeft.core.site import Site, Sites
-from jpeft.core.transform import Context, Leaves, Params, site_key
+from jpeft.core.transform import Context, Leaves, Params
 from jpeft.models.bert import ACTIVATIONS
-from jpeft.transforms.parts.gate import gate_leaves, gate_value
+from jpeft.transforms.parts.gate import gate_at, gate_value
 from jpeft.transforms.parts.linear import kaiming_uniform, layer_norm, linear, linear_leaves, positive, sizes
 
 __all__ = ["Bottleneck", "added", "checked", "fresh", "init_of", "like_lora", "normal"]
@@ -86,9 +86,7 @@ def fresh(spec: Bottleneck, key: Array, site: Site, kernels: Kernels) -> Leaves:
     if spec.learned_scale:
         leaves["scale"] = jnp.full(1, float(spec.scale))
     if spec.gate:
-        if len(site.args[0].shape) != 3:
-            raise UserError(f"site {site.path!r} reads {site.args[0].shape}: a gate needs [rows, tokens, features]")
-        leaves["gate"] = gate_leaves(d, site_key(key, "gate"))
+        leaves |= gate_at(site, d, key)
     for name, wanted in (("ln_before", spec.ln_before), ("ln_after", spec.ln_after)):
         if wanted:
             leaves[name] = {"scale": jnp.ones(d), "bias": jnp.zeros(d)}

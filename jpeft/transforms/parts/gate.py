@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft.core.transform import Leaves
+from jpeft.core.errors import UserError
+from jpeft.core.site import Site
+from jpeft.core.transform import Leaves, site_key
 
-__all__ = ["gate_leaves", "gate_value"]
+__all__ = ["gate_at", "gate_leaves", "gate_value"]
 
 
 def gate_leaves(d: int, key: Array) -> Leaves:
@@ -28,6 +30,13 @@ def gate_leaves(d: int, key: Array) -> Leaves:
       {"kernel": [d, 1], "bias": [1]}, float32.
     """
     return {"kernel": 0.02 * jax.random.normal(key, (d, 1)), "bias": jnp.zeros(1)}
+
+
+def gate_at(site: Site, d: int, key: Array) -> Leaves:
+    """{"gate": a fresh gate of width d} for a module at a site; raises a UserError if its input has no time axis."""
+    if len(site.args[0].shape) != 3:
+        raise UserError(f"site {site.path!r} reads {site.args[0].shape}: a gate needs [rows, tokens, features]")
+    return {"gate": gate_leaves(d, site_key(key, "gate"))}
 
 
 def gate_value(x: Array, leaves: Leaves, mask: Array | None) -> Array:

@@ -156,10 +156,10 @@ def add_to_kernel(own: Params, update: Array) -> Params:
     return {**own, "kernel": own["kernel"] + update.reshape(own["kernel"].shape)}
 
 
-def need_params(params: Params | None) -> Params:
-    """The parameters; raises a UserError if there are none."""
+def need_params(params: Params | None, name: str) -> Params:
+    """The parameters; raises a UserError that names the method if there are none."""
     if params is None:
-        raise UserError("this method starts from the base weights: pass params to `jpeft.init`")
+        raise UserError(f"{name} starts from the model's parameters: pass `params` to init")
     return params
 
 
