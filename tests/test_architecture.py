@@ -1,6 +1,7 @@
 """The rooms of the house: imports are acyclic, and go down only."""
 
 import ast
+import importlib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "jpeft"
@@ -38,6 +39,19 @@ FILES = {
     if path.name not in ("__init__.py", "version.py") or path.parent != ROOT
 }
 GRAPH = {name.removesuffix(".__init__"): imports(path) for name, path in FILES.items()}
+
+
+def test_names_that_other_modules_import_are_public():
+    private = []
+    for path in FILES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jpeft."):
+                module = importlib.import_module(node.module)
+                for name in (alias.name for alias in node.names):
+                    is_module = resolved((*node.module.split(".")[1:], name))
+                    if hasattr(module, "__all__") and not is_module and name not in module.__all__:
+                        private.append(f"{node.module}.{name}")
+    assert not private, private
 
 
 def test_every_module_is_in_a_room():

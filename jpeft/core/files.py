@@ -19,8 +19,21 @@ from jpeft.core.schema import misfit
 from jpeft.core.tree import empty_paths, flatten, unflatten
 
 __all__ = [
-    "Kind", "append_json", "file_hash", "keep_lines", "read_json", "read_leaves", "read_record", "read_safetensors",
-    "read_tensors", "write_json", "write_leaves", "write_record", "write_safetensors", "write_text",
+    "Kind",
+    "append_json",
+    "file_hash",
+    "keep_lines",
+    "once",
+    "read_json",
+    "read_leaves",
+    "read_record",
+    "read_safetensors",
+    "read_tensors",
+    "write_json",
+    "write_leaves",
+    "write_record",
+    "write_safetensors",
+    "write_text",
 ]  # fmt: skip
 
 FORMAT = "jpeft"  # the metadata entry of our safetensors files: JSON with all of the following

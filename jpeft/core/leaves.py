@@ -14,7 +14,7 @@ from jpeft.core import tree
 from jpeft.core.site import Site, stack_axes
 from jpeft.core.transform import SHARED, STACKED, Leaves, Params, site_key
 
-__all__ = ["fold_sites", "init_sites", "merge_sites"]
+__all__ = ["fold_sites", "init_sites", "merge_sites", "wide"]
 
 
 def init_sites(key: Array, where: Sequence[Site], make: Callable[..., Any], params: Params | None = None) -> Leaves:

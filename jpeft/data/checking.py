@@ -48,10 +48,10 @@ def check_task(task: Task) -> None:
     labels = _labels(task, n)
     logits = np.random.default_rng(0).normal(size=(n, classes)).astype(np.float32)
     of_rows = np.repeat(logits[:, None], labels.shape[1], 1) if task.answers.by_token else logits
-    shape = _told("loss", lambda: jax.eval_shape(task.loss, of_rows, labels)).shape
+    shape = _guarded("loss", lambda: jax.eval_shape(task.loss, of_rows, labels)).shape
     if shape != (n,):
         raise UserError(f"loss must give one number for each example, [{n}], got {list(shape)}")
-    scores = _told("score", lambda: task.score(logits, labels))
+    scores = _guarded("score", lambda: task.score(logits, labels))
     if not isinstance(scores, dict) or set(scores) != set(task.metrics):
         raise UserError(f"score must give {{metric: number}} for {', '.join(task.metrics)}, got {scores!r:.80}")
     for name, value in scores.items():
@@ -71,7 +71,7 @@ def _labels(task: Task, n: int) -> np.ndarray:
     return found.astype(np.int32 if task.kind in ("classification", "tagging") else np.float32)
 
 
-def _told(what: str, call: Any) -> Any:
+def _guarded(what: str, call: Any) -> Any:
     try:
         return call()
     except UserError:
@@ -86,7 +86,7 @@ def splits(task: Task, path: str | None) -> Splits:
     Raises:
       UserError: if it fails, or a run cannot use it.
     """
-    return check_splits(task, _told("splits", lambda: task.splits(path)))
+    return check_splits(task, _guarded("splits", lambda: task.splits(path)))
 
 
 def check_splits(task: Task, found: Any) -> Splits:

@@ -27,7 +27,7 @@ from jpeft.data.encoding import tokenize, tokenize_words
 from jpeft.data.kinds import KINDS, Kind
 from jpeft.data.padding import Layout
 
-__all__ = ["Data", "Splits", "Task", "example_losses", "further", "hidden"]
+__all__ = ["HIDDEN", "Data", "Splits", "Task", "example_losses", "further", "hidden", "is_hidden"]
 
 
 class Splits(NamedTuple):

@@ -32,7 +32,7 @@ from jax import Array
 from jpeft.core.errors import UserError
 from jpeft.core.quantised import is_quantised
 
-__all__ = ["ACTIVATIONS", "Bert", "BertConfig", "Intermediates", "narrowed"]
+__all__ = ["ACTIVATIONS", "Bert", "BertConfig", "Intermediates", "attends", "attention_scores", "narrowed"]
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),

@@ -15,7 +15,7 @@ from jpeft.core.partition import map_leaves
 from jpeft.core.site import layer_of
 from jpeft.core.transform import SHARED, Leaves
 
-__all__ = ["Moments", "adam_size", "adam_step", "by_layer", "moments", "together", "trace"]
+__all__ = ["Moments", "Rate", "adam_size", "adam_step", "by_layer", "moments", "together", "trace"]
 
 Rate = Callable[[tuple[str, ...]], float]
 

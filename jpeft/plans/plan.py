@@ -22,7 +22,22 @@ from jpeft.core.errors import UserError, nearest
 from jpeft.core.transform import Chain, Transform, chain, members
 from jpeft.transforms.registry import METHODS, MODULES, RENAMED
 
-__all__ = ["PLANS", "Entry", "Plan", "Spec", "build", "check", "dumps", "loads", "make", "read", "spec", "uniform"]
+__all__ = [
+    "PLANS",
+    "Entry",
+    "Plan",
+    "Spec",
+    "build",
+    "check",
+    "dumps",
+    "layered",
+    "loads",
+    "make",
+    "read",
+    "resized",
+    "spec",
+    "uniform",
+]
 
 
 class Entry(NamedTuple):

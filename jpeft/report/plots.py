@@ -10,7 +10,7 @@ import numpy as np
 from jpeft.core.site import layer_of
 from jpeft.plans.fishpal import Scores
 
-__all__ = ["choice", "fisher_map", "methods", "race"]
+__all__ = ["choice", "curves", "fisher_map", "methods", "race"]
 
 DECADES = 6  # of Fisher information that a map tells apart
 

@@ -9,7 +9,17 @@ from jpeft.core.files import Kind
 from jpeft.report import formats
 
 __all__ = [
-    "REPORT", "average", "compare", "differences", "markdown", "no_better", "percent", "plan_lines", "spread", "table",
+    "REPORT",
+    "average",
+    "compare",
+    "differences",
+    "markdown",
+    "no_better",
+    "percent",
+    "plan_lines",
+    "saved",
+    "spread",
+    "table",
 ]  # fmt: skip
 
 # The record report.json. An entry that only the page shows need not be here: the page is made with the report.

@@ -141,7 +141,7 @@ def check_names(config: Config) -> None:
         raise UserError(f"config.task {config.task!r} is unknown: {nearest(config.task, known)}")
     parts = config.method.split("+")
     for part in parts:
-        known = configs.method_names() if len(parts) == 1 else MODULES
+        known = tuple(METHODS) if len(parts) == 1 else MODULES
         if part in RENAMED:
             raise UserError(f"config.method {part!r} is called {RENAMED[part]!r}")
         if part in METHODS and part not in known:

@@ -22,17 +22,24 @@ from jpeft.transforms.registry import METHODS, MODULES, Method
 from jpeft.version import RESULTS
 
 __all__ = [
+    "CRITERIA",
+    "CUSTOM",
     "Config",
+    "budget",
+    "candidates",
     "chosen",
     "default",
     "demo",
     "dtype",
+    "first_method",
     "learning_rate",
-    "method_names",
     "modules",
+    "named",
     "options",
     "raced_rates",
     "rates",
+    "results",
+    "split_names",
     "task_of",
     "variant",
 ]
@@ -46,11 +53,6 @@ CRITERIA = (
 )  # fmt: skip
 
 Config = Any  # an `ml_collections.ConfigDict`, whose fields are attributes that no type checker knows
-
-
-def method_names() -> tuple[str, ...]:
-    """What `config.method` can be; several modules can be joined by "+", such as "houlsby+layer_norm"."""
-    return tuple(METHODS)
 
 
 def default(task: str, method: str) -> Config:
@@ -314,7 +316,7 @@ def task_of(config: Config) -> Task:
     """
     data = config.data
     if config.task == CUSTOM:
-        labels = None if data.labels is None else listed(tuple(map(str, data.labels)))
+        labels = None if data.labels is None else split_names(tuple(map(str, data.labels)))
         files = {name: data[name] for name in hub.SPLITS} if data.hub is None else hub.fetch(data.hub)
         if data.hub is not None and "validation" in files:
             standard = default(CUSTOM, config.method).data
@@ -322,7 +324,7 @@ def task_of(config: Config) -> Task:
                 if data[name] != standard[name]:
                     raise UserError(f"config.data.{name} is set, but {data.hub} has a validation split: drop it")
         return custom(
-            files["train"], listed(data.text), data.label or "label", validation=files.get("validation"),
+            files["train"], split_names(data.text), data.label or "label", validation=files.get("validation"),
             test=files.get("test"),
             labels=labels, kind=data.kind, validation_fraction=data.validation_fraction,
             split_seed=data.split_seed,
@@ -330,6 +332,6 @@ def task_of(config: Config) -> Task:
     return tasks.read_task(config.task) if config.task.endswith(".py") else tasks.task(config.task)
 
 
-def listed(names: Sequence[str]) -> tuple[str, ...]:
+def split_names(names: Sequence[str]) -> tuple[str, ...]:
     """Names, also those that the command line gives in one piece: --config.data.text=premise,hypothesis."""
     return tuple(names[0].split(",")) if len(names) == 1 else tuple(names)

@@ -23,7 +23,19 @@ from jpeft.run.config import Config
 from jpeft.store.model_folder import DESCRIPTION, verify
 from jpeft.version import RESULTS
 
-__all__ = ["Inputs", "begin", "begun", "check", "check_config", "inputs", "locked", "owner", "read_config"]
+__all__ = [
+    "INPUTS",
+    "INPUTS_KIND",
+    "Inputs",
+    "begin",
+    "begun",
+    "check",
+    "check_config",
+    "inputs",
+    "locked",
+    "owner",
+    "read_config",
+]
 
 SHOWN = 4  # differences in a message
 MOST_PATH = 3000  # bytes; systems take 4,096, and the names of the files below need some

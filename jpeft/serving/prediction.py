@@ -16,7 +16,7 @@ from jpeft.training.loop import evaluate
 from jpeft.training.step import forward
 from jpeft.transforms.parts.inputs import lengthens
 
-__all__ = ["by_sentence", "check_list", "checked", "encode", "longest", "predict", "shapes"]
+__all__ = ["BATCH_SIZE", "by_sentence", "check_list", "checked", "encode", "longest", "predict", "shapes"]
 
 BATCH_SIZE = 32
 # Lengths that rows are padded to, up to the longest.

@@ -16,7 +16,7 @@ from jpeft.data.kinds import KINDS
 from jpeft.data.rows import ENDINGS, attempts, text_of, words_of
 from jpeft.data.tasks import TASKS
 from jpeft.run import experiment, workdir
-from jpeft.run.config import CUSTOM, listed
+from jpeft.run.config import CUSTOM, split_names
 from jpeft.run.console import Console
 from jpeft.serving.answers import Answers, held
 from jpeft.serving.export import find_modules
@@ -133,7 +133,7 @@ def _columns(folder: Path, saved: Saved, text: Sequence[str] | None) -> tuple[st
         found = TASKS[saved.task].text
     elif not found and saved.task == CUSTOM:
         try:
-            found = listed(workdir.read_config(folder.parents[1]).data.text)
+            found = split_names(workdir.read_config(folder.parents[1]).data.text)
         except UserError:
             found = ()
     if not found:

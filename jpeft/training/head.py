@@ -20,7 +20,7 @@ from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Params, Transform
 from jpeft.data.batching import Batch
 
-__all__ = ["features", "fit_head", "last_dense"]
+__all__ = ["LEAST", "features", "fit_head", "last_dense"]
 
 STRENGTHS = np.logspace(-3, 1, 5)  # of the regularisation; cross-validation chooses
 LEAST = 3  # examples of a class: one for each part of the cross-validation

@@ -19,7 +19,7 @@ from jpeft.data.task import Data
 from jpeft.training.compiled import EVAL_BATCH, Steps
 from jpeft.training.step import State, StepMetrics, Tree, unstack
 
-__all__ = ["Event", "Schedule", "evaluate", "fit", "fit_together"]
+__all__ = ["Event", "Row", "Schedule", "evaluate", "fit", "fit_together"]
 
 AHEAD = 2  # steps that the host hands over before it waits for an earlier one: enough to hide its own work
 
@@ -166,7 +166,7 @@ def fit_together(
             wait = step % every_steps != 0 if every_steps else time.monotonic() < due
             if wait and step % per_epoch:
                 continue
-            losses, norms = _finite(pending, step, schedules)
+            losses, norms = _fetched(pending, step, schedules)
             for i, own in enumerate(losses):
                 for loss in own:  # one by one: the sum must not depend on when events come
                     sums[i] += loss
@@ -190,7 +190,7 @@ def fit_together(
         )
 
 
-def _finite(
+def _fetched(
     pending: Sequence[StepMetrics], step: int, schedules: Sequence[Schedule]
 ) -> list[tuple[tuple[float, ...], ...]]:
     """The losses and the gradient norms of the steps up to `step`, on the host: by run, by step."""

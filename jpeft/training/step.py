@@ -30,6 +30,7 @@ from jpeft.data.task import example_losses
 __all__ = [
     "State",
     "StepMetrics",
+    "Tree",
     "eval_step",
     "forward",
     "init_state",

@@ -107,7 +107,7 @@ def trial(
         mean = jax.tree.map(lambda *g: sum(np.asarray(x, np.float64) for x in g) / n, *(g for _, g in found))
         return np.concatenate(losses), mean
 
-    step, drop, gradient, some = 0, None, None, averaged or -(-every // 3)
+    step, drop, gradient, num_averaged = 0, None, None, averaged or -(-every // 3)
     if attribute:
         _, gradient = look(state.trainable)
         drop = jax.tree.map(np.zeros_like, gradient)
@@ -117,10 +117,10 @@ def trial(
         for left in reversed(range(every)):
             state, _ = train(state, frozen, next(batches), key)
             step += 1
-            if left < some and not attribute:
+            if left < num_averaged and not attribute:
                 # A copy, since the step takes over the buffers of the state.
                 sums = _copied(state.trainable) if sums is None else _added(sums, state.trainable)
-        losses, later = look(state.trainable if attribute else jax.tree.map(lambda x: x / some, sums))
+        losses, later = look(state.trainable if attribute else jax.tree.map(lambda x: x / num_averaged, sums))
         if attribute:
             drop = jax.tree.map(
                 lambda total, g, h, old, new: total - (g + h) / 2 * (np.asarray(new, np.float64) - old),

@@ -14,7 +14,7 @@ from jpeft.transforms.parts.inputs import before_states, before_words, width, wo
 from jpeft.transforms.parts.linear import sizes
 from jpeft.transforms.parts.places import find_encoders, find_inputs
 
-__all__ = ["prompt"]
+__all__ = ["check_ids", "prompt"]
 
 PLACES = {
     "words": ("embeddings/inputs", find_inputs, before_words),

@@ -16,7 +16,7 @@ from jpeft.run import experiment
 from jpeft.run import workdir as workdirs
 from jpeft.run.config import Config
 
-__all__ = ["Cell", "read", "unpacked", "write"]
+__all__ = ["KIND", "Cell", "read", "unpacked", "write"]
 
 KIND = "finished cell"
 

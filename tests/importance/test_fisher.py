@@ -146,7 +146,7 @@ def test_any_pytree():
     [(jnp.ones((0,)), None), (jnp.ones(2), 0), (jnp.ones(2), 2.5), (jnp.ones(2), float("nan"))],
 )
 def test_nothing_to_measure(examples, microbatch):
-    with pytest.raises(UserError, match="needs examples, got none|microbatch must be a whole number of at least 1"):
+    with pytest.raises(UserError, match=r"needs examples, got none|microbatch must be a whole number of at least 1"):
         fisher(lambda w, x: w * x, jnp.ones(()), examples, microbatch=microbatch)
 
 

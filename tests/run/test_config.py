@@ -43,7 +43,7 @@ def test_fields_without_a_default_take_their_type():
         config.train.learning_rate = "fast"
 
 
-@pytest.mark.parametrize("method", configs.method_names())
+@pytest.mark.parametrize("method", METHODS)
 def test_every_default_passes_the_check_and_is_json(method):
     config = configs.default("mnli", method)
     checks.check(config)
@@ -51,7 +51,7 @@ def test_every_default_passes_the_check_and_is_json(method):
 
 
 def test_method_names_are_fishpal_selections_and_methods():
-    assert set(configs.method_names()) == {"fishpal", "full", "head", *MODULES}
+    assert set(METHODS) == {"fishpal", "full", "head", *MODULES}
 
 
 def test_learning_rate_is_the_method_s_unless_given():

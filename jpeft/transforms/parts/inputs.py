@@ -8,7 +8,7 @@ from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Context, Leaves, Params
 from jpeft.core.tree import at
 
-__all__ = ["around_words", "before_states", "before_words", "behind", "width", "word_embeddings"]
+__all__ = ["around_words", "before_states", "before_words", "behind", "lengthens", "width", "word_embeddings"]
 
 
 def before_words(vectors: Array, args: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -7,6 +7,8 @@ from jax import Array
 from jpeft.core.errors import UserError
 
 __all__ = [
+    "LARGEST",
+    "counts",
     "dropout",
     "kaiming_uniform",
     "layer_norm",
