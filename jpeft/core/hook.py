@@ -19,8 +19,8 @@ from jax import Array
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.quantised import dense, holds_quantised, is_quantised, remade
-from jpeft.core.site import check_linen, in_order, path_of, site_of, sites
-from jpeft.core.transform import SHARED, STACKED, Call, Chain, Context, Params, Transform, checked
+from jpeft.core.site import check_linen, check_unboxed, in_order, path_of, site_of, sites
+from jpeft.core.transform import SHARED, STACKED, Call, Chain, Context, Params, Transform, checked, typed
 
 __all__ = ["apply"]
 
@@ -87,28 +87,32 @@ def apply(
     leaves = variables.pop("peft", {})
     named = checked(transform, leaves)
     placed: dict[str, dict[str, Any]] = {}
+    given = variables.get("params", {})
+    check_unboxed(given)
     for name, member in named.items():
         if member.wrap is None and member.merge is not None:
-            variables["params"] = member.merge(leaves[name], variables["params"])
+            variables["params"] = typed(member.merge(leaves[name], variables["params"]), variables["params"])
             continue
         shared = leaves[name].get(SHARED, {})
         for path, own in leaves[name].items():
             if path != SHARED:
                 placed.setdefault(path, {})[name] = (own, shared)
     key = rngs.get("dropout") if isinstance(rngs, dict) else rngs
-    params = variables.get("params", {})
+    params = merged = variables.get("params", {})
     for path, at_site in placed.items():
         params = _insert(params, path.split("/"), _held(path, at_site, named, key, mask))
     variables["params"] = params
     reached: set[str] = set()
     missed: set[str] = set()
+    active: set[str] = set()
     quantised = holds_quantised(params)
 
     def hook(call: Call, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         path, module = path_of(context), context.module
         if quantised and path:
             call = _dequantised(module, call)
-        if path not in placed:
+        # Within its own call, a path is that of `super().__call__`, or of a module that shares its scope.
+        if path not in placed or path in active:
             return call(*args, **kwargs)
         # A wrap may run its own module with `.apply`: nothing is stored in that scope, so it is left alone.
         if not module.has_variable("params", _HELD):
@@ -130,7 +134,11 @@ def apply(
         for name, member in held.members:
             own, shared = held.leaves[name]
             inner = _wrapped(member, own, site, inner, ctx._replace(shared=shared))
-        return inner(*args)
+        active.add(path)
+        try:
+            return inner(*args)
+        finally:
+            active.remove(path)
 
     if mask is not None and _lacks_mask(model, args, kwargs):
         kwargs["mask"] = mask
@@ -144,7 +152,7 @@ def apply(
     _check_reached(set(placed) - reached, model, variables["params"], args, kwargs)
     if kwargs.get("mutable", False) is False or "params" not in out[1]:
         return out
-    return out[0], {**out[1], "params": _without_held(out[1]["params"])}
+    return out[0], {**out[1], "params": _without_edits(_without_held(out[1]["params"]), merged, given)}
 
 
 def _lacks_mask(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
@@ -220,6 +228,16 @@ def _without_held(params: Any) -> Any:
     return {name: _without_held(x) for name, x in params.items() if name != _HELD}
 
 
+def _without_edits(params: Any, merged: Any, given: Any) -> Any:
+    """The parameters with those that a method had changed as they were given."""
+    if merged is given:
+        return params
+    if isinstance(params, Mapping) and isinstance(given, Mapping):
+        both = {name: (merged[name], given[name]) for name in given}
+        return {name: _without_edits(x, *both[name]) if name in both else x for name, x in params.items()}
+    return given
+
+
 def _check_reached(unreached: set[str], model: nn.Module, params: Params, args: tuple, kwargs: dict) -> None:
     # Under `nn.jit` a cached trace does not call the hook again, so an unreached site is not always an error.
     if not unreached:
@@ -227,9 +245,10 @@ def _check_reached(unreached: set[str], model: nn.Module, params: Params, args: 
     call = {name: x for name, x in kwargs.items() if name != "mutable"}
     have = _paths(model, args, call)
     for path in sorted(unreached - have):
-        # Another method may take another path: it is enough that the site lies in a module of the model.
+        # This call may take another path than the one that listed the sites, as without a head for training alone.
+        # Of another method, it is enough that the site lies in a module of the model.
         parent = path.rpartition("/")[0] or path
-        if "method" in call and _has(params, parent):
+        if _has(params, path) or ("method" in call and _has(params, parent)):
             continue
         raise UserError(f"there are leaves for site {path!r}, which the model does not have: {nearest(path, have)}")
 

@@ -58,6 +58,8 @@ def partition(transform: Transform | Chain, params: Params, leaves: Leaves, trai
         transform.
     """
     checked(transform, leaves)
+    if not isinstance(trains, Iterable):
+        raise UserError(f"trains must be names of `params`, got {trains!r:.60}")
     trains = [trains] if isinstance(trains, str) else list(trains)
     for name in trains:
         if name not in params:

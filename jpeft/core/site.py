@@ -17,6 +17,7 @@ __all__ = [
     "Site",
     "Sites",
     "check_linen",
+    "check_unboxed",
     "describe",
     "find",
     "in_order",
@@ -34,6 +35,8 @@ ALL = ".*"  # the pattern for every suitable site
 _ESCAPED = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)  # what has no meaning as a bracket or repeat
 _REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
 _LAYER = re.compile(r"(?:^|/)(?:layers?|blocks?|h)_(\d+)(?:/|$)")
+
+RESERVED = ("shared", "stacked", "fixed")  # keys of leaves (core/transform.py), where the paths of sites are
 
 
 class Site(NamedTuple):
@@ -81,6 +84,8 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
       UserError: if the model is not a linen module.
     """
     check_linen(model)
+    head = getattr(model, "HEAD", ())
+    head = (head,) if isinstance(head, str) else tuple(head)
     found: dict[str, Site] = {}
     seen: dict[str, Any] = {}  # the parameters of each module, as its own call sees them
 
@@ -92,7 +97,7 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
         found[path] = site_of(path, module, args)
         out = call(*args, **kwargs)
         found[path] = found[path]._replace(out=_shapes(out))
-        seen[path] = _shapes(dict(module.variables.get("params", {})))
+        seen[path] = _shapes(nn.unbox(dict(module.variables.get("params", {}))))
         return out
 
     def trace(*arrays: Any) -> Any:
@@ -104,8 +109,8 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
             return model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, *a, **k)
 
     flat, treedef = jax.tree.flatten((args, kwargs))
-    variables = jax.eval_shape(trace, *(x for x in flat if _is_array(x)))
-    params, head = variables.get("params", {}), getattr(model, "HEAD", ())
+    variables = nn.unbox(jax.eval_shape(trace, *(x for x in flat if _is_array(x))))
+    params = variables.get("params", {})
     return {
         path: site._replace(
             params=seen[path] or _subtree(params, path),
@@ -124,6 +129,16 @@ def check_linen(model: Any) -> None:
     if isinstance(model, nnx.Module) or (isinstance(model, type) and issubclass(model, nnx.Module)):
         raise UserError(f"{kind} is an NNX module, which is not supported yet: expected a flax.linen module")
     raise UserError(f"expected a flax.linen module, got {kind}")
+
+
+def check_unboxed(params: Any) -> None:
+    """Raises a UserError if parameters are in the boxes of `nn.with_partitioning`."""
+
+    def is_box(x: Any) -> bool:
+        return isinstance(x, nn.meta.AxisMetadata)
+
+    if any(map(is_box, jax.tree.leaves(params, is_leaf=is_box))):
+        raise UserError("the parameters are in boxes, as of nn.with_partitioning: pass nn.unbox(params)")
 
 
 def in_order(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -271,8 +286,11 @@ def find(
 
     Raises:
       UserError: if nothing matches, overall or in one of the layers, or if a match is not suitable: the message lists
-        the suitable sites of this model. A mistyped path is never silently a no-op. Also if a layer is no integer.
+        the suitable sites of this model. A mistyped path is never silently a no-op. Also if a layer is not an integer,
+        or a match is called "shared", "stacked" or "fixed" and lies at the top.
     """
+    if not isinstance(pattern, str):
+        raise UserError(f"a pattern is one string, such as 'query|value', got {pattern!r:.60}")
     hits = [site for path, site in sites.items() if matches(pattern, path)]
     suitable = [site for site in sites.values() if fits is None or fits(site)]
     if pattern == ALL:
@@ -284,10 +302,14 @@ def find(
             close = _described(suitable, wanted)
         raise UserError(f"pattern {pattern!r} matches no site of the model: {close}")
     for site in hits:
+        if site.path in RESERVED:
+            raise UserError(f"site {site.path!r} has a name that leaves need for themselves: rename it or leave it out")
         if fits is not None and not fits(site):
             raise UserError(f"{describe(site)} is not one of the {wanted}: {_described(suitable, wanted)}")
     if layers is None:
         return tuple(hits)
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise UserError(f"layers must be a list of layer numbers, got {layers!r:.60}")
     given = tuple(layers)
     for layer in given:  # True is not layer 1, nor is 1.0
         if isinstance(layer, bool) or not isinstance(layer, int | np.integer):

@@ -29,7 +29,7 @@ from jax import Array
 
 from jpeft.core.errors import UserError
 from jpeft.core.quantised import dense
-from jpeft.core.site import Site, Sites
+from jpeft.core.site import Site, Sites, check_unboxed
 
 __all__ = [
     "FIXED",
@@ -53,6 +53,7 @@ __all__ = [
     "prepare",
     "site_key",
     "stays",
+    "typed",
 ]
 
 SHARED = "shared"  # the key, next to an instance's sites, of the leaves that all of them read
@@ -181,7 +182,11 @@ def chain(*transforms: Transform | Chain) -> Chain:
 
 def members(transform: Transform | Chain) -> tuple[Transform, ...]:
     """The transforms of a chain, in order; a single transform is its own only member."""
-    return transform.members if isinstance(transform, Chain) else (transform,)
+    if isinstance(transform, Chain):
+        return transform.members
+    if not isinstance(transform, Transform):
+        raise UserError(f"expected a transform, such as jpeft.lora(), got {transform!r:.60}")
+    return (transform,)
 
 
 def instances(transform: Transform | Chain) -> dict[str, Transform]:
@@ -212,9 +217,14 @@ def init(transform: Transform | Chain, key: Array, sites: Sites, params: Params 
       {instance: {site path: leaves, "shared": leaves}}.
 
     Raises:
-      UserError: if a method finds no suitable site.
+      UserError: if a method finds no suitable site, or an argument is not what it should be.
     """
     named = instances(transform)
+    if not isinstance(sites, Mapping):
+        raise UserError(f"expected the sites of the model, from jpeft.sites(model, x), got {sites!r:.60}")
+    if isinstance(key, int | float):
+        raise UserError(f"expected a PRNG key, such as jax.random.key(0), got {key!r}")
+    check_unboxed(params)
     return {name: member.init(site_key(key, name), sites, params) for name, member in named.items()}
 
 
@@ -257,7 +267,7 @@ def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merge
     If a member that reads the site's own parameters wraps another, both stay. Matrix products are computed in full
     float32 precision, and the result has the dtypes of the base. Quantised kernels become dense, whether anything is
     folded into them or not. Kernels are taken to be what their layers multiply with: where something normalises them
-    on the way, as `nn.WeightNorm` does, the merged model is another one.
+    on the way, as `nn.WeightNorm` does, or `nn.map_variables` changes them, the merged model is another one.
 
     Args:
       transform: a method or a chain.
@@ -274,17 +284,17 @@ def merge(transform: Transform | Chain, leaves: Leaves, params: Params) -> Merge
     with jax.default_matmul_precision("highest"):
         for name, member in sorted(named.items(), key=lambda item: item[1].wrap is not None):
             if name not in staying and member.merge is not None:
-                params = _typed(member.merge(leaves[name], params), params)
+                params = typed(member.merge(leaves[name], params), params)
     left = Chain(tuple(named[name] for name in staying))
     return Merged(dense(params), left, dict(zip(instances(left), (leaves[name] for name in staying), strict=True)))
 
 
-def _typed(new: Any, old: Any) -> Any:
+def typed(new: Any, old: Any) -> Any:
     """The new parameters in the dtypes of the old ones; what is not touched stays as it is, quantised or not."""
     if new is old:
         return new
     if isinstance(new, Mapping):
-        return {name: _typed(x, old[name]) for name, x in new.items()}
+        return {name: typed(x, old[name]) for name, x in new.items()}
     return new.astype(old.dtype)
 
 

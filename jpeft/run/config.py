@@ -255,6 +255,8 @@ def results(config: Config, shape: BertConfig, rows: int = 0) -> int:
         return 6  # its blocks take activation and epsilon from the backbone
     if names & {"prompt", "p_tuning"}:
         return 6  # fewer virtual tokens by default
+    if names & {"bitfit", "layer_norm", "top_k_layers"} and dtype(config) == "bfloat16":
+        return 6  # what trains is cast to the base's dtype
     if not first_method(config).chooses or own.plan is not None:
         return RESULTS
     patterns = [x for name in names for key, x in config.peft[name].items() if key.endswith("_pattern")]

@@ -188,8 +188,8 @@ def _around(wrap: Wrap, leaves: Leaves, site: Site, call: Call, ctx: Context) ->
 
 def _low_rank(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
     del site, ctx
-    (x,) = args
-    y, a, b = call(x), leaves["a"], leaves["b"]
+    x, *rest = args
+    y, a, b = call(x, *rest), leaves["a"], leaves["b"]
     return y + ((flat(x, len(a)).astype(y.dtype) @ a.astype(y.dtype)) @ b.astype(y.dtype)).reshape(y.shape)
 
 

@@ -70,8 +70,8 @@ def dora(
         return init_sites(key, where(spec, sites), make, need_params(params, "dora"))
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
-        (x,) = args
-        y = call(x)
+        x, *rest = args
+        y = call(x, *rest)
         base = wide(dict(ctx.params))
         norms = jax.lax.stop_gradient(_norms(_updated(spec, site.path, leaves, base["kernel"])))
         trailing = base["kernel"].shape[base["kernel"].ndim - _axes(leaves, base["kernel"]) :]

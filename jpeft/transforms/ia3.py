@@ -55,10 +55,10 @@ def ia3(placement: str = "after", targets: str | None = None, layers: Sequence[i
         return init_sites(key, find_dense(sites, pattern, layers), make)
 
     def wrap(leaves: dict[str, Array], site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
-        (x,) = args
+        x, *rest = args
         if _READS.fullmatch(site.path):
-            return call(_scaled(x, leaves["scale"]))
-        return _scaled(call(x), leaves["scale"])
+            return call(_scaled(x, leaves["scale"]), *rest)
+        return _scaled(call(x, *rest), leaves["scale"])
 
     def merge(leaves: Leaves, params: Params) -> Params:
         def merged(path: str, own: Leaves, old: Params) -> Params:

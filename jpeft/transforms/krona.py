@@ -68,8 +68,8 @@ def krona(
         return init_sites(key, find_dense(sites, targets, layers), make)
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
-        (x,) = args
-        y = call(x)
+        x, *rest = args
+        y = call(x, *rest)
         a, b = leaves["a"].astype(y.dtype), leaves["b"].astype(y.dtype)
         x = drop(x, dropout, None if ctx.key is None else site_key(ctx.key, site.path)).astype(y.dtype)
         x = flat(x, a.shape[0] * b.shape[0])

@@ -121,10 +121,12 @@ def _lora(name: str, spec: LowRank, learning_rate_ratio: float, gate: bool) -> T
         return init_sites(key, where(spec, sites), make)
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
-        (x,) = args
-        y = call(x)
-        factor = gate_value(x, leaves["gate"], ctx.mask) if gate else scale_at(spec, site.path, leaves)
-        return y + product(spec, x, leaves["a"], leaves["b"], site, ctx, y) * jnp.asarray(factor, y.dtype)
+        x, *rest = args
+        y = call(x, *rest)
+        update = product(spec, x, leaves["a"], leaves["b"], site, ctx, y)
+        if gate:  # one number for each row of the batch, where a DenseGeneral has more axes than x
+            return y + update * gate_value(x, leaves["gate"], ctx.mask).reshape(-1, *(1,) * (y.ndim - 1))
+        return y + update * jnp.asarray(scale_at(spec, site.path, leaves), y.dtype)
 
     def merge(leaves: Leaves, params: Params) -> Params:
         def merged(path: str, own: Leaves, old: Params) -> Params:

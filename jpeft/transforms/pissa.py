@@ -80,8 +80,8 @@ def pissa(
         return init_sites(key, where(spec, sites), make, need_params(params, "pissa"))
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
-        (x,) = args
-        y = call(x)
+        x, *rest = args
+        y = call(x, *rest)
         scale = jnp.asarray(scale_at(spec, site.path, leaves), y.dtype)
         return y + product(spec, x, *difference(leaves), site, ctx, y) * scale
 

@@ -130,15 +130,17 @@ def test_rates_race_where_nothing_else_says_them():
 
 
 def test_a_change_that_concerns_few_runs_has_a_number_of_its_own():
-    def results(method, act="gelu", rows=0, **fishpal):
+    def results(method, act="gelu", rows=0, dtype="float32", **fishpal):
         config = configs.default("mrpc", method)
+        config.train.dtype = dtype
         config.fishpal.update(fishpal)
         return configs.results(config, BertConfig(hidden_act=act), rows)
 
     assert results("lora", "relu") == results("ladder_side") == results("fishpal", sizes=(1, 2)) == RESULTS
+    assert results("bitfit", dtype="bfloat16") == 6
     assert results("lora+prompt") == results("fishpal", candidates=("lora", "p_tuning")) == 6
     assert results("ladder_side", "relu") == results("fishpal", candidates=("rslora",), sizes=(1, 2)) == 6
-    assert results("fishpal", candidates=("rslora",)) == results("full") == RESULTS
+    assert results("fishpal", candidates=("rslora",)) == results("full") == results("bitfit") == RESULTS
     assert results("fishpal", budget="1%") == results("fishpal", rows=4000) == 6  # 2,500 steps
     assert results("fishpal", rows=3000) == results("fishpal", rows=4000, candidates=("lora", "pfeiffer")) == RESULTS
     assert results("fishpal", rows=4000, plan="thesis_mrpc", budget="1%") == RESULTS

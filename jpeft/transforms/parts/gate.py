@@ -52,6 +52,8 @@ def gate_value(x: Array, leaves: Leaves, mask: Array | None) -> Array:
       [b, 1, 1] in the dtype of x; 0 for a row without a real token.
     """
     kernel, bias = leaves["kernel"].astype(x.dtype), leaves["bias"].astype(x.dtype)
+    if mask is not None and mask.ndim != 2:
+        raise UserError(f"a gate needs a mask [rows, tokens], got {mask.shape}")
     wide = jnp.promote_types(x.dtype, jnp.float32)
     opened = jax.nn.sigmoid(x @ kernel + bias.reshape(1, 1, 1)).astype(wide)
     if mask is None:

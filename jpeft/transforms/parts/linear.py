@@ -96,5 +96,5 @@ def sizes(**values: int | None) -> None:
 def rate(**values: float) -> None:
     """Raises UserError naming the first value that is not a dropout rate."""
     for name, value in values.items():
-        if not 0 <= value < 1:
-            raise UserError(f"{name} must be at least 0 and below 1, got {value}")
+        if isinstance(value, str) or not 0 <= value < 1:
+            raise UserError(f"{name} must be at least 0 and below 1, got {value!r}")
