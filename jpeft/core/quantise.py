@@ -56,7 +56,7 @@ def quantise(
         old = tree.get(params, f"{site.path}/kernel")
         if isinstance(old, Quantised):
             raise UserError(f"the kernel of site {site.path!r} is quantised already, as {old.kind}")
-        new = _quantised(np.asarray(old), kind, len(stack_axes(site)), site.path)
+        new = _quantised(np.asarray(old), kind, len(stack_axes(site)), site)
         params = tree.replace(params, f"{site.path}/kernel", lambda _, new=new: new)
     return dict(params)
 
@@ -78,21 +78,29 @@ def _chosen(sites: Sites, targets: str, exceptions: str | None) -> list[Site]:
     return [site for site in found if site.path not in spared]
 
 
-def _quantised(kernel: np.ndarray, kind: str, depth: int, path: str) -> Quantised:
+def _quantised(kernel: np.ndarray, kind: str, depth: int, site: Site) -> Quantised:
     """A kernel, or copies of one along its first `depth` axes, in codes."""
     if not np.isfinite(kernel.astype(np.float32)).all():
-        raise UserError(f"the kernel of site {path!r} is not finite")
+        raise UserError(f"the kernel of site {site.path!r} is not finite")
     stack, own = kernel.shape[:depth], kernel.shape[depth:]
     copies = kernel.astype(np.float32).reshape(-1, *own)
-    code = _bytes if kind == "int8" else lambda rows: _blocks(rows, kind)
+    outputs = _outputs(site, own)
+    code = (lambda rows: _bytes(rows.reshape(outputs, -1))) if kind == "int8" else (lambda rows: _blocks(rows, kind))
     made = [code(np.ascontiguousarray(copy.T)) for copy in copies]
     codes, *scales = (np.stack(arrays).reshape((*stack, *arrays[0].shape)) for arrays in zip(*made, strict=True))
     return Quantised(jnp.asarray(codes), tuple(map(jnp.asarray, scales)), kind, own, str(kernel.dtype))
 
 
+def _outputs(site: Site, kernel: tuple[int, ...]) -> int:
+    """How many outputs a kernel has: in a DenseGeneral over several axes, their product; else its last axis."""
+    x, out = getattr(site.args[0] if site.args else None, "shape", ()), getattr(site.out, "shape", ())
+    n = (len(x) - len(out) + len(kernel)) // 2  # axes that it contracts, which are the last ones of x
+    general = 0 < n < len(kernel) and x[-n:] == kernel[:n] and out[n - len(kernel) :] == kernel[n:]
+    return math.prod(kernel[n:]) if general else kernel[-1]
+
+
 def _bytes(rows: np.ndarray) -> tuple[np.ndarray, ...]:
     """Codes int8 [entries] and the absmax of each row, float32 [rows]."""
-    rows = rows.reshape(len(rows), -1)
     absmax = np.abs(rows).max(1)
     scale = 127 / np.where(absmax > 127 * TINY, absmax, 1)
     return np.rint(rows * scale[:, None]).astype(np.int8).reshape(-1), absmax

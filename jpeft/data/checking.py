@@ -52,11 +52,12 @@ def check_task(task: Task) -> None:
     if shape != (n,):
         raise UserError(f"loss must give one number for each example, [{n}], got {list(shape)}")
     scores = _guarded("score", lambda: task.score(logits, labels))
+    same = _guarded("score of one answer for all rows", lambda: task.score(np.zeros_like(logits) + logits[:1], labels))
     if not isinstance(scores, dict) or set(scores) != set(task.metrics):
         raise UserError(f"score must give {{metric: number}} for {', '.join(task.metrics)}, got {scores!r:.80}")
-    for name, value in scores.items():
+    for name, value in (*scores.items(), *same.items()):
         if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
-            raise UserError(f"score gives {value!r:.60} for {name}: expected a finite number")
+            raise UserError(f"score gives {value!r:.60} for {name}: expected a finite number, of equal answers, too")
 
 
 def _labels(task: Task, n: int) -> np.ndarray:

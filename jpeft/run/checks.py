@@ -242,8 +242,10 @@ def _unread(config: Config, name: str) -> str | None:
         return f"config.fishpal.criterion is {own.criterion!r}, and only a race tries rates"
     if name == "rates" and configs.raced_rates(config) != tuple(own.rates):
         return "a learning rate is given"
-    if name == "num_examples" and own.criterion == "race":
-        return "a race says itself how many examples it trains on"
+    if name == "num_examples" and own.criterion in ("race", "loss_drop"):
+        return f"{own.criterion} says itself how many examples it trains on"
+    if name == "num_examples" and own.criterion in ("random", "size", "magnitude", "depth"):
+        return f"config.fishpal.criterion {own.criterion!r} looks at no examples"
     if name == "budget_of" and own.budget is None:
         return "config.fishpal.budget is not"
     return None

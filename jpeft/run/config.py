@@ -45,6 +45,8 @@ __all__ = [
 ]
 
 LONG = 2000  # steps, from which on kinds may race
+RATES = (1, 4)  # that race; the first one is kept where they find no difference
+MOST_EPOCHS = 5  # of runs in which these race: in ten, the higher rate fits the training rows alone (docs/choice.md)
 CUSTOM = "custom"  # the task that `config.data` defines
 # What FishPAL can choose by; `jpeft.run.criteria` says how.
 CRITERIA = (
@@ -64,7 +66,7 @@ def default(task: str, method: str) -> Config:
     plan that `fishpal.criterion` finds, `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
 
     `fishpal.rates` are the multiples of the methods' own learning rates that race, unless `train.learning_rate` or one
-    of `fishpal.learning_rates` is given.
+    of `fishpal.learning_rates` is given. The default ones race in runs of up to five epochs, others in any run.
 
     `data.hub` is a data set of the Hugging Face hub, in the place of files: "owner/name", "owner/name:config", or a
     folder that `datasets` reads. `data.kind` is that of the answers in data of the user's own: classification,
@@ -107,7 +109,7 @@ def default(task: str, method: str) -> Config:
                 "candidates": ("lora", "pfeiffer", "prefix"),  # the first one where a race finds no difference
                 "criterion": "race",
                 "sizes": (1,),
-                "rates": (1, 4),  # the first one where a race finds no difference
+                "rates": RATES,
                 "budget": placeholder(str),
                 "budget_of": "trainable",
                 "num_examples": placeholder(int),
@@ -202,11 +204,23 @@ def first_method(config: Config) -> Method:
 
 
 def raced_rates(config: Config) -> tuple[float, ...]:
-    """The multiples of the methods' own learning rates that race; (1,) where there is no race, or the rate is given."""
-    races = first_method(config).chooses and config.fishpal.criterion == "race"
+    """The multiples of the methods' own learning rates that race; (1,) where none do.
+
+    That is where nothing races, the rate is given, or the run is so long that the early lead of a higher rate is lost.
+    """
+    return tuple(config.fishpal.rates) if _chooses_rate(config) and not _too_long(config) else (1,)
+
+
+def _chooses_rate(config: Config) -> bool:
+    """Whether the run races and no rate is given."""
+    if not first_method(config).chooses or config.fishpal.criterion != "race" or config.fishpal.plan is not None:
+        return False
     kinds = (config.fishpal.learning_rates[name] for name in config.fishpal.candidates)
-    given = any(rate is not None for rate in (config.train.learning_rate, *kinds))
-    return tuple(config.fishpal.rates) if races and not given and config.fishpal.plan is None else (1,)
+    return all(rate is None for rate in (config.train.learning_rate, *kinds))
+
+
+def _too_long(config: Config) -> bool:
+    return tuple(config.fishpal.rates) == RATES and config.train.num_epochs > MOST_EPOCHS
 
 
 def learning_rate(config: Config) -> float:
@@ -266,8 +280,8 @@ def results(config: Config, shape: BertConfig, rows: int = 0) -> int:
     several = len(own.candidates) * len(own.sizes) > 2 and len(raced_rates(config)) > 1
     # After a race of kinds, rates are compared over equally many steps.
     raced = several and config.train.num_epochs * rows / config.train.batch_size > LONG
-    # What races fits the budget, and the integer program is exact.
-    return 6 if scaled or raced or own.budget is not None else RESULTS
+    # In long runs rates do not race; what races fits the budget, and the integer program is exact.
+    return 6 if scaled or raced or (_chooses_rate(config) and _too_long(config)) or own.budget is not None else RESULTS
 
 
 def candidates(config: Config) -> Candidates:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jpeft.core import files
 from jpeft.core.errors import UserError
 from jpeft.data import batching, checking, kinds, padding
 from jpeft.data import tokenizer as tokenizers
@@ -25,6 +26,7 @@ from jpeft.run.workdir import Inputs
 __all__ = ["load"]
 
 MOST_UNKNOWN = 0.5  # share of the words
+MOST_CUT = 0.05  # share of the rows
 SHOWN = 20  # names of classes
 COMPILE_TOKENS = 8000  # of MiniLM, 384 wide, that two cores train on in the time of one compilation
 
@@ -47,6 +49,8 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
     if config.task == configs.CUSTOM and task.labels:
         names = ", ".join(task.labels[:SHOWN]) + (", ..." if len(task.labels) > SHOWN else "")
         console.say(f"  {len(task.labels)} classes: {names}")
+    if "classifier" not in base.fresh:
+        _check_head(base, task.labels, console)
     if base.fresh:
         console.say(f"  not trained in the checkpoint, so initialised and trained: {', '.join(base.fresh)}")
     results = configs.results(config, base.config, data.train.size)
@@ -68,6 +72,15 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
     given = splits.splits | {"train": _few(splits.splits["train"], config.train.max_train_examples)}
     train, dev = (task.encode(given[name], tokenizer, config.train.max_length) for name in ("train", task.eval_split))
     _check_known(train, tokenizer, base.folder, console)
+    others = {
+        name: task.encode(splits.splits[name], tokenizer, config.train.max_length)
+        for name in further(task, splits)
+        if _labelled(task, name, splits.splits[name]["label"], console)
+    }
+    for name, examples in (("train", train), (task.eval_split, dev), *others.items()):
+        _check_cut(examples, config.train.max_length, name, console)
+        if name != "train" and (own or config.task == configs.CUSTOM):
+            _check_apart(train, examples, name, console)
     if task.answers.by_token:
         for name, examples in (("train", train), (task.eval_split, dev)):
             _check_words(given[name]["label"], examples, name, console)
@@ -76,16 +89,23 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
         for name in (name for name, n in zip(task.labels, counts, strict=True) if n == 0):
             console.warn(f"no training row has the label {name!r}")
     # Not by the number of seeds: what a seed ends in must not depend on which others are beside it.
-    others = {
-        name: task.encode(splits.splits[name], tokenizer, config.train.max_length)
-        for name in further(task, splits)
-        if _labelled(task, name, splits.splits[name]["label"], console)
-    }
     if task.answers.by_token:
         for name, examples in others.items():
             _check_words(splits.splits[name]["label"], examples, name, console)
     layouts, buckets = _padded(config, base.config, train.lengths, dev.lengths)
     return Data(task, train, dev, layouts, buckets, others, config.train.group_by_length), splits.source
+
+
+def _check_head(base: Pretrained, labels: Sequence[str], console: Console) -> None:
+    """A checkpoint's head is kept, so its classes have to be in the task's order."""
+    named = files.read_json(base.folder / "config.json").get("id2label") or {}
+    theirs = tuple(named[key] for key in sorted(named, key=int))
+    if set(theirs) == set(labels) and theirs != tuple(labels):
+        raise UserError(
+            f"the head in {base.folder} answers with {', '.join(theirs)}, and this task with {', '.join(labels)}: "
+            "expected the same order, or a checkpoint without a head"
+        )
+    console.say(f"  the head is the checkpoint's own, of {', '.join(map(str, theirs[:SHOWN])) or 'a value'}")
 
 
 def _check_words(tags: Sequence[Sequence[int]], examples: Examples, split: str, console: Console) -> None:
@@ -98,6 +118,27 @@ def _check_words(tags: Sequence[Sequence[int]], examples: Examples, split: str, 
             f"{words - found:,} of {words:,} words of {split} are beyond config.train.max_length, or no token to the "
             "tokenizer: they are left out"
         )
+
+
+def _check_cut(examples: Examples, most: int, split: str, console: Console) -> None:
+    """A row as long as the limit was cut there, or just fits."""
+    full = float(np.mean(examples.lengths >= most)) if examples.size else 0.0
+    if full > MOST_CUT:
+        console.warn(
+            f"{100 * full:.0f} % of the rows of {split} fill config.train.max_length, {most} tokens, and are cut there"
+        )
+
+
+def _check_apart(train: Examples, examples: Examples, split: str, console: Console) -> None:
+    """Scores on training rows say nothing."""
+    pairs = zip(train.input_ids, train.token_type_ids, strict=True)
+    seen = {(ids.tobytes(), types.tobytes()) for ids, types in pairs}
+    pairs = zip(examples.input_ids, examples.token_type_ids, strict=True)
+    both = sum((ids.tobytes(), types.tobytes()) in seen for ids, types in pairs)
+    if both == examples.size:
+        raise UserError(f"all {both:,} rows of {split} have the text of training rows: expected others")
+    if both:
+        console.warn(f"{both:,} of {examples.size:,} rows of {split} have the text of training rows")
 
 
 def _labelled(task: Task, split: str, labels: Sequence[float], console: Console) -> bool:

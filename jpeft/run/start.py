@@ -11,6 +11,7 @@ from jpeft.core.transform import Leaves
 from jpeft.core.tree import flatten, split, union
 from jpeft.models.pretrained import fingerprint, identity
 from jpeft.plans.plan import Spec
+from jpeft.run import config as configs
 from jpeft.run.seed import Seed
 from jpeft.store import bases, model_folder
 
@@ -61,6 +62,11 @@ def start(seed: Seed, modules: Spec, leaves: Leaves) -> tuple[dict[str, Any], Le
             "for prefixes, set mlp_hidden to None in both runs"
         )
     body = {name: x for name, x in kept["params"].items() if name not in seed.model.HEAD}
+    if not configs.first_method(config).trains_base and (lost := sorted(set(body) - set(seed.head))):
+        raise UserError(
+            f"config.init_from {given} trained {' and '.join(lost)} of the base model, which {config.method!r} neither "
+            "trains nor saves: expected config.method 'full'"
+        )
     seed.console.say(f"  starting from {given}, trained on {description['task']}, with a new head")
     return union(params, body), found
 

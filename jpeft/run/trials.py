@@ -28,6 +28,7 @@ __all__ = ["leading", "loss_drop", "race", "race_steps", "ranking", "tried"]
 RACE_SHARE = 0.08  # of the run's steps, for the whole race
 RACE_MOST = 0.1  # of the run's passes, with what looking at the held-out examples takes on top
 RACE_HELD = 256  # held-out examples of a race
+LEAST_ROWS = 8  # to train on and to hold out
 TELLING = 30  # steps before a look tells anything: a faster rate is behind at first (docs/choice.md)
 DROP_STEPS = 8
 DROP_HELD = 64  # held-out examples of `loss_drop`
@@ -72,6 +73,8 @@ def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Fou
     while sizes[-1] > 2:
         sizes.append(math.ceil(sizes[-1] / 2))
     own, *faster = configs.raced_rates(seed.config)
+    if seed.data.train.size < LEAST_ROWS:
+        raise UserError(f"a race holds out a quarter of the training rows: {seed.data.train.size} are too few for it")
     held, rows = batching.sample(seed.data.train, min(RACE_HELD, seed.data.train.size // 4), seed.seed)
     # All others are there to train on.
     train = batching.take(seed.data.train, np.setdiff1d(np.arange(seed.data.train.size), rows))

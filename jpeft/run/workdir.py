@@ -268,6 +268,8 @@ def begin(workdir: Path, config: Config, now: Inputs) -> None:
         _exists(path)
         check(files.read_record(path, INPUTS_KIND), now, workdir)
     else:
+        for report in workdir.glob("report.*"):  # of a run whose results were removed
+            report.unlink()
         files.write_record(path, INPUTS_KIND, now._asdict())
     files.write_record(workdir / CONFIG, KIND, _json(config))
 

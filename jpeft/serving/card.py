@@ -26,27 +26,27 @@ USE = {
     "hf": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")""",
+tokenizer = AutoTokenizer.from_pretrained("this folder", model_max_length={max_length})""",
     "peft": """from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={num_labels})
+base = AutoModelForSequenceClassification.from_pretrained({base!r}, {fields})
 model = PeftModel.from_pretrained(base, "this folder")
-tokenizer = AutoTokenizer.from_pretrained({base!r})""",
+tokenizer = AutoTokenizer.from_pretrained({base!r}, model_max_length={max_length})""",
     "adapters": """import adapters
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={num_labels})
+model = AutoModelForSequenceClassification.from_pretrained({base!r}, {fields})
 adapters.init(model)
 model.load_adapter("this folder", set_active=True, use_safetensors=True)
-tokenizer = AutoTokenizer.from_pretrained({base!r})""",
+tokenizer = AutoTokenizer.from_pretrained({base!r}, model_max_length={max_length})""",
     # Of a pooler that trained: only flexible heads have a place for it.
     "adapters with a pooler": """import adapters
 from transformers import AutoTokenizer
 
 model = adapters.BertAdapterModel.from_pretrained({base!r})
 model.load_adapter("this folder", set_active=True, use_safetensors=True)
-tokenizer = AutoTokenizer.from_pretrained({base!r})""",
+tokenizer = AutoTokenizer.from_pretrained({base!r}, model_max_length={max_length})""",
     "stablehlo": """from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,16 @@ types = np.int32(rows["token_type_ids"]) if "token_type_ids" in rows else np.zer
 def gated(leaves: Mapping[str, Any]) -> bool:
     """Whether any of these modules has a gate."""
     return any("gate" in path for path in flatten(leaves))
+
+
+def _fields(saved: Saved) -> str:
+    """What a base that is loaded from elsewhere must be told: how to answer, and what its answers are called."""
+    if not saved.labels:
+        return 'num_labels=1, problem_type="regression"'
+    names = dict(enumerate(saved.labels))
+    fields = f"id2label={names!r}, label2id={ {name: i for i, name in names.items()}!r}"
+    problem = {"multilabel": "multi_label_classification", "classification": "single_label_classification"}
+    return fields + (f', problem_type="{problem[saved.kind]}"' if saved.kind in problem else "")
 
 
 def on_the_hub(base: str) -> str:
@@ -139,7 +149,7 @@ def write(
     example = '[["some", "words"]], is_split_into_words=True' if tagging else example
     if form == "adapters" and "pooler" in model_folder.read(folder)[1]["params"]:
         form = "adapters with a pooler"
-    use = USE[form].format(base=base, num_labels=len(labels) or 1, example=example, max_length=saved.max_length)
+    use = USE[form].format(base=base, fields=_fields(saved), example=example, max_length=saved.max_length)
     if tagging:
         use = use.replace("ForSequenceClassification", "ForTokenClassification")
         # As in training: RoBERTa's tokenizer tells words apart by the space before them.

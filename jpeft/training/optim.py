@@ -12,8 +12,11 @@ CLIP_NORM = 1.0  # of the gradient of all that trains
 
 
 def warmup_linear(learning_rate: float, num_steps: int, warmup_ratio: float) -> optax.Schedule:
-    """From 0 up to `learning_rate` in the first ceil(warmup_ratio * num_steps) steps, then linearly down to 0."""
-    warmup = math.ceil(warmup_ratio * num_steps)
+    """From 0 up to `learning_rate` in the first ceil(warmup_ratio * num_steps) steps, then linearly down to 0.
+
+    At least one step is no warm-up: with a single one, its rate would be 0.
+    """
+    warmup = min(math.ceil(warmup_ratio * num_steps), max(0, num_steps - 1))
     up = optax.linear_schedule(0.0, learning_rate, warmup)
     down = optax.linear_schedule(learning_rate, 0.0, max(1, num_steps - warmup))
     return optax.join_schedules([up, down], [warmup])

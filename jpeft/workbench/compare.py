@@ -24,6 +24,7 @@ from jpeft.run import config as configs
 from jpeft.run import workdir as workdirs
 from jpeft.run.config import Config
 from jpeft.run.console import Console
+from jpeft.transforms.registry import METHODS
 from jpeft.workbench.cells import Cell, read, write
 
 # Fields of `data` that say which rows a run is evaluated on.
@@ -180,6 +181,17 @@ def check(grid: Config) -> None:
         for field in ("task", "seeds"):
             if field in fields:
                 raise UserError(f"config.variants[{name!r}] sets {field}, which is for the whole grid to say: drop it")
+        if "method" not in fields:
+            raise UserError(f"config.variants[{name!r}] has no method: expected one of {', '.join(METHODS)}")
+    several = {"run": grid.run, **{f"by_task[{name!r}]": own for name, own in grid.by_task.items()}}
+    for where, fields in several.items():
+        for field in ("task", "seeds", "method"):
+            if field in fields:
+                raise UserError(f"config.{where} sets {field}, which is for the grid or its variants to say: drop it")
+    several |= {f"variants[{name!r}]": own for name, own in grid.variants.items()}
+    for where, fields in several.items() if grid.learning_rates else ():
+        if dict(fields.get("train") or {}).get("learning_rate") is not None:
+            raise UserError(f"config.{where} sets a learning rate, and so does config.learning_rates: drop one")
     names = [cell.name for cell in cells(grid)]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

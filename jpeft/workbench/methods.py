@@ -192,6 +192,8 @@ def main(argv: list[str]) -> int:
                 raise UserError(f"method {name!r} is unknown: {nearest(name, NAMES)}")
         if args.cells:  # before minutes of measuring
             scores(args.cells)
+        if args.workdir.exists() and not args.workdir.is_dir():
+            raise UserError(f"--workdir {args.workdir} is not a folder")
         _measure(names, args, console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

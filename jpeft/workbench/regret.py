@@ -82,7 +82,8 @@ def measure(config: Config, seed: int, criterion: str, pool: Mapping[str, Plan],
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.fishpal.criterion, config.fishpal.plan, config.seeds = criterion, None, (seed,)
-        config.fishpal.factors = {name: fishpal.FACTORS[entry.method] for name, entry in candidates_of(pool).items()}
+        entries = candidates_of(pool).items()
+        config.fishpal.factors = {name: fishpal.FACTORS.get(entry.method, 1.0) for name, entry in entries}
     data, base, _ = loading.load(config, Console(quiet=True))
     folder = Path("runs") / "regret"
     candidates, begun = candidates_of(pool), begin(config, seed, data, base, folder, console)
@@ -178,9 +179,15 @@ def run(argv: list[str]) -> None:
     for name in chosen:
         if name.partition("@")[0] not in CRITERIA:
             raise UserError(f"the criterion {name!r} is unknown: {nearest(name, CRITERIA)}")
+    compare.check(grid)
+    for name, fields in grid.variants.items():
+        if not fields.get("fishpal", {}).get("plan"):
+            raise UserError(f"config.variants[{name!r}] is no plan: expected fishpal.plan in all of them")
     outcomes = findings.outcomes(grid, folder)
     for task in grid.tasks:
         rows: list[Outcome] = [o for o in outcomes if o.task.name == task]
+        if not rows:
+            raise UserError(f"no finished cell of {task} in {folder}: run python -m jpeft.compare first")
         trained: dict[int, dict[str, float]] = {}
         for o in rows:
             trained.setdefault(o.seed, {})[o.variant] = o.score()

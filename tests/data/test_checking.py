@@ -24,6 +24,12 @@ class Scored(Task):
         return self.answer
 
 
+class Correlation(Task):
+    def score(self, logits, labels):
+        with np.errstate(invalid="ignore"):
+            return {"accuracy": float(np.corrcoef(logits.argmax(-1), labels)[0, 1])}
+
+
 class Scalar(Task):
     def loss(self, logits, labels):
         return logits.mean()
@@ -53,6 +59,7 @@ def test_tasks_that_can_run():
         (dataclasses.replace(TASK, primary="f1"), "primary 'f1' is not among the metrics accuracy"),
         (Scalar("own", ("text",), ("a", "b")), r"loss must give one number for each example, \[8\], got \[\]"),
         (Broken("own", ("text",), ("a", "b")), "loss fails: ValueError: two lines"),
+        (Correlation("own", ("text",), ("a", "b")), "score gives nan for accuracy: .* of equal answers, too"),
     ],
 )
 def test_tasks_that_cannot(task, says):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from jpeft.data.kinds import IGNORED
 from jpeft.data.task import Task
@@ -94,6 +95,42 @@ def test_a_score_of_the_users_own_is_given_the_logits_of_the_drawn_rows():
     expected = np.concatenate([words[ends[i] - (labels[i] != IGNORED).sum() : ends[i]] for i in rows])
     np.testing.assert_array_equal(seen[0][0], expected)
     np.testing.assert_array_equal(seen[0][1], labels[rows])
+
+
+class Curve(Task):
+    def score(self, logits, labels):
+        return {"auc": float(roc_auc_score(labels, logits[:, 1]))}
+
+
+@pytest.mark.filterwarnings("ignore:Only one class is present")
+def test_a_score_that_some_draws_do_not_have():
+    """A third of the draws has rows of one class alone, and so no area under a curve."""
+    labels = np.arange(40) < 1
+    task = Curve("own", ("text",), ("a", "b"), ("auc",), "auc")
+
+    def of(variant, noise):
+        logits = np.stack([-(labels + noise), labels + noise], 1)
+        return Outcome(task, variant, 1, logits.argmax(1), labels.astype(int), 1.0, 0.0, logits)
+
+    rng = np.random.default_rng(0)
+    rows = comparison.summarise([of("good", np.zeros(40)), of("bad", 3 * rng.normal(size=40))])["own"]
+    low, high = rows["bad"].interval
+    assert rows["good"].tied
+    assert np.isfinite([low, high]).all()
+    assert np.isnan(comparison.resampled(of("good", np.zeros(40)), 100)).mean() > 0.2
+    empty = {1: np.full(10, np.nan)}
+    assert comparison.difference({1: of("a", 0)}, {1: of("b", 0)}, empty, empty)[1] == (-np.inf, np.inf)
+
+
+def test_entities_by_a_score_of_the_users_own():
+    class Own(Task):
+        def score(self, logits, labels):
+            return {"entity_f1": 0.25}
+
+    labels = np.array([[0, 1], [1, 0]])
+    task = Own("own", ("words",), ("B-x", "O"), ("entity_f1",), "entity_f1", kind="tagging")
+    one = Outcome(task, "x", 1, labels, labels, 1.0, 0.0, np.zeros((4, 2)))
+    np.testing.assert_array_equal(comparison.resampled(one, 5), [0.25] * 5)
 
 
 def test_the_baseline_is_the_answer_that_reads_no_text():

@@ -114,8 +114,10 @@ def test_each_kind_trains_at_its_own_rate_but_by_the_thesis_at_one():
 
 def test_rates_race_where_nothing_else_says_them():
     config = configs.default("mrpc", "fishpal")
+    config.train.num_epochs = 5
     assert configs.raced_rates(config) == (1, 4)
     for fields in (
+        {"train.num_epochs": 6},
         {"train.learning_rate": 1e-3},
         {"fishpal.learning_rates.lora": 1e-3},
         {"fishpal.criterion": "thesis"},
@@ -125,14 +127,20 @@ def test_rates_race_where_nothing_else_says_them():
         other.update_from_flattened_dict(fields)
         assert configs.raced_rates(other) == (1,)
     assert configs.raced_rates(configs.default("mrpc", "lora")) == (1,)
-    assert configs.chosen(config) == {"fishpal.rates": (1, 4)}  # runs of versions without a race of rates were others
+    config.train.num_epochs, config.fishpal.rates = 10, (1, 2)  # that were asked for
+    assert configs.raced_rates(config) == (1, 2)
+    config.train.num_epochs, config.fishpal.rates = 5, (1, 4)
+    assert configs.chosen(config) == {
+        "fishpal.rates": (1, 4),
+        "train.num_epochs": 5,
+    }  # runs of versions without a race of rates were others
     assert configs.chosen(configs.default("mrpc", "lora")) == {}
 
 
 def test_a_change_that_concerns_few_runs_has_a_number_of_its_own():
-    def results(method, act="gelu", rows=0, dtype="float32", **fishpal):
+    def results(method, act="gelu", rows=0, dtype="float32", epochs=5, **fishpal):
         config = configs.default("mrpc", method)
-        config.train.dtype = dtype
+        config.train.update(dtype=dtype, num_epochs=epochs)
         config.fishpal.update(fishpal)
         return configs.results(config, BertConfig(hidden_act=act), rows)
 
@@ -141,9 +149,11 @@ def test_a_change_that_concerns_few_runs_has_a_number_of_its_own():
     assert results("lora+prompt") == results("fishpal", candidates=("lora", "p_tuning")) == 6
     assert results("ladder_side", "relu") == results("fishpal", candidates=("rslora",), sizes=(1, 2)) == 6
     assert results("fishpal", candidates=("rslora",)) == results("full") == results("bitfit") == RESULTS
-    assert results("fishpal", budget="1%") == results("fishpal", rows=4000) == 6  # 2,500 steps
-    assert results("fishpal", rows=3000) == results("fishpal", rows=4000, candidates=("lora", "pfeiffer")) == RESULTS
-    assert results("fishpal", rows=4000, plan="thesis_mrpc", budget="1%") == RESULTS
+    assert results("fishpal", budget="1%") == results("fishpal", rows=8000) == 6  # 2,500 steps
+    assert results("fishpal", rows=6000) == results("fishpal", rows=8000, candidates=("lora", "pfeiffer")) == RESULTS
+    assert results("fishpal", rows=8000, plan="thesis_mrpc", budget="1%") == RESULTS
+    assert results("fishpal", epochs=6) == 6
+    assert results("fishpal", epochs=6, rates=(1, 2)) == results("fishpal", epochs=6, criterion="trace") == RESULTS
 
 
 def test_candidates_come_in_sizes():

@@ -189,6 +189,14 @@ def test_other_modules_cannot_be_started_from(finished, tiny_config, tmp_path, m
         run(config, tmp_path / "other")  # which nothing was computed in yet
 
 
+def test_a_body_that_this_run_neither_trains_nor_saves(tiny_config, tmp_path):
+    run(tiny_config("full", num_epochs=1, max_length=8), tmp_path / "first")
+    config = tiny_config("head", num_epochs=1, max_length=8)
+    config.init_from = str(tmp_path / "first/seed_11/model")
+    with pytest.raises(UserError, match="trained embeddings and encoder of the base model, which 'head' neither"):
+        run(config, tmp_path / "second")
+
+
 def test_folded_modules_cannot_be_started_from(tiny_config, tmp_path):
     config = tiny_config("prefix", num_epochs=1, max_length=8)
     run(config, tmp_path / "first")

@@ -15,6 +15,7 @@ def test_schedule_is_that_of_the_references():
     wanted = [2.0 * (i / warmup if i < warmup else (10 - i) / (10 - warmup)) for i in range(11)]
     assert np.allclose([schedule(i) for i in range(11)], wanted, atol=1e-6)
     assert optim.warmup_linear(2.0, 4, 0.0)(0) == 2.0
+    assert optim.warmup_linear(2.0, 1, 0.06)(0) == 2.0  # a single step trains
 
 
 def by_hand(p, g, steps, rate, decay, clip):

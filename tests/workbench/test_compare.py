@@ -76,6 +76,12 @@ def test_what_cannot_run_is_refused_before_any_work(grid, variants, message):
         ({"variants": {"a": 5}}, r"config.variants\['a'\] must be a dict"),
         ({"variants": {"a": {"method": "head", "seeds": (3,)}}}, "sets seeds, which is for the whole grid to say"),
         ({"variants": {"a": {"method": "head", "task": "cola"}}}, "sets task, which is for the whole grid to say"),
+        ({"variants": {"a": {"train": {"num_epochs": 1}}}}, r"config.variants\['a'\] has no method"),
+        ({"by_task": {"mrpc": {"method": "lora"}}}, r"config.by_task\['mrpc'\] sets method, which is for the grid"),
+        (
+            {"variants": {"a": {"method": "head", "train": {"learning_rate": 0.1}}}, "learning_rates": (0.2,)},
+            r"config.variants\['a'\] sets a learning rate, and so does config.learning_rates",
+        ),
         (
             {"curves": {"a": {"haed": 1}}},
             r"config.curves\['a'\] names 'haed', which is no variant: did you mean 'head'",

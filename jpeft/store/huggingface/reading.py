@@ -40,6 +40,7 @@ def read(folder: Path, config: BertConfig) -> Modules:
     Raises:
       UserError: if it is not such a folder, or holds what jpeft has no counterpart for.
     """
+    folder = Path(folder)
     about = read_json(folder / CONFIG)
     kind = about.get("peft_type") if isinstance(about, dict) else None
     readers: dict[str, Callable[..., tuple[dict[str, Any], Leaves, set[str]]]]
@@ -51,8 +52,16 @@ def read(folder: Path, config: BertConfig) -> Modules:
     for name, x in tensors.items():
         if x.dtype.kind not in "fV" or not np.isfinite(np.asarray(x, np.float32)).all():  # bfloat16 is a V
             raise UserError(f"{folder / WEIGHTS}: {name!r:.160} is not finite, or not of floats")
+    tensors = {name: np.asarray(x, np.float32) for name, x in tensors.items()}  # what trains on is float32
     entry, leaves, used = readers[kind](about, tensors, config)
     params, rest = _trained(tensors, used, config)
+    for name in ("classifier", "pooler"):
+        if (
+            name in (about.get("modules_to_save") or ())
+            and name not in params
+            and any(path.startswith(f"{name}/") for path in shapes(config))
+        ):
+            raise UserError(f"{folder / WEIGHTS} lacks the {name}, which {CONFIG} names among modules_to_save")
     if rest:
         names = listed(f"{name!r:.160}" for name in sorted(rest))
         raise UserError(f"{folder / WEIGHTS} holds {names}, which jpeft cannot place")
@@ -61,7 +70,7 @@ def read(folder: Path, config: BertConfig) -> Modules:
 
 
 def _sites(config: BertConfig) -> dict[str, str]:
-    """{peft's name of a module: our path} of all Dense layers of the encoder."""
+    """{peft's name of a module: our path} of all Dense layers below the head."""
     inner = (
         "attention/query",
         "attention/key",
@@ -71,6 +80,7 @@ def _sites(config: BertConfig) -> dict[str, str]:
         "ffn/output",
     )
     paths = [f"encoder/layer_{i}/{name}" for i in range(config.num_hidden_layers) for name in inner]
+    paths += ["pooler"] if "pooler/kernel" in shapes(config) else []
     return {f"{config.model_type}.{hf_module(path)}": path for path in paths}
 
 
@@ -183,22 +193,26 @@ def _read_prefix(about: Mapping[str, Any], tensors: Any, config: BertConfig) -> 
 
 
 def _check_targets(about: Mapping[str, Any], leaves: Mapping[str, Any], config: BertConfig) -> None:
-    """Raises a UserError if there are modules where peft makes none, and so ignores the tensors."""
+    """Raises a UserError if there are modules where peft makes none, and so ignores the tensors, or the other way."""
     targets, layers = about.get("target_modules"), about.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
-    for path in leaves:
-        name = hf_module(path, config.model_type)
+
+    def named(modules: Any, name: str) -> bool:
+        if isinstance(modules, str):
+            return modules == "all-linear" or re.fullmatch(modules, name) is not None
+        return any(name == each or name.endswith(f".{each}") for each in modules or ())
+
+    for name, path in _sites(config).items():
         try:
-            if isinstance(targets, str):
-                there = targets == "all-linear" or re.fullmatch(targets, name) is not None
-            else:
-                there = any(name == each or name.endswith(f".{each}") for each in targets or ())
+            there = named(targets, name) and not named(about.get("exclude_modules"), name)
             there = there and (not layers or layer_of(path) in layers)
         except (TypeError, OverflowError, RecursionError, re.error) as error:
             told = "target_modules or layers_to_transform is not as peft writes it"
             raise UserError(f"{CONFIG}: {told}: {str(error)!r:.160}") from None
-        if not there:
+        if path in leaves and not there:
             raise UserError(f"{WEIGHTS} has tensors of {path}, which is not among the targets of {CONFIG}")
+        if there and path not in leaves:
+            raise UserError(f"{WEIGHTS} has no tensors of {path}, which is among the targets of {CONFIG}")
 
 
 def _patterned(about: Mapping[str, Any], usual: str, name: str, module: str) -> float:
@@ -249,4 +263,7 @@ def _trained(tensors: Mapping[str, Any], used: set[str], config: BertConfig) -> 
                     )
                 rest.remove(name)
                 flat[(*path.split("/"), ours)] = tensors[name].T if ours == "kernel" else tensors[name]
+    for path in (*head, "pooler"):
+        if len(found := [ours for ours in ("kernel", "bias") if (*path.split("/"), ours) in flat]) == 1:
+            raise UserError(f"{WEIGHTS} has the {found[0]} of {path} alone")
     return unflatten(flat), rest

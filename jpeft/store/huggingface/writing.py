@@ -117,6 +117,8 @@ def _ia3(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> tuple[
 
 
 def _virtual(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    if config.by_token:
+        raise UserError(f"peft would answer for the virtual tokens of {entry['method']}, too: {INSTEAD}")
     name = {"prompt": "embedding", "p_tuning": "vectors"}[entry["method"]]  # the latter once folded
     if set(leaves) != {EMBEDDING} or set(leaves[EMBEDDING]) != {name} or entry["options"].get("template") is not None:
         raise UserError(f"peft has no such {entry['method']}: it puts virtual tokens before the words only")
