@@ -64,7 +64,7 @@ def start(seed: Seed, modules: Spec, leaves: Leaves) -> tuple[dict[str, Any], Le
     body = {name: x for name, x in kept["params"].items() if name not in seed.model.HEAD}
     if not configs.first_method(config).trains_base and (lost := sorted(set(body) - set(seed.head))):
         raise UserError(
-            f"config.init_from {given} trained {' and '.join(lost)} of the base model, which {config.method!r} neither "
+            f"config.init_from {given} trained {', '.join(lost)} of the base model, which {config.method!r} neither "
             "trains nor saves: expected config.method 'full'"
         )
     seed.console.say(f"  starting from {given}, trained on {description['task']}, with a new head")

@@ -68,6 +68,7 @@ def read(folder: Path) -> Program:
     Raises:
       UserError: if the folder is not as `write` wrote it.
     """
+    folder = Path(folder)
     for name in (PROGRAM, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no StableHLO program: expected {PROGRAM} and {WEIGHTS}")

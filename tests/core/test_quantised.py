@@ -275,3 +275,15 @@ def test_a_kernel_above_other_modules_is_not_quantised():
     with pytest.raises(UserError, match=r"'block' .* is not one of the layers with a kernel"):
         jpeft.quantise(params, jpeft.sites(Nested(), x), "int8", targets="block")
     assert jpeft.quantise(params, jpeft.sites(Nested(), x), "int8", targets="proj")
+
+
+def test_int8_has_a_scale_for_each_output_of_a_dense_general():
+    """Heads of very different sizes are as precise as in a Dense layer with as many outputs."""
+    x = jnp.ones((2, 32))
+    model = nn.Sequential([nn.DenseGeneral((4, 8))])
+    kernel = np.random.default_rng(0).normal(size=(32, 4, 8)) * 10.0 ** np.arange(4)[:, None]
+    params = {"layers_0": {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.zeros((4, 8))}}
+    coded = jpeft.quantise(params, jpeft.sites(model, x), "int8", targets="layers_0")["layers_0"]["kernel"]
+    assert coded.scales[0].shape == (32,)
+    errors = np.abs(dense(coded) - kernel).max((0, 2)) / np.abs(kernel).max((0, 2))
+    assert errors.max() < 0.005

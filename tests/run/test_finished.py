@@ -193,7 +193,7 @@ def test_a_body_that_this_run_neither_trains_nor_saves(tiny_config, tmp_path):
     run(tiny_config("full", num_epochs=1, max_length=8), tmp_path / "first")
     config = tiny_config("head", num_epochs=1, max_length=8)
     config.init_from = str(tmp_path / "first/seed_11/model")
-    with pytest.raises(UserError, match="trained embeddings and encoder of the base model, which 'head' neither"):
+    with pytest.raises(UserError, match="trained embeddings, encoder, pooler of the base model, which 'head' neither"):
         run(config, tmp_path / "second")
 
 

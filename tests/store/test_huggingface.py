@@ -285,12 +285,41 @@ def test_a_pooler_is_that_of_the_model(tmp_path, base):
     folder, config = _folder(tmp_path, base), base.model.config
     tensors = load_file(folder / huggingface.WEIGHTS)
     name = f"{BODY}{config.model_type}.pooler.dense.weight"
-    save_file({**tensors, name: np.ones((16, 16), np.float32)}, folder / huggingface.WEIGHTS)
+    whole = {name: np.ones((16, 16), np.float32), name.replace("weight", "bias"): np.ones(16, np.float32)}
+    save_file({**tensors, **whole}, folder / huggingface.WEIGHTS)
     if config.model_type == "bert":
         assert huggingface.read(folder, config).params["pooler"]["kernel"].shape == (16, 16)
+        save_file({**tensors, name: whole[name]}, folder / huggingface.WEIGHTS)
+        with pytest.raises(UserError, match="has the kernel of pooler alone"):
+            huggingface.read(folder, config)
         save_file({**tensors, name: np.ones((16, 9), np.float32)}, folder / huggingface.WEIGHTS)
     with pytest.raises(UserError, match=r"pooler\.dense\.weight(' *, which jpeft cannot| has shape \[16, 9\] instead)"):
         huggingface.read(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [
+        ("layer.1.attention.self.value.lora", "has no tensors of encoder/layer_1/attention/value, which is among"),
+        ("classifier", "lacks the classifier, which adapter_config.json names among modules_to_save"),
+    ],
+)
+def test_lost_tensors_are_missed(tmp_path, base, lost, says):
+    folder = _folder(tmp_path, base)
+    tensors = load_file(folder / huggingface.WEIGHTS)
+    about = json.loads((folder / huggingface.CONFIG).read_text()) | {"modules_to_save": ["classifier"]}
+    (folder / huggingface.CONFIG).write_text(json.dumps(about))
+    save_file({name: x for name, x in tensors.items() if lost not in name}, folder / huggingface.WEIGHTS)
+    with pytest.raises(UserError, match=says):
+        huggingface.read(str(folder), base.model.config)
+
+
+def test_halves_are_read_as_float32(tmp_path, base):
+    folder = _folder(tmp_path, base)
+    tensors = load_file(folder / huggingface.WEIGHTS)
+    save_file({name: x.astype(np.float16) for name, x in tensors.items()}, folder / huggingface.WEIGHTS)
+    modules = huggingface.read(folder, base.model.config)
+    assert {x.dtype for x in jax.tree.leaves([modules.leaves, modules.params])} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (0, 64), (4, 63), (4, 16)])

@@ -60,6 +60,7 @@ def read(folder: Path, config: BertConfig) -> Modules:
     Raises:
       UserError: if it is not such a folder, or holds what jpeft has no counterpart for.
     """
+    folder = Path(folder)
     about = _about(folder / CONFIG, config)
     name, given = about.get("name"), about.get("config")
     if not isinstance(name, str) or not isinstance(given, dict):

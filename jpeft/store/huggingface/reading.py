@@ -55,13 +55,12 @@ def read(folder: Path, config: BertConfig) -> Modules:
     tensors = {name: np.asarray(x, np.float32) for name, x in tensors.items()}  # what trains on is float32
     entry, leaves, used = readers[kind](about, tensors, config)
     params, rest = _trained(tensors, used, config)
-    for name in ("classifier", "pooler"):
-        if (
-            name in (about.get("modules_to_save") or ())
-            and name not in params
-            and any(path.startswith(f"{name}/") for path in shapes(config))
-        ):
-            raise UserError(f"{folder / WEIGHTS} lacks the {name}, which {CONFIG} names among modules_to_save")
+    ours = {path.split("/")[0] for path in shapes(config)}
+    saved = about.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise UserError(f"{folder / CONFIG}: modules_to_save must be names, got {saved!r:.60}")
+    for name in sorted(ours & set(saved) - set(params)):
+        raise UserError(f"{folder / WEIGHTS} lacks the {name}, which {CONFIG} names among modules_to_save")
     if rest:
         names = listed(f"{name!r:.160}" for name in sorted(rest))
         raise UserError(f"{folder / WEIGHTS} holds {names}, which jpeft cannot place")
