@@ -3,8 +3,7 @@
     python -m jpeft.main --config configs/fishpal_mrpc.py --workdir runs/fishpal_mrpc
     python -m jpeft.main --config configs/fishpal_mrpc.py:demo          # two CPU cores, no network
 
-AdamW, batch 16, 10 epochs, warm-up 6 %, weight decay 0.1, linear decay; learning rate 5e-4 (prefix 2e-4), or four times
-that if the race says so.
+AdamW, batch 16, 10 epochs, warm-up 6 %, weight decay 0.1, linear decay; learning rate 5e-4 (prefix 2e-4).
 For RoBERTa add --config.model=roberta-base.
 
 The choice is by the default criterion, a race (docs/choice.md), and each kind of module trains at its own rate. The

@@ -46,7 +46,7 @@ __all__ = [
 
 LONG = 2000  # steps, from which on kinds may race
 RATES = (1, 4)  # that race; the first one is kept where they find no difference
-MOST_EPOCHS = 5  # of runs in which these race: in ten, the higher rate fits the training rows alone (docs/choice.md)
+MOST_EPOCHS = 5  # of runs in which these race: in ten, a higher one learns the rows by heart (docs/choice.md)
 CUSTOM = "custom"  # the task that `config.data` defines
 # What FishPAL can choose by; `jpeft.run.criteria` says how.
 CRITERIA = (
