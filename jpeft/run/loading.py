@@ -98,9 +98,11 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
 
 def _check_head(base: Pretrained, labels: Sequence[str], console: Console) -> None:
     """A checkpoint's head is kept, so its classes have to be in the task's order."""
-    named = files.read_json(base.folder / "config.json").get("id2label") or {}
-    theirs = tuple(named[key] for key in sorted(named, key=int))
-    if set(theirs) == set(labels) and theirs != tuple(labels):
+    named = files.read_json(base.folder / "config.json").get("id2label")
+    named = {int(key): str(x) for key, x in named.items() if key.isdigit()} if isinstance(named, dict) else {}
+    theirs = [named[key] for key in sorted(named)]
+    first, second = ([name.casefold() for name in names] for names in (theirs, labels))
+    if sorted(first) == sorted(second) and first != second:
         raise UserError(
             f"the head in {base.folder} answers with {', '.join(theirs)}, and this task with {', '.join(labels)}: "
             "expected the same order, or a checkpoint without a head"

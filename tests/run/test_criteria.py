@@ -18,13 +18,16 @@ from jpeft.training.trial import Reached
 QUIET = Console(quiet=True)
 
 
+MEASURED = ("thesis", "trace", "adam_step", "shuffled_labels", "kernel")  # on as many examples as are asked for
+
+
 @pytest.fixture
 def seed(tiny_config, tmp_path):
     """A seed that could be trained, for a criterion."""
 
     def make(criterion, task="mrpc", **fields):
         config = tiny_config("fishpal", task, num_epochs=1, max_length=8)
-        config.fishpal.update(criterion=criterion, num_examples=None if criterion == "race" else 8, **fields)
+        config.fishpal.update(criterion=criterion, num_examples=8 if criterion in MEASURED else None, **fields)
         checks.check(config)
         return begin(config, 11, *loading.load(config, QUIET)[:2], tmp_path, QUIET)
 
@@ -224,7 +227,7 @@ def test_a_run_chooses_by_a_race_and_says_what_it_cost(tiny_config, tmp_path, mo
 
 def test_a_plan_within_a_budget(tiny_config, tmp_path):
     config = tiny_config("fishpal", num_epochs=1, max_length=8)
-    config.fishpal.update(criterion="depth", sizes=(1, 2), budget="300")
+    config.fishpal.update(criterion="depth", sizes=(1, 2), budget="300", num_examples=None)
     report = experiment.run(config, tmp_path, QUIET)
     found = json.loads((tmp_path / "seed_11" / "choice.json").read_text())
     assert list(found["scores"]["0"]) == ["lora", "lora x2", "pfeiffer", "pfeiffer x2", "prefix", "prefix x2"]
