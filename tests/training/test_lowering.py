@@ -22,7 +22,7 @@ LOW = BertConfig(
     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
     max_position_embeddings=64, num_labels=3, dtype="bfloat16",
 )  # fmt: skip
-ADDED = {"p_tuning": 8, "prompt": 20}  # virtual tokens that lengthen the rows
+ADDED = {"p_tuning": 8, "prompt": 10}  # virtual tokens that lengthen the rows
 
 
 @pytest.mark.parametrize("name", all_but_slow(MODULES, {*MODULES} - {*VARIED}))
