@@ -71,6 +71,7 @@ def test_adam_moves_an_entry_by_its_rate_over_the_size_of_its_gradient():
     np.testing.assert_allclose(found**2, [0.01 / np.sqrt(0.01 + variance / 16), 0, 0.01 / 0.3], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_prediction_of_a_plan_is_the_one_that_chose(seed):
     entries = {"prefix": PREFIX, "lora": plans.Entry("lora", {"rank": 2})}
     found = kernels.by_kernel(seed, entries, print)
