@@ -156,7 +156,6 @@ def test_exports_have_the_answers_of_the_run(trained, tmp_path, form):
 
 
 @pytest.mark.slow  # criteria do not know of words
-@pytest.mark.slow
 def test_fishpal_chooses_for_words(config_of, tmp_path):
     config = config_of("tagging", "fishpal", num_epochs=1)
     config.fishpal.update(criterion="shuffled_labels", num_examples=24)

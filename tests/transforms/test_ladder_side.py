@@ -107,7 +107,6 @@ def test_it_starts_as_a_cut_of_the_backbone(toy, key):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_fisher_information_decides_another_cut(toy, key):
     method = ladder_side(4, init_from="fisher", num_examples=4)
     leaves = jpeft.prepare(method, setting(toy, method, key))
