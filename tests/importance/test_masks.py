@@ -99,6 +99,7 @@ def test_the_state_is_as_large_as_the_selection():
         assert sum(x.size for x in jax.tree.leaves(state)) == 2 * size + 1
 
 
+@pytest.mark.slow
 def test_a_selection_over_base_and_modules_at_once(toy, key):
     """The Fisher information of both together chooses; one optimiser trains the choice."""
     method = jpeft.lora(2)

@@ -69,6 +69,7 @@ def test_size_counts_what_trains(seed):
     assert scores[0] == scores[1] == {"pfeiffer": 2 * 16 * 4 + 4 + 16, "lora": 2 * (16 * 2 + 2 * 16)}
 
 
+@pytest.mark.slow
 def test_a_measurement_depends_on_the_labels_and_a_regression_has_values(seed):
     one, other = (score(seed, name) for name in LABELLED)
     assert one != other

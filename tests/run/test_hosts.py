@@ -132,6 +132,7 @@ def test_two_processes_stop_and_resume_and_end_as_one_does(tiny_config, start, t
     assert (folders[1] / "model" / WEIGHTS).is_file()
 
 
+@pytest.mark.slow
 def test_processes_with_other_data_are_refused(tiny_glue, start, tmp_path):
     shutil.copytree(tiny_glue, tmp_path / "other")
     rows = (tmp_path / "other" / "mrpc" / "train.jsonl").read_text().splitlines()

@@ -163,6 +163,7 @@ def test_fishpal_chooses_for_words(config_of, tmp_path):
     assert sorted(json.loads((tmp_path / "seed_11" / "plan.json").read_text())) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_penalties_and_prompts_take_words(config_of, tmp_path):
     for method in ("adamix", "prompt"):
         config = config_of("tagging", method, num_epochs=1)

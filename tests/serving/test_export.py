@@ -266,6 +266,7 @@ def test_the_help_names_every_format(capsys):
     assert all(f"{form}: " in printed for form in export.FORMATS)
 
 
+@pytest.mark.slow
 def test_gates_of_adapterhub_average_over_padding_and_the_card_says_so(trained, tmp_path):
     console = Console(quiet=True)
     workdir = trained("unipelt", num_virtual_tokens=2, mlp_hidden=4, reduction_factor=4, rank=2)

@@ -209,6 +209,7 @@ def test_modules_at_one_site_act_in_the_order_of_their_task(make):
     }
 
 
+@pytest.mark.slow
 def test_adapters_are_of_one_kind_if_they_compute_the_same(make):
     options = [{}, {"scale": 2.0}, {"activation": "gelu"}, {"gate": True}, {"layers": [1, 0]}]
     saved = {str(i): make("pfeiffer", seed=2 * i, bottleneck=4, **each) for i, each in enumerate(options)}

@@ -35,6 +35,7 @@ experiment.run(config, Path(work, "eight"), Console())
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_devices_is_that_on_one(tiny_config, tmp_path, monkeypatch):
     config = tiny_config("lora", num_epochs=1, padded_lengths=1)
     config.seeds, config.peft.lora.dropout = (1, 2), 0.1

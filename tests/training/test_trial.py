@@ -61,6 +61,7 @@ def test_the_losses_are_those_of_the_held_out_rows(parts):
     assert still.drop is None
 
 
+@pytest.mark.slow
 def test_a_look_is_at_the_mean_of_the_last_third(parts):
     """By hand: the parameters after steps 5 and 6 of 6, and of the next six alone."""
     optimizer = optax.adam(1e-2)

@@ -36,6 +36,7 @@ def test_a_gate_that_is_shut_shuts_its_module(toy, key):
     np.testing.assert_allclose(toy.logits(method, leaves), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_example_opens_its_own_gates(toy, key):
     """A row's logits do not depend on the others, and padding does not open a gate."""
     method = unipelt(**SMALL)

@@ -94,6 +94,7 @@ def test_tokens_stand_where_the_template_says(toy, key, template, wanted, archit
         np.testing.assert_allclose(together[i], model.apply({"params": params}, longer)[0][0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [("input", "prompt", "prompt"), ("prompt", "input", "prompt")])
 def test_gates_count_tokens_behind_the_text(toy, key, template):
     method = jpeft.chain(
