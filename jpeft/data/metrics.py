@@ -191,14 +191,15 @@ def entity_shares(counts: np.ndarray) -> dict[str, float]:
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """The entities (type, start, end) in the tags of a sentence, as the script of CoNLL-2000 reads them.
 
-    Tags are "O", or one of B (begins), I (inside), E (ends), S (single) with a type, "B-PER". An I or E of another type
-    than the word before, or after none, begins an entity.
+    Tags are "O", or one of B (begins), I (inside), E (ends), S (single) with a type, "B-PER"; L (last) is another name
+    of E, and U (unit) of S. An I or E of another type than the word before, or after none, begins an entity.
 
     >>> sorted(entities(["B-PER", "I-PER", "O", "I-LOC"]))
     [('LOC', 3, 4), ('PER', 0, 2)]
     """
     found, start, before = set(), 0, "O"
     for i, tag in enumerate([*tags, "O"]):
+        tag = {"L": "E", "U": "S"}.get(tag[0], tag[0]) + tag[1:]
         goes_on = before[0] in "BI" and tag[0] in "IE" and before[1:] == tag[1:]
         if before != "O" and not goes_on:
             found.add((before[2:], start, i))
@@ -210,7 +211,7 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 def is_entity_scheme(tags: Sequence[str]) -> bool:
     """Whether these are tags that `entities` reads."""
-    return all(tag == "O" or re.fullmatch("[BIES]-.+", tag) for tag in tags) and any(tag != "O" for tag in tags)
+    return all(tag == "O" or re.fullmatch("[BIESLU]-.+", tag) for tag in tags) and any(tag != "O" for tag in tags)
 
 
 def _check(logits: np.ndarray, n: int, width: int) -> None:

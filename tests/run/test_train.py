@@ -116,6 +116,15 @@ def test_resumed_in_the_middle_of_an_epoch_it_ends_the_same(tmp_path, start, who
     check_same(start(tmp_path / "killed")[0], whole)
 
 
+def test_a_machine_that_pads_otherwise_does_not_resume(tmp_path, start, monkeypatch):
+    """Other rows meet in its batches: some of the epoch would be seen twice, and others not at all."""
+    with pytest.raises(Killed):
+        start(tmp_path, dies_after=6)
+    monkeypatch.setattr(running, "_layouts", lambda seed: [[[4, 64]]])
+    with pytest.raises(UserError, match="batches are padded to other lengths"):
+        start(tmp_path)
+
+
 @pytest.mark.parametrize("calls", [2, 4, 12])
 def test_a_run_that_is_asked_to_stop_saves_and_ends_the_same(tmp_path, start, whole, calls, monkeypatch):
     """In the middle of an epoch at once; after its last step, once the epoch is evaluated."""
