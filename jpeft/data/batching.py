@@ -1,17 +1,38 @@
 """From examples to batches: padded to a few lengths, in an order that is a pure function of seed and epoch."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jpeft.data.padding import Layout, padded_lengths, tops
 
 __all__ = [
-    "Batch", "Examples", "by_length", "drawn", "eval_batches", "filled", "num_batches", "sample", "take", "together",
-    "train_batches",
+    "Batch", "Examples", "Hidden", "by_length", "drawn", "eval_batches", "filled", "num_batches", "sample", "take",
+    "together", "train_batches",
 ]  # fmt: skip
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """What enters a layer, where all below it is computed once (`jpeft.training.below`).
+
+    Attributes:
+      states: of a batch, [b, t, d]; of `Examples`, [t, d] for every row. t is 1 where the first token is all that is
+        needed.
+      layer: which layer; the number of layers, if it is the head.
+    """
+
+    states: Any
+    layer: int = dataclasses.field(metadata={"static": True})
+
+    def width(self, length: int) -> int:
+        """The number of tokens in a batch of this length, of rows of which these are the states."""
+        return 1 if len(self.states[0]) == 1 else length
 
 
 class Batch(NamedTuple):
@@ -23,6 +44,7 @@ class Batch(NamedTuple):
       token_type_ids: [b, t] int32.
       labels: [b, ...], of what shape and type `jpeft.data.kinds` says.
       weights: [b] float32; 0 for a row that only fills up the last batch, to keep its shape.
+      hidden: what the encoder begins with in the place of the tokens; None where it begins with these.
     """
 
     input_ids: Any
@@ -30,6 +52,7 @@ class Batch(NamedTuple):
     token_type_ids: Any
     labels: Any
     weights: Any
+    hidden: Hidden | None = None
 
 
 class Examples(NamedTuple):
@@ -41,6 +64,7 @@ class Examples(NamedTuple):
       labels: [size, ...], of what shape and type `jpeft.data.kinds` says.
       pad_id: the token that padding consists of.
       unlabelled: the label of tokens that have none, where labels are by token, [size, t]; None where they are by row.
+      hidden: see `Batch`; [t, d] for every row.
     """
 
     input_ids: tuple[np.ndarray, ...]
@@ -48,6 +72,7 @@ class Examples(NamedTuple):
     labels: np.ndarray
     pad_id: int = 0
     unlabelled: int | None = None
+    hidden: Hidden | None = None
 
     @property
     def size(self) -> int:
@@ -180,6 +205,7 @@ def take(examples: Examples, indices: np.ndarray | Sequence[int]) -> Examples:
         input_ids=tuple(examples.input_ids[i] for i in indices),
         token_type_ids=tuple(examples.token_type_ids[i] for i in indices),
         labels=examples.labels[indices],
+        hidden=None if (own := examples.hidden) is None else Hidden(tuple(own.states[i] for i in indices), own.layer),
     )
 
 
@@ -222,7 +248,18 @@ def _collate(
         n = len(examples.input_ids[i])
         ids[r, :n], mask[r, :n], types[r, :n] = examples.input_ids[i], 1, examples.token_type_ids[i]
     weights = (np.arange(batch_size) < len(rows)).astype(np.float32)
-    return Batch(ids, mask, types, _labels(examples, all_rows, length), weights)
+    return Batch(ids, mask, types, _labels(examples, all_rows, length), weights, _hidden(examples, all_rows, length))
+
+
+def _hidden(examples: Examples, rows: np.ndarray, length: int) -> Hidden | None:
+    if examples.hidden is None:
+        return None
+    own = [examples.hidden.states[i] for i in rows]
+    width = examples.hidden.width(length)
+    states = np.zeros((len(rows), width, own[0].shape[1]), own[0].dtype)
+    for row, found in zip(states, own, strict=True):
+        row[: len(found)] = found
+    return Hidden(states, examples.hidden.layer)
 
 
 def _labels(examples: Examples, rows: np.ndarray, length: int) -> np.ndarray:

@@ -90,7 +90,8 @@ class Intermediates(NamedTuple):
     """Intermediate results of the forward pass.
 
     Attributes:
-      hidden_states: `num_hidden_layers` + 1 arrays [b, t, d]: the embeddings, then each layer's output.
+      hidden_states: `num_hidden_layers` + 1 arrays [b, t, d]: the embeddings, then each layer's output; fewer where
+        the call begins with a later layer.
       pooled: [b, d], the input of the head: BERT's pooler output, RoBERTa's first token. With a head for each token,
         the first token.
     """
@@ -280,12 +281,16 @@ class Encoder(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, hidden: Array, mask: Array, *, train: bool) -> tuple[Array, tuple[Array, ...]]:
-        """Returns the last hidden state [b, t, d] and all of them; the mask is [b, t] segment numbers."""
+    def __call__(self, hidden: Array, mask: Array, *, train: bool, first: int = 0) -> tuple[Array, tuple[Array, ...]]:
+        """Runs the layers from `first` on; the mask is [b, t] segment numbers.
+
+        Returns:
+          The last hidden state [b, t, d], and all of them, from the one that enters the layer `first`.
+        """
         layer = nn.remat(Layer, static_argnums=(3,)) if self.config.remat else Layer
         visible = attends(mask)
         states = [hidden]
-        for i in range(self.config.num_hidden_layers):
+        for i in range(first, self.config.num_hidden_layers):
             states.append(layer(self.config, name=f"layer_{i}")(states[-1], visible, train))
         return states[-1], tuple(states)
 
@@ -343,6 +348,8 @@ class Bert(nn.Module):
         positions: Array | None = None,
         *,
         train: bool = False,
+        hidden: Array | None = None,
+        layer: int = 0,
     ) -> tuple[Array, Intermediates]:
         """Classifies rows of tokens.
 
@@ -352,6 +359,9 @@ class Bert(nn.Module):
           token_type_ids: [b, t] integers below `type_vocab_size`; None means 0.
           positions: [b, t] positions from 0; None means that every row is one segment starting at its first token.
           train: whether dropout is on, which needs `rngs={"dropout": key}`.
+          hidden: [b, t, d], what enters a layer; nothing below that layer is computed then. Above all layers, where
+            the head alone is left, the first token is enough: [b, 1, d]. None begins with the tokens.
+          layer: which layer.
 
         Returns:
           Float32 logits [b, num_labels], or [b, t, num_labels] `by_token`, and the `Intermediates`.
@@ -369,8 +379,9 @@ class Bert(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         if c.model_type == "roberta":  # padding has its own position, real tokens start after it
             positions = jnp.where(mask > 0, positions + c.pad_token_id + 1, c.pad_token_id)
-        hidden, mask = Embeddings(c, name="embeddings")(input_ids, token_types, positions, mask, train)
-        hidden, states = Encoder(c, name="encoder")(hidden, mask, train=train)
+        if hidden is None:
+            hidden, mask = Embeddings(c, name="embeddings")(input_ids, token_types, positions, mask, train)
+        hidden, states = Encoder(c, name="encoder")(hidden, mask, train=train, first=layer)
         first = hidden[:, 0]
         if c.by_token:
             own = hidden[:, -input_ids.shape[1] :]  # prompts come before the text

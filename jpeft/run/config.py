@@ -81,6 +81,8 @@ def default(task: str, method: str) -> Config:
     All devices of a machine divide the rows of a batch; with `train.shard_base` they hold the base model in parts.
     `quantise` holds the kernels of the encoder in codes, "nf4", "fp4" (QLoRA, 0.13 of their memory) or "int8" (0.25),
     and any method but `full` trains on top; `quantise_except` is a pattern of layers that are left as they are.
+    `train.cache_frozen_layers` computes the layers below the lowest one that trains once for each row, and keeps
+    what they return in memory: `head` and `top_k_layers` train several times as fast, without dropout in these layers.
     `train.remat` recomputes each layer in the backward pass; `train.tensorboard` writes the log for it, too.
     """
     return ConfigDict(
@@ -128,6 +130,7 @@ def default(task: str, method: str) -> Config:
                 "group_by_length": False,
                 "max_train_examples": placeholder(int),
                 "dtype": placeholder(str),
+                "cache_frozen_layers": False,
                 "remat": False,
                 "export": "last",
                 "tensorboard": False,

@@ -12,6 +12,9 @@ from jpeft.core.errors import UserError
 from jpeft.core.partition import Partition
 from jpeft.core.summary import Summary
 from jpeft.core.transform import Chain, Transform, members
+from jpeft.core.tree import union
+from jpeft.data.padding import padded_lengths
+from jpeft.data.task import Data
 from jpeft.models.bert import narrowed
 from jpeft.plans.plan import Spec
 from jpeft.run import config as configs
@@ -21,7 +24,7 @@ from jpeft.run.log import Log
 from jpeft.run.seed import Seed
 from jpeft.run.stopping import Stopped, deferred
 from jpeft.run.workdir import owner
-from jpeft.training import checkpoint, optim, placement, step
+from jpeft.training import below, checkpoint, optim, placement, step
 from jpeft.training.compiled import Compiled, Steps, planned_memory, prepare
 from jpeft.training.loop import Event, Row, Schedule, evaluate, fit_together
 from jpeft.training.step import State
@@ -196,6 +199,7 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
     for each in seeds:
         each.clock.start(lambda: sum(getattr(fn, "seconds", 0.0) for fn in steps), shared_by=len(seeds))
     if first < total:
+        data = hosts.together(lambda: _cached(ready))
         with console.waiting("compiling"):
             if several and not _fits(seeds, planned_memory(steps, state, frozen, data, key)):
                 half = len(starts) // 2
@@ -231,6 +235,24 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
                 if stop:  # after the last step, too: the next start saves the modules
                     raise Stopped(f"stopped and saved at step {events[0].step:,} of {total:,}")
     return [event._replace(states=jax.device_get(event.state), run=None) for event in events]
+
+
+def _cached(ready: Ready) -> Data:
+    """The data, if the config says so with what enters the lowest layer that trains; it is the same for all seeds."""
+    seed, model = ready.seed, ready.seed.model
+    if not seed.config.train.cache_frozen_layers:
+        return seed.data
+    layer, data = below.lowest(ready.parts, model.config.num_hidden_layers), seed.data
+    if layer == 0:
+        seed.console.warn("config.train.cache_frozen_layers: the lowest layer trains, so there is nothing to cache")
+        return data
+    size = below.planned_bytes(model.config, data.train, layer)
+    seed.console.say(
+        f"  what enters layer {layer} is computed once, without dropout below, and kept: {size / 1e6:,.0f} MB"
+    )
+    params, lengths = union(ready.parts.frozen["params"], ready.parts.trainable["params"]), padded_lengths(data.layouts)
+    with seed.console.waiting("computing the layers that do not train"):
+        return data._replace(train=below.with_hidden(model, params, data.train, layer, lengths))
 
 
 def _save(seeds: Sequence[Seed], events: Sequence[Event], background: Callable[[Callable[[], None]], None]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jpeft.data.batching import Batch, Examples, filled
+from jpeft.data.batching import Batch, Examples, Hidden, filled
 from jpeft.data.padding import Layout
 from jpeft.data.task import Data
 from jpeft.training import placement
@@ -119,7 +119,7 @@ def prepare(steps: Steps, state: State, frozen: Tree, data: Data, key: Array) ->
       data: whose lengths.
       key: see `state`.
     """
-    dev = [_shape(steps.eval_rows, length, data.train) for length in _used(data.dev, data.eval_buckets)]
+    dev = [_shape(steps.eval_rows, length, data.dev) for length in _used(data.dev, data.eval_buckets)]
     if isinstance(steps.train, Compiled):
         steps.train.prepare([(state, frozen, _parts(steps, data, key.shape, each), key) for each in data.layouts])
     if isinstance(steps.eval, Compiled):
@@ -149,4 +149,13 @@ def _shape(rows: int, length: int, like: Examples, runs: tuple[int, ...] = ()) -
     ids = jax.ShapeDtypeStruct((*runs, rows, length), np.int32)
     of_row = like.labels.shape[1:] if like.unlabelled is None else (length,)
     labels = jax.ShapeDtypeStruct((*runs, rows, *of_row), like.labels.dtype)
-    return Batch(ids, ids, ids, labels, jax.ShapeDtypeStruct((*runs, rows), np.float32))
+    return Batch(ids, ids, ids, labels, jax.ShapeDtypeStruct((*runs, rows), np.float32), _hidden(like, ids))
+
+
+def _hidden(like: Examples, ids: jax.ShapeDtypeStruct) -> Hidden | None:
+    if like.hidden is None:
+        return None
+    *rows, length = ids.shape
+    row = like.hidden.states[0]
+    shape = (*rows, like.hidden.width(length), row.shape[1])
+    return Hidden(jax.ShapeDtypeStruct(shape, row.dtype), like.hidden.layer)

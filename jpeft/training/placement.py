@@ -42,7 +42,7 @@ def rows(mesh: Mesh, batch: Any) -> Any:
 
     def of(part: Batch) -> Batch:
         axis = len(part.weights.shape) - 1
-        return Batch(*(NamedSharding(mesh, P(*(None,) * axis, ROWS)) for _ in part))
+        return jax.tree.map(lambda _: NamedSharding(mesh, P(*(None,) * axis, ROWS)), part)
 
     return jax.tree.map(of, batch, is_leaf=lambda x: isinstance(x, Batch))
 

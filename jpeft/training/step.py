@@ -82,6 +82,7 @@ def forward(
     key: Array | None = None,
 ) -> Array:
     """Float32 logits [b, num_labels] of a batch; dropout is on if there is a key."""
+    begin = {} if batch.hidden is None else {"hidden": batch.hidden.states, "layer": batch.hidden.layer}
     logits, _ = apply(
         model,
         transform,
@@ -92,6 +93,7 @@ def forward(
         train=key is not None,
         mask=batch.attention_mask,
         rngs=None if key is None else {"dropout": key},
+        **begin,
     )
     return logits
 

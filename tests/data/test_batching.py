@@ -86,7 +86,7 @@ def test_an_epoch_holds_every_row_once(size, batch_size):
         np.testing.assert_array_equal(part.attention_mask, np.arange(part.input_ids.shape[1]) < real[:, None])
         np.testing.assert_array_equal(part.input_ids, part.attention_mask * (part.labels + 1)[:, None])
         np.testing.assert_array_equal(part.token_type_ids[0, : real[0]], examples.token_type_ids[part.labels[0]])
-        assert [a.dtype for a in part] == [np.int32] * 4 + [np.float32]
+        assert [a.dtype for a in jax.tree.leaves(part)] == [np.int32] * 4 + [np.float32]
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(examples):
