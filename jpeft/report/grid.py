@@ -70,10 +70,16 @@ def scores(grid: Grid, mark: str = PLAIN) -> Table:
     head = ("variant", "trainable %", "added %", *(head for head, *_ in columns))
     table = []
     for name in dict.fromkeys(name for rows in grid.rows.values() for name in rows):
-        some = next(rows[name] for rows in grid.rows.values() if name in rows)
-        sizes = f"{some.trainable_percent:.3f}", f"{some.added_percent:.3f}"
+        own = [rows[name] for rows in grid.rows.values() if name in rows]
+        sizes = _span([row.trainable_percent for row in own]), _span([row.added_percent for row in own])
         table.append((name, *sizes, *(column.get(name, "-") for _, column, _ in columns)))
     return head, [*table, (BLIND, "0", "0", *(last for *_, last in columns))]
+
+
+def _span(percents: Sequence[float]) -> str:
+    """A size, or from which to which it is where it differs from task to task, as a choice or a head may."""
+    least, most = f"{min(percents):.3f}", f"{max(percents):.3f}"
+    return least if least == most else f"{least} to {most}"
 
 
 def behind(rows: Mapping[str, Row]) -> Table:

@@ -178,7 +178,7 @@ def _recipe(report: Mapping[str, Any]) -> list[str]:
     lines += [f"| {kind} examples | {n:,} |" for kind, n in examples.items()]
     rates = report.get("learning_rates") or {"": report["learning_rate"]}
     lines += [f"| learning rate{f' of {name}' if name else ''} | {rate:g} |" for name, rate in rates.items()]
-    lines += [f"| {name.replace('_', ' ')} | {value} |" for name, value in recipe.items()]
+    lines += [f"| {name.replace('_', ' ')} | {'no' if value is None else value} |" for name, value in recipe.items()]
     lines += [f"| device | {report['device']} |"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines += ["", f"Made by {versions}" + (":" if report["command"] else ".")]
@@ -247,6 +247,8 @@ def differences(reports: Sequence[Mapping[str, Any]]) -> list[str]:
         "epochs": [str(report["recipe"]["num_epochs"]) for report in reports],
         "seeds": [str(len(report["metrics"]["per_seed"])) for report in reports],
     }
+    for name in ("quantise", "group_by_length", "cache_frozen_layers"):  # which earlier versions left out
+        found[name] = [str(report["recipe"].get(name) or "no") for report in reports]
     # Of the same task and size, and yet others: the user's own files may all be called "custom".
     data: dict[str, set[tuple[str, ...]]] = {}
     for report in reports:

@@ -55,10 +55,11 @@ def check(config: Config) -> None:
         )
     if len(set(config.fishpal.sizes)) < len(config.fishpal.sizes):
         raise UserError(f"config.fishpal.sizes must be distinct, got {tuple(config.fishpal.sizes)}")
-    if not config.fishpal.rates or len(set(config.fishpal.rates)) < len(config.fishpal.rates):
-        raise UserError(f"config.fishpal.rates must be distinct, at least one, got {tuple(config.fishpal.rates)}")
-    for rate in config.fishpal.rates:
-        _above_zero("fishpal.rates", rate)
+    if (rates := config.fishpal.rates) is not None:
+        if not rates or len(set(rates)) < len(rates):
+            raise UserError(f"config.fishpal.rates must be distinct, at least one, got {tuple(rates)}")
+        for rate in rates:
+            _above_zero("fishpal.rates", rate)
     if not config.fishpal.sizes:
         raise UserError("config.fishpal.sizes must name at least one size, such as (1,)")
     for size in config.fishpal.sizes:
@@ -69,6 +70,12 @@ def check(config: Config) -> None:
         raise UserError(f"config.fishpal.sizes: {error}") from None
     if config.fishpal.budget is not None:
         configs.budget(config)
+        for name in config.fishpal.candidates if config.fishpal.criterion != "race" else ():
+            if configs.options(config, name).get("rank_pattern"):
+                raise UserError(
+                    f"config.fishpal.budget takes a candidate to be of one size in all layers, which {name} with a "
+                    "rank_pattern is not: drop one of them"
+                )
     if config.fishpal.budget_of not in ("trainable", "added"):
         raise UserError(f"config.fishpal.budget_of must be 'trainable' or 'added', got {config.fishpal.budget_of!r}")
     for name, rate in config.fishpal.learning_rates.items():
@@ -240,7 +247,7 @@ def _unread(config: Config, name: str) -> str | None:
         return "with the thesis' criterion there is one rate for all"
     if name == "rates" and own.criterion != "race":
         return f"config.fishpal.criterion is {own.criterion!r}, and only a race tries rates"
-    if name == "rates" and configs.raced_rates(config) != tuple(own.rates):
+    if name == "rates" and own.rates is not None and configs.raced_rates(config) != tuple(own.rates):
         return "a learning rate is given"
     if name == "num_examples" and own.criterion in ("race", "loss_drop"):
         return f"a {own.criterion} says itself how many examples it trains on"

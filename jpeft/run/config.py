@@ -66,7 +66,8 @@ def default(task: str, method: str) -> Config:
     plan that `fishpal.criterion` finds, `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
 
     `fishpal.rates` are the multiples of the methods' own learning rates that race, unless `train.learning_rate` or one
-    of `fishpal.learning_rates` is given. The default ones race in runs of up to five epochs, others in any run.
+    of `fishpal.learning_rates` is given; None is (1, 4) in runs of up to five epochs, and no race of rates in longer
+    ones.
 
     `data.hub` is a data set of the Hugging Face hub, in the place of files: "owner/name", "owner/name:config", or a
     folder that `datasets` reads. `data.kind` is that of the answers in data of the user's own: classification,
@@ -111,7 +112,7 @@ def default(task: str, method: str) -> Config:
                 "candidates": ("lora", "pfeiffer", "prefix"),  # the first one where a race finds no difference
                 "criterion": "race",
                 "sizes": (1,),
-                "rates": RATES,
+                "rates": placeholder(tuple),
                 "budget": placeholder(str),
                 "budget_of": "trainable",
                 "num_examples": placeholder(int),
@@ -211,7 +212,7 @@ def raced_rates(config: Config) -> tuple[float, ...]:
 
     That is where nothing races, the rate is given, or the run is so long that the early lead of a higher rate is lost.
     """
-    return tuple(config.fishpal.rates) if _chooses_rate(config) and not _too_long(config) else (1,)
+    return tuple(config.fishpal.rates or RATES) if _chooses_rate(config) and not _too_long(config) else (1,)
 
 
 def _chooses_rate(config: Config) -> bool:
@@ -223,7 +224,7 @@ def _chooses_rate(config: Config) -> bool:
 
 
 def _too_long(config: Config) -> bool:
-    return tuple(config.fishpal.rates) == RATES and config.train.num_epochs > MOST_EPOCHS
+    return config.fishpal.rates is None and config.train.num_epochs > MOST_EPOCHS
 
 
 def learning_rate(config: Config) -> float:
@@ -272,6 +273,8 @@ def results(config: Config, shape: BertConfig, rows: int = 0) -> int:
         return 6  # its blocks take activation and epsilon from the backbone
     if names & {"prompt", "p_tuning"}:
         return 6  # fewer virtual tokens by default
+    if names & {"fish", "random_mask", "magnitude_mask", "mam"} and config.train.learning_rate is None:
+        return 6  # their own rates have changed
     if names & {"bitfit", "layer_norm", "top_k_layers"} and dtype(config) == "bfloat16":
         return 6  # what trains is cast to the base's dtype
     if not first_method(config).chooses or own.plan is not None:

@@ -29,7 +29,10 @@ from jpeft.version import __version__
 __all__ = ["Result", "count", "peak_memory", "read", "save", "write"]
 
 PICTURE, CURVES = "choice.png", "curves.png"
-RECIPE = ("num_epochs", "batch_size", "max_length", "dtype", "warmup_ratio", "weight_decay", "export")
+RECIPE = (
+    "num_epochs", "batch_size", "max_length", "dtype", "warmup_ratio", "weight_decay", "export", "group_by_length",
+    "cache_frozen_layers",
+)  # fmt: skip
 
 
 class Result(NamedTuple):
@@ -132,7 +135,11 @@ def write(
         },
         "data": {name: inputs[name][1] for name in ("train", "dev")},
         "examples": {"train": data.train.size, "evaluation": data.dev.size},
-        "recipe": {**{name: config.train[name] for name in RECIPE}, "dtype": configs.dtype(config)},
+        "recipe": {
+            **{name: config.train[name] for name in RECIPE},
+            "dtype": configs.dtype(config),
+            "quantise": config.quantise,
+        },
         "parameters": tables.average([result.parameters for result in results.values()]),
         "seconds": {**seconds, **spent},
         "examples_per_second": sum(r.train_examples for r in results.values()) / spent["train"],

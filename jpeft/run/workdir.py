@@ -231,7 +231,10 @@ def check_config(workdir: Path, config: Config) -> None:
 
 
 def _current(record: dict[str, Any]) -> dict[str, Any]:
-    """A config as this version has it: `data.regression` has become a kind."""
+    """A config as this version has it: `data.regression` has become a kind, the default `fishpal.rates` are None."""
+    fishpal = record.get("fishpal")
+    if isinstance(fishpal, dict) and fishpal.get("rates") == list(configs.RATES):
+        record = {**record, "fishpal": {**fishpal, "rates": None}}
     data = record.get("data")
     if isinstance(data, dict) and "regression" in data:
         kind = "regression" if data["regression"] else "classification"

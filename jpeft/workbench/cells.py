@@ -11,6 +11,7 @@ import numpy as np
 from jpeft.core import files
 from jpeft.core.errors import UserError
 from jpeft.data import kinds
+from jpeft.plans import plan as plans
 from jpeft.run import config as configs
 from jpeft.run import experiment
 from jpeft.run import workdir as workdirs
@@ -78,8 +79,14 @@ def write(folder: Path, config: Config, cell: Cell, report: Mapping[str, Any], w
 
 
 def _config(config: Config) -> dict[str, Any]:
-    """The fields that are not the defaults; where data and models lie is left out, since it is the machine's."""
+    """The fields that are not the defaults; where data and models lie is left out, since it is the machine's.
+
+    A plan that is given by its file is that file's plan, which may become another one.
+    """
     found = {name: value for name, value in configs.chosen(config).items() if name != "data.path"}
+    given = config.fishpal.plan
+    if given is not None and given not in plans.PLANS and not given.lstrip().startswith("{"):
+        found["fishpal.plan"] = plans.dumps(plans.read(given))
     return json.loads(json.dumps({"method": config.method, **found}))
 
 

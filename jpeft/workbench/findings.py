@@ -29,6 +29,11 @@ RECIPE = (
     "train.max_length",
     "train.max_train_examples",
     "train.dtype",
+    "train.warmup_ratio",
+    "train.weight_decay",
+    "train.group_by_length",
+    "train.cache_frozen_layers",
+    "quantise",
 )
 
 
@@ -80,7 +85,7 @@ def _shown(cell: Cell) -> str:
 
 
 def unlike(grid: Config) -> list[str]:
-    """In what, besides what is compared, the runs of the variants differ: one line for each field of `RECIPE`."""
+    """In what the runs of the variants differ: one line for each field of `RECIPE`."""
     told: dict[str, None] = {}  # each line once
     for task in grid.tasks:
         runs = {cell.variant: flatten(config_of(grid, cell).to_dict()) for cell in cells(grid) if cell.task == task}

@@ -115,7 +115,8 @@ def scores(folder: Path) -> dict[str, dict[str, Any]]:
       FishPAL found it), and "module_bytes", of a saved module with its head (None in cells of an earlier version).
 
     Raises:
-      UserError: if a file is not one of a cell, if there is none, or if they are of several tasks.
+      UserError: if a file is not one of a cell, if there is none, or if they are of several tasks, several recipes, or
+        other options than the default ones, of which the sizes are.
     """
     rows = [files.read_record(path, KIND) for path in sorted(folder.glob("*.json"))]
     rows = [row for row in rows if row["variant"] in NAMES]
@@ -125,6 +126,8 @@ def scores(folder: Path) -> dict[str, dict[str, Any]]:
     recipes: dict[str, Any] = {}
     for row in rows:
         name, metric = row["variant"], row["primary_metric"]
+        if row["config"]["method"] != name or any(field.startswith("peft.") for field in row["config"]):
+            raise UserError(f"--cells {folder}: {name} there is not the method of that name with its default options")
         rate = None if "choice" in row else row["config"].get("train.learning_rate", METHODS[name].learning_rate)
         about = {"primary_metric": metric, "learning_rate": rate, "module_bytes": row.get("module_bytes"), "scores": {}}
         recipe = {field: x for field, x in row["config"].items() if field != "seeds"}

@@ -199,22 +199,24 @@ def run(argv: list[str]) -> None:
             for seed in trained:
                 path = folder / "scores" / f"{other or task}-{name}-{seed}.json"
                 config = config_of(grid, other or task, seed)
+                of = _identity(config, pool)
                 if not path.is_file():
                     console.title(f"{name} on {other or task}, seed {seed}")
-                    files.write_json(path, {**measure(config, seed, name, pool, console), "of": _identity(config)})
+                    files.write_json(path, {**measure(config, seed, name, pool, console), "of": of})
                 found[seed] = files.read_json(path)
-                if found[seed].get("of") != _identity(config):
-                    raise UserError(f"{path} was measured by another config or version: remove it")
+                if found[seed].get("of") != of:
+                    raise UserError(f"{path} was measured by another config or version, or of other plans: remove it")
             verdicts[criterion] = verdict(found, trained, pool)
         names = [name for name in pool if all(name in row for row in trained.values())]
         room = headroom(trained, uniform_of(pool, names))
         console.say("\n" + _table(task, verdicts, _ceiling(trained, names), room, len(names), len(trained)))
 
 
-def _identity(config: Config) -> dict[str, Any]:
-    """What a measurement depends on besides the plans and what is in its file's name."""
+def _identity(config: Config, pool: Mapping[str, Plan]) -> dict[str, Any]:
+    """What a measurement depends on besides what is in its file's name."""
+    named = {name: plans.dumps(plan) for name, plan in pool.items()}
     rest = {name: x for name, x in configs.chosen(config).items() if name not in ("data.path", "fishpal.plan", "seeds")}
-    return json.loads(json.dumps({**rest, "results": RESULTS}))
+    return json.loads(json.dumps({**rest, "results": RESULTS, "plans": named}))
 
 
 def _ceiling(trained: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> float:

@@ -44,6 +44,12 @@ def test_the_page_has_a_row_a_variant_and_a_column_a_task():
     assert "![Scores by task and variant](report.png)" in page
 
 
+def test_a_size_that_differs_from_task_to_task_is_a_range():
+    outcomes = [outcome("fishpal", 1, 0.9, task, trainable) for task, trainable in (("sst2", 5.0), ("cola", 0.1))]
+    (found,) = rows(grid.markdown(of(outcomes, 2), None), "fishpal")
+    assert found[1:3] == ["0.100 to 5.000", "0.500"]
+
+
 def test_the_majority_stands_below_and_what_is_no_better_is_named():
     outcomes = [outcome("good", 1, 0.9), outcome("poor", 1, 0.3)]
     page = grid.markdown(of(outcomes, 2), None)

@@ -154,6 +154,8 @@ def test_compare_aligns_rows_and_leaves_out_what_a_task_lacks():
         ({"model": "bert"}, "model (minilm, bert)"),
         ({"examples": {"train": 100, "evaluation": 408}}, "training examples (3,668, 100)"),
         ({"recipe": {"num_epochs": 10}}, "epochs (3, 10)"),
+        ({"recipe": {"num_epochs": 3, "quantise": "nf4"}}, "quantise (no, nf4)"),
+        ({"recipe": {"num_epochs": 3, "cache_frozen_layers": True}}, "cache_frozen_layers (no, True)"),
         ({"data": {"train": "a", "dev": "c"}}, "the data of mrpc"),
     ],
 )

@@ -90,6 +90,10 @@ from jpeft.run import config as configs
         ({"fishpal__sizes": (2,), "fishpal__candidates": ("ia3",)}, "config.fishpal.sizes: ia3 comes in one size only"),
         ({"fishpal__budget": "many"}, "config.fishpal.budget must be a number of parameters or a percentage, '0.5%'"),
         ({"fishpal__budget": "-1%"}, "config.fishpal.budget must be a number of parameters or a percentage, '0.5%'"),
+        (
+            {"fishpal__budget": "1%", "fishpal__criterion": "trace", "peft__lora__rank_pattern": {"layer_0/.*": 4}},
+            "config.fishpal.budget takes a candidate to be of one size in all layers, which lora with a rank_pattern",
+        ),
         ({"fishpal__budget_of": "all"}, "config.fishpal.budget_of must be 'trainable' or 'added', got 'all'"),
         (
             {"fishpal__rates": (1, 2), "train__learning_rate": 1e-3},

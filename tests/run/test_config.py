@@ -129,7 +129,9 @@ def test_rates_race_where_nothing_else_says_them():
     assert configs.raced_rates(configs.default("mrpc", "lora")) == (1,)
     config.train.num_epochs, config.fishpal.rates = 10, (1, 2)  # that were asked for
     assert configs.raced_rates(config) == (1, 2)
-    config.train.num_epochs, config.fishpal.rates = 5, (1, 4)
+    config.fishpal.rates = (1, 4)  # though they are those of short runs
+    assert configs.raced_rates(config) == (1, 4)
+    config.train.num_epochs, config.fishpal.rates = 5, None
     assert configs.chosen(config) == {
         "fishpal.rates": (1, 4),
         "train.num_epochs": 5,
@@ -137,15 +139,36 @@ def test_rates_race_where_nothing_else_says_them():
     assert configs.chosen(configs.default("mrpc", "lora")) == {}
 
 
+def test_the_rates_of_the_methods_are_those_that_the_number_of_results_knows():
+    """Where a run says none, its config does not say which it had: a new default needs a line in `results`."""
+    own = {}
+    for name, method in METHODS.items():
+        own.setdefault(method.learning_rate, []).append(name)
+    assert (RESULTS, own) == (5, {
+        5e-4: ["fishpal", "adamix", "adapterdrop", "dora", "houlsby", "lora", "parallel", "pfeiffer", "pissa",
+               "sparse_adapter", "unipelt"],
+        2e-5: ["full"],
+        1e-3: ["head", "bitfit", "krona", "layer_norm", "p_tuning"],
+        5e-5: ["far", "top_k_layers"],
+        1.6e-3: ["fish", "magnitude_mask", "random_mask"],
+        3e-3: ["ia3", "ladder_side"],
+        1e-4: ["mam"],
+        2e-4: ["prefix", "rslora"],
+        5e-3: ["prompt", "said"],
+    })  # fmt: skip
+
+
 def test_a_change_that_concerns_few_runs_has_a_number_of_its_own():
-    def results(method, act="gelu", rows=0, dtype="float32", epochs=5, **fishpal):
+    def results(method, act="gelu", rows=0, dtype="float32", epochs=5, learning_rate=None, **fishpal):
         config = configs.default("mrpc", method)
-        config.train.update(dtype=dtype, num_epochs=epochs)
+        config.train.update(dtype=dtype, num_epochs=epochs, learning_rate=learning_rate)
         config.fishpal.update(fishpal)
         return configs.results(config, BertConfig(hidden_act=act), rows)
 
     assert results("lora", "relu") == results("ladder_side") == results("fishpal", sizes=(1, 2)) == RESULTS
     assert results("bitfit", dtype="bfloat16") == 6
+    assert results("fish") == results("mam") == 6
+    assert results("fish", learning_rate=1e-3) == RESULTS
     assert results("lora+prompt") == results("fishpal", candidates=("lora", "p_tuning")) == 6
     assert results("ladder_side", "relu") == results("fishpal", candidates=("rslora",), sizes=(1, 2)) == 6
     assert results("fishpal", candidates=("rslora",)) == results("full") == results("bitfit") == RESULTS

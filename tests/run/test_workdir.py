@@ -122,6 +122,11 @@ def test_a_regression_of_an_earlier_version_is_a_kind():
     assert workdirs._current({"data": {"regression": False}}) == {"data": {"kind": "classification"}}
 
 
+def test_the_default_rates_of_an_earlier_version_are_none():
+    assert workdirs._current({"fishpal": {"rates": [1, 4], "sizes": [1]}}) == {"fishpal": {"rates": None, "sizes": [1]}}
+    assert workdirs._current({"fishpal": {"rates": [1, 2]}}) == {"fishpal": {"rates": [1, 2]}}
+
+
 def test_a_run_in_another_run_is_refused(begun):
     for inside in ("seed_11/model", "runs/mine"):
         with pytest.raises(UserError, match=r"lies in .*, which holds another run"), workdirs.locked(begun / inside):

@@ -201,6 +201,19 @@ def test_files_of_other_cells_are_refused(grid, tmp_path):
         findings.outcomes(config, tmp_path)
 
 
+def test_a_plan_in_a_file_is_what_the_file_says(grid, tmp_path):
+    cell, path = Cell("mrpc", "mine", None, 1), tmp_path / "plan.json"
+
+    def own(layer):
+        path.write_text(f'{{"{layer}": [{{"method": "lora"}}]}}')
+        given = {"method": "fishpal", "fishpal": {"plan": str(path)}}
+        return compare.config_of(grid(mine=given), cell)
+
+    first = own(0)
+    assert cells._config(first)["fishpal.plan"] != cells._config(own(1))["fishpal.plan"]
+    assert "plan.json" not in str(cells._config(first))
+
+
 def test_cells_of_other_data_are_named(grid, tmp_path, tiny_glue):
     """As they would be if they were runs; where there are no data any more, a warning says so."""
     config = grid(seeds=(1,))

@@ -51,6 +51,10 @@ def test_scores_come_from_the_cells_of_a_grid(tmp_path):
     cell("lora", 33, 0.7, config={"method": "lora", "seeds": [33], "train.learning_rate": 0.002})
     with pytest.raises(UserError, match="has cells of lora by several recipes"):
         methods.scores(tmp_path)
+    for other in ({"method": "lora", "peft.lora.rank": 64}, {"method": "full"}):
+        cell("lora", 33, 0.7, config=other)
+        with pytest.raises(UserError, match="lora there is not the method of that name with its default options"):
+            methods.scores(tmp_path)
     cell("lora", 33, 0.7)
     cell("lora", 11, 0.5, task="mrpc")
     with pytest.raises(UserError, match="has mrpc, sst2"):

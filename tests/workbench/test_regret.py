@@ -117,10 +117,16 @@ def test_the_program_measures_once_and_prints_the_table(tmp_path, monkeypatch, c
     printed = capsys.readouterr().out
     assert "| size | +1.00 | +0.00 | +0.00 | 7 | 0-1 lora(rank=2) |" in printed
     assert "| size@cola | +1.00 |" in printed
+    (tmp_path / "other.py").write_text(GRID.replace('"all 2": 2', '"all 2": 3'))  # another plan of that name
+    assert command.call(regret.run, [*call[:1], f"--config={tmp_path / 'other.py'}", *call[2:]]) == 2
+    assert "or of other plans: remove it" in capsys.readouterr().err
     path = tmp_path / "scores" / "mrpc-size-1.json"
     found = json.loads(path.read_text())
     path.write_text(json.dumps(found | {"of": found["of"] | {"train.num_epochs": 7}}))
     assert command.call(regret.run, call) == 2
-    assert "mrpc-size-1.json was measured by another config or version: remove it" in capsys.readouterr().err
+    assert (
+        "mrpc-size-1.json was measured by another config or version, or of other plans: remove it"
+        in capsys.readouterr().err
+    )
     assert command.call(regret.run, [*call[:-1], "--criteria=sise"]) == 2
     assert "the criterion 'sise' is unknown: did you mean 'size' or" in capsys.readouterr().err
