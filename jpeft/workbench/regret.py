@@ -90,7 +90,7 @@ def measure(config: Config, seed: int, criterion: str, pool: Mapping[str, Plan],
 
     def information(name: str, fn: Any, tree: Any, n: int, *rest: Any) -> Any:  # of the thesis, and kept nowhere
         batches, _ = batching.by_length(batching.sample(data.train, n, seed)[0], measuring.lengths(begun))
-        return fisher(fn, tree, batches, *rest)
+        return fisher(fn, tree, batches, *rest, grouped=True)
 
     found = MEASURES[criterion](begun, candidates, information)
     said = {"criterion": criterion, "seed": seed, "passes": found.passes, "scores": found.scores}

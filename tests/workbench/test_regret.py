@@ -10,6 +10,7 @@ from jpeft.plans import plan as plans
 from jpeft.plans.plan import Entry
 from jpeft.run import command
 from jpeft.run import config as configs
+from jpeft.run.console import Console
 from jpeft.workbench import compare, regret
 
 KINDS = {"good": Entry("lora", {"rank": 2}), "bad": Entry("lora", {"rank": 1})}
@@ -78,6 +79,17 @@ def test_each_kind_is_measured_at_the_rate_at_which_its_plans_train():
     found = configs.rates(regret.config_of(grid, "mrpc", 1))
     assert found["prefix"] == pytest.approx(1e-4 / 2e-3)
     assert found["lora"] == pytest.approx(1.0)
+
+
+def test_the_rule_of_the_thesis_is_measured_on_rows_of_all_lengths(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where it keeps what a choice keeps in a run's folder
+    pool = {"one": {0: [Entry("lora", {"rank": 2})], 1: [Entry("pfeiffer", {"bottleneck": 4})]}}
+    config = tiny_config("fishpal")
+    found = regret.measure(config, 1, "thesis", pool, Console(quiet=True))
+    assert found["scores"].keys() == {0, 1}
+    for scores in found["scores"].values():
+        assert scores.keys() == {'lora {"rank": 2}', 'pfeiffer {"bottleneck": 4}'}
+        assert all(score > 0 for score in scores.values())
 
 
 GRID = """
