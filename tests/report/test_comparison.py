@@ -136,3 +136,9 @@ def test_entities_by_a_score_of_the_users_own():
 def test_the_baseline_is_the_answer_that_reads_no_text():
     share = float(np.mean(LABELS))
     assert comparison.baselines([outcome("good", 1, 0.9)]) == {"sst2": pytest.approx(max(share, 1 - share))}
+
+
+def test_the_deviation_is_that_of_a_sample_of_seeds():
+    runs = [outcome("a", seed, accuracy) for seed, accuracy in ((1, 0.8), (2, 0.85), (3, 0.95))]
+    row = comparison.summarise(runs, draws=2)["sst2"]["a"]
+    assert row.std == pytest.approx(np.std([o.score() for o in runs], ddof=1))

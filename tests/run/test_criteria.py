@@ -2,13 +2,18 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from jpeft.core import tree
 from jpeft.core.errors import UserError
+from jpeft.data import batching
 from jpeft.data.batching import Examples
+from jpeft.plans import gains
 from jpeft.plans import plan as plans
-from jpeft.run import checks, criteria, experiment, loading, measuring, trials
+from jpeft.plans.budget import Cost
+from jpeft.run import checks, choose, criteria, experiment, loading, measuring, trials
 from jpeft.run import config as configs
 from jpeft.run.console import Console
 from jpeft.run.seed import begin
@@ -246,3 +251,102 @@ def test_shuffled_labels_stay_where_labels_are():
     assert (found != words).any()
     rows = np.arange(9)
     assert sorted(criteria._shuffled(Examples((), (), rows), 1)) == rows.tolist()
+
+
+def texts(*parts):
+    return sorted(ids.tobytes() for part in parts for ids in part.input_ids)
+
+
+def test_halves_and_the_rows_of_the_head_are_all_rows_once(seed, monkeypatch):
+    case, read = seed("adam_step"), []
+    monkeypatch.setattr(measuring, "evaluate", lambda *args: read.append(args[3]) or np.zeros((args[3].size, 16)))
+    monkeypatch.setattr(measuring.head, "fit_head", lambda params, *rest: params)
+    ready = measuring.prepare(case, 20)
+    assert texts(ready.a, ready.b, *read) == texts(case.data.train)
+
+
+def test_a_rival_trains_at_its_multiple_of_the_kinds_own_rate(seed, monkeypatch):
+    case, asked, real = seed("race", learning_rates={"pfeiffer": 1e-2}), [], trials.optim.adamw
+    monkeypatch.setattr(trials.optim, "adamw", lambda *args: asked.append(args) or real(*args))
+    trials.tried(case, CANDIDATES["pfeiffer"], case.base.params, case.data.train, case.data.train, 1, False, 4)
+    ((schedule, decay, *parts),) = asked
+    assert float(schedule(trials.WARMUP)) == pytest.approx(4 * configs.learning_rate(case.config))
+    assert decay == case.config.train.weight_decay
+    own = {float(x) for x in jax.tree.leaves(parts[0].rates["peft"])}
+    assert own == {configs.rates(case.config)["pfeiffer"]} != {1.0}
+
+
+def prepared(case, monkeypatch, where):
+    a, b = (batching.take(case.data.train, range(*cut)) for cut in ((0, 4), (4, 8)))
+    monkeypatch.setattr(where, "prepare", lambda *_: measuring.Prepared(case.base.params, a, b, 0.0, np.arange(8)))
+    return a, b
+
+
+def test_a_loss_drops_on_other_rows_than_are_trained_on(seed, monkeypatch):
+    case, seen = seed("loss_drop"), []
+    a, b = prepared(case, monkeypatch, trials)
+
+    def tried(seed, entry, params, train, held, *rest):
+        seen.append((texts(train), texts(held)))
+        while True:
+            yield Reached(1, np.ones(4), {"peft": {"lora_0": {"encoder/layer_0/attention/query": {"a": np.ones(2)}}}})
+
+    monkeypatch.setattr(trials, "tried", tried)
+    trials.loss_drop(case, {"lora": CANDIDATES["lora"]}, unkept)
+    assert seen == [(texts(a), texts(b))]
+
+
+def test_a_step_is_taken_on_one_half_and_judged_on_the_other_at_the_kinds_own_rate(seed, monkeypatch):
+    case, seen = seed("adam_step", learning_rates={"pfeiffer": 1e-2}), []
+    a, b = prepared(case, monkeypatch, criteria)
+
+    def moments(seed, loss, part, half, rest):
+        seen.append(texts(half))
+        own = jax.tree.map(np.asarray, part["peft"])
+        return gains.Moments(own, own, half.size)
+
+    def gain(one, other, rate, seed):
+        seen.append(rate(next(iter(tree.flatten(one.mean)))))
+        return one.mean
+
+    monkeypatch.setattr(criteria, "_moments", moments)
+    criteria.by_moments(gain)(case, {"pfeiffer": CANDIDATES["pfeiffer"]}, unkept)
+    rate = configs.learning_rate(case.config) * configs.rates(case.config)["pfeiffer"]
+    assert seen == [texts(a), texts(b), pytest.approx(rate)]
+    assert rate != configs.learning_rate(case.config)
+
+
+def test_the_factors_of_the_config_are_those_that_count(seed):
+    found = []
+    for factor in (1.0, 50.0):
+        case = seed("thesis", factors={"lora": factor})
+        scored = criteria.thesis(case, CANDIDATES, lambda name, loss, leaves, n, rest: leaves).scores
+        found.append(scored[0]["lora"])
+    assert found[1] == pytest.approx(50 * found[0])
+
+
+def test_a_budget_is_in_percent_of_the_model_and_of_what_trains_or_stays(seed):
+    case = seed("size", budget="0.5%", budget_of="added")
+    assert choose._limit(case) == pytest.approx(0.005 * tree.count(case.base.params))
+    assert choose._cost(case, CANDIDATES["pfeiffer"]) == Cost(2 * 16 * 4 + 4 + 16)
+    assert choose._cost(case, CANDIDATES["lora"]) == Cost(0)  # merges
+    prefix = plans.Entry("prefix", {"num_virtual_tokens": 2, "mlp_hidden": 3})
+    assert choose._cost(seed("size", budget="300"), prefix).shared > choose._cost(case, prefix).shared == 0
+
+
+def test_a_race_of_rates_and_kinds_takes_a_tenth_of_the_passes(seed, monkeypatch):
+    case = seed("race")
+    case.config.train.num_epochs, asked = 100, []
+    monkeypatch.setattr(trials.configs, "raced_rates", lambda config: (1, 4))
+
+    def tried(seed, entry, params, train, held, every, *rest):
+        asked.append(every)
+        while True:
+            yield Reached(0, np.full(11, 0.5))
+
+    monkeypatch.setattr(trials, "tried", tried)
+    monkeypatch.setattr(trials, "TELLING", 0)
+    found = trials.race(case, CANDIDATES, unkept)
+    total = 100 * 3
+    assert sum(asked) <= 0.08 * total + 1
+    assert found.passes <= 0.1 * total * 16

@@ -12,7 +12,8 @@ from training.test_loop import DATA, METHOD, MODEL, divided
 
 import jpeft
 from jpeft.core.errors import UserError
-from jpeft.run import log
+from jpeft.run import config as configs
+from jpeft.run import experiment, loading, log
 from jpeft.run import train as running
 from jpeft.run.clock import Clock
 from jpeft.run.console import Console
@@ -275,3 +276,33 @@ def test_seeds_train_together_where_the_memory_allows(monkeypatch, limit, fits):
     monkeypatch.setattr(running.jax, "local_devices", lambda: [Device()])
     seeds = [Seed(None, i, None, None, None, None, None, None, None, Console(quiet=True), None) for i in (1, 2)]
     assert running._fits(seeds, 1000) == fits
+
+
+def test_a_seed_trains_by_the_recipe_of_its_config_and_the_parts_of_its_method(monkeypatch, tiny_config):
+    asked = []
+    monkeypatch.setattr(running.optim, "warmup_linear", lambda *args: asked.append(args))
+    monkeypatch.setattr(running.optim, "adamw", lambda *args: asked.append(args))
+    monkeypatch.setattr(running, "_schedule", lambda seed: running.Schedule(1, 1, None))
+    monkeypatch.setattr(running.Schedule, "num_steps", lambda self, data: 10)
+
+    class Seed:
+        config, data = tiny_config("fishpal", warmup_ratio=0.25, weight_decay=0.375), None
+
+    own = ready(Seed, 2)._replace(rate=4.0)
+    running._optimizer(own)
+    (rate, *rest), (_, decay, parts) = asked
+    assert (rate, rest, decay) == (4 * running.configs.learning_rate(Seed.config), [10, 0.25], 0.375)
+    assert parts is own.parts
+
+
+def test_each_kind_of_a_plan_trains_at_its_own_rate(tiny_config, tmp_path):
+    entries = {"lora": {"rank": 2}, "prefix": {"num_virtual_tokens": 2, "mlp_hidden": 3}}
+    plan = {str(i): [{"method": name, "options": entries[name]}] for i, name in enumerate(entries)}
+    config, console = tiny_config("fishpal", max_length=8), Console(quiet=True)
+    config.fishpal.update(criterion="race", num_examples=None, plan=json.dumps(plan), learning_rates={"prefix": 1e-2})
+    data, base, _ = loading.load(config, console)
+    found = experiment._prepare(config, 11, data, base, tmp_path, console)
+    rates = {name: set(jax.tree.leaves(own)) for name, own in found.parts.rates["peft"].items()}
+    wanted = configs.rates(config)
+    assert rates == {f"{name}_0": {wanted[name]} for name in entries}
+    assert wanted["prefix"] == pytest.approx(1e-2 / configs.learning_rate(config)) != wanted["lora"]

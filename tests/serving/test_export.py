@@ -273,3 +273,16 @@ def test_gates_of_adapterhub_average_over_padding_and_the_card_says_so(trained, 
     export.export(workdir, "adapters", tmp_path / "out", console)
     assert card.PADDING in console.warnings
     assert f"Note: {card.PADDING}.\n" in (tmp_path / "out/README.md").read_text()
+
+
+def test_answers_that_an_export_changes_are_counted(trained, tmp_path):
+    (folder,) = trained().glob("seed_11/model")
+    export.export(folder, "hf", tmp_path / "out", QUIET)
+    written, saved = tmp_path / "out/model.safetensors", export.load(folder)
+    tensors, metadata = files.read_safetensors(written)
+    changed = []
+    for bias in ((9, -9), (-9, 9)):  # every row is answered with one class, then with the other
+        files.write_safetensors(written, {**tensors, "classifier.bias": np.array(bias, np.float32)}, metadata)
+        changed.append(drift.measure(folder, "hf", tmp_path / "out", saved, QUIET)[0].changed)
+    said = files.read_leaves(folder.parent / "predictions.safetensors")["logits"].argmax(1)
+    assert changed == [int((said == 1).sum()), int((said == 0).sum())]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from heard import again, run
+from heard import again
 
 import jpeft
 from jpeft.core.errors import UserError
@@ -130,7 +130,9 @@ def test_a_run_that_begins_higher_ends_as_one_that_does_not(method, more, tiny_c
         config.model, config.seeds = str(without_dropout), (1, 2)
         if method == "lora":
             config.peft.lora.layers = (1,)
-        run(config, tmp_path / folder)
+        _, console = again(config, tmp_path / folder)
+        told = sum("is computed once" in line for line in console.lines)
+        assert bool(told) == ("cache_frozen_layers" in fields)
         return [read_leaves(tmp_path / folder / f"seed_{i}" / PREDICTIONS)["logits"] for i in (1, 2)]
 
     np.testing.assert_allclose(logits("short", cache_frozen_layers=True), logits("whole"), rtol=0, atol=1e-5)

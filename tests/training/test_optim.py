@@ -1,5 +1,6 @@
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -59,3 +60,18 @@ def test_the_rates_of_a_partition_scale_the_last_update():
     assert set(updates["params"]) == {"classifier"}
     own, head = updates["peft"]["lora_0"]["dense"], updates["params"]["classifier"]
     assert [float(x.ravel()[0]) for x in (own["a"], own["b"], head["bias"])] == [-0.5, -1.5, -0.5]
+
+
+def test_adamw_has_the_rates_and_the_decay_of_a_partition():
+    params = {"dense": {"kernel": jnp.ones((2, 2))}, "classifier": {"bias": jnp.ones(2)}}
+    lora = jpeft.lora(1, targets="dense", learning_rate_ratio=3.0)
+    leaves = {"lora_0": {"dense": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 2))}}}
+    # A decays as a matrix would, B does not: only the partition knows.
+    method = lora._replace(decay=lambda path, leaf: path[-1] == "a")
+    parts = jpeft.partition(method, params, leaves, trains="classifier")
+    optimizer = optim.adamw(optax.constant_schedule(0.1), 0.5, parts)
+    grads = jax.tree.map(jnp.ones_like, parts.trainable)
+    updates, _ = optimizer.update(grads, optimizer.init(parts.trainable), parts.trainable)
+    own, head = updates["peft"]["lora_0"]["dense"], updates["params"]["classifier"]
+    found = [float(np.ravel(x)[0]) for x in (own["a"], own["b"], head["bias"])]
+    np.testing.assert_allclose(found, [-0.1 * (1 + 0.5), -0.3, -0.1], rtol=1e-4)

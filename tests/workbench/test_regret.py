@@ -142,3 +142,20 @@ def test_the_program_measures_once_and_prints_the_table(tmp_path, monkeypatch, c
     )
     assert command.call(regret.run, [*call[:-1], "--criteria=sise"]) == 2
     assert "the criterion 'sise' is unknown: did you mean 'size' or" in capsys.readouterr().err
+
+
+def test_a_favourite_is_judged_on_another_seed_than_it_was_measured_and_than_chose_the_best():
+    """By hand: three seeds that disagree on which plan is best."""
+    pool = {name: {0: [KINDS[kind]]} for name, kind in (("a", "good"), ("b", "bad"))}
+    trained = {1: {"a": 0.9, "b": 0.5}, 2: {"a": 0.6, "b": 0.95}, 3: {"a": 0.6, "b": 0.8}}
+    found = {1: {"scores": {"0": {regret._name(KINDS["good"]): 2.0, regret._name(KINDS["bad"]): 1.0}}, "passes": 0}}
+    told = regret.verdict(found, trained, pool)
+    # Its favourite is "a". On seed 2 the best of seeds 1 and 3 is "a", 0.75 to 0.65; on seed 3, of 1 and 2, too.
+    assert told.regret == pytest.approx(0.0)
+    assert told.tau == pytest.approx(-1.0)  # of seeds 2 and 3; on seed 1, which was measured, it would be right
+    assert regret._ceiling(trained, ["a", "b"]) == pytest.approx((-1 - 1 + 1) / 3)
+
+
+def test_a_uniform_plan_has_its_module_in_as_many_layers_as_any():
+    pool = {"all": {0: [KINDS["bad"]], 1: [KINDS["bad"]]}, "half": {1: [KINDS["good"]]}}
+    assert regret.uniform_of(pool, list(pool)) == ["all"]
