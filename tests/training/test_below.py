@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from heard import again
+from heard import again, run
 
 import jpeft
 from jpeft.core.errors import UserError
@@ -17,6 +17,7 @@ from jpeft.core.partition import partition
 from jpeft.data import batching
 from jpeft.data.batching import Examples
 from jpeft.models import Bert, BertConfig
+from jpeft.run import train as running
 from jpeft.run.experiment import PREDICTIONS
 from jpeft.training import below
 from jpeft.training.step import forward
@@ -124,18 +125,28 @@ def without_dropout(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "more"), [("head", {}), ("lora", {"together": 2})])
-def test_a_run_that_begins_higher_ends_as_one_that_does_not(method, more, tiny_config, without_dropout, tmp_path):
+def test_a_run_that_begins_higher_ends_as_one_that_does_not(
+    method, more, tiny_config, without_dropout, tmp_path, monkeypatch
+):
+    begun, real = [], running.fit_together
+
+    def fit(steps, states, frozen, data, *rest):
+        begun.append(data.train.hidden is not None)
+        return real(steps, states, frozen, data, *rest)
+
+    monkeypatch.setattr(running, "fit_together", fit)
+
     def logits(folder, **fields):
         config = tiny_config(method, num_epochs=2, padded_lengths=2, **more, **fields)
         config.model, config.seeds = str(without_dropout), (1, 2)
         if method == "lora":
             config.peft.lora.layers = (1,)
-        _, console = again(config, tmp_path / folder)
-        told = sum("is computed once" in line for line in console.lines)
-        assert bool(told) == ("cache_frozen_layers" in fields)
+        run(config, tmp_path / folder)
         return [read_leaves(tmp_path / folder / f"seed_{i}" / PREDICTIONS)["logits"] for i in (1, 2)]
 
     np.testing.assert_allclose(logits("short", cache_frozen_layers=True), logits("whole"), rtol=0, atol=1e-5)
+    assert begun == sorted(begun, reverse=True)
+    assert set(begun) == {True, False}
 
 
 def test_where_nothing_can_be_cached_the_run_says_so(tiny_config, tmp_path):
