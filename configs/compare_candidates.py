@@ -4,7 +4,9 @@
 
     python -m jpeft.compare --config configs/compare_candidates.py --cells docs/results/candidates --workdir runs/study
 
-At most 4,000 training rows, three epochs. Tasks: all of them, or one (compare_candidates.py:mrpc).
+The cells in docs/results/candidates are of an earlier version: the command reports on them, says so, and adds none. For
+new ones take another folder. At most 4,000 training rows, three epochs. Tasks: all of them, or one
+(compare_candidates.py:mrpc).
 """
 
 from typing import Any

@@ -1,6 +1,7 @@
 """Compares methods, plans or any settings: python -m jpeft.compare --config configs/compare_methods.py
 
-Every cell of the grid of variants, tasks, learning rates and seeds is a run as `jpeft.main` makes it. Run again, the
+Every cell of the grid of variants, tasks, learning rates and seeds is a run as `jpeft.main` makes it, by the recipe in
+`config.run` whatever the method (METHOD,TASK has recipes of their own for `full`, `head` and masks). Run again, the
 command resumes; finished cells are kept as small files of scores and predictions. The workdir then holds report.md
 and report.html, with the scores, their spread over seeds, the differences with their intervals, and pictures. Where
 the config names curves, they have a table and a picture of scores along an axis; where it names a file of published

@@ -4,8 +4,8 @@ Which modules, of which sizes, in which layers? Trials are runs by a short recip
 plans that no other beats in both score and size are then trained by the full recipe (AutoPEFT, Zhou et al. 2023,
 arXiv:2301.12132). Run again, the command resumes; started several times, on one machine or on several with one file
 system, its workers share the trials. The workdir then holds report.md, front.png, search.json and front/<n>.json, plans
-that run with `python -m jpeft.main --config fishpal,TASK --config.fishpal.plan=WORKDIR/front/<n>.json`. Any field can
-be set on the command line:
+that run with `python -m jpeft.main --config fishpal,TASK --config.model=MODEL
+--config.fishpal.plan=WORKDIR/front/<n>.json`. Any field can be set on the command line:
 
     python -m jpeft.search --config configs/search_autopeft.py --config.trials=100
     python -m jpeft.search --config configs/search_autopeft.py --config.task=cola --config.space.prefix.sizes="(0, 8)"

@@ -57,7 +57,8 @@ def ties(start: Any, models: Sequence[Any], density: float = 0.2, scale: float =
     Args:
       start: what all models were trained from.
       models: pytrees of the structure, shapes and dtypes of `start`.
-      density: the share of a task vector's entries that is kept, the largest ones of the whole vector.
+      density: the share of a task vector's entries that is kept, the largest ones, counted over the leaves that some
+        model changed.
       scale: what the mean is multiplied by.
 
     Returns:

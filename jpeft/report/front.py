@@ -113,7 +113,7 @@ def _score(row: Row) -> str:
 
 
 def _command(number: int) -> str:
-    return f"python -m jpeft.main --config fishpal,TASK --config.fishpal.plan=front/{number}.json"
+    return f"python -m jpeft.main --config fishpal,TASK --config.model=MODEL --config.fishpal.plan=front/{number}.json"
 
 
 def picture(path: Path, points: Sequence[Point], full: Mapping[int, Row], metric: str, title: str) -> None:

@@ -22,7 +22,7 @@ FORMATS = {
     "peft": "an adapter beside the base model, for peft's PeftModel",
     "adapters": "an adapter beside the base model, for AdapterHub's adapters, plans of several kinds included",
     "stablehlo": "one program for CPU, CUDA and TPU that needs JAX and not jpeft, whatever the modules are",
-    "onnx": "one file for ONNX Runtime, which needs neither JAX nor jpeft, whatever the modules are",
+    "onnx": "one file for ONNX Runtime, which needs neither JAX nor jpeft, for modules that convert",
 }
 CARD = "README.md"
 

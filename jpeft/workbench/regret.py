@@ -170,9 +170,12 @@ def _table(task: str, verdicts: Mapping[str, Verdict], ceiling: float, room: flo
 
 def run(argv: list[str]) -> None:
     """Measures what is not measured yet, and prints the table of each task."""
-    own = {"cells": "Folder of the finished cells.", "criteria": "Comma-separated; all by default."}
+    own = {"cells": "Folder of the finished cells; `cells` by default.", "criteria": "Comma-separated; all by default."}
     example = "configs/compare_plans.py:sst2"
-    given = command.parse(argv, __doc__ or "", own, example, lambda: compare.default(("fishpal",), ("sst2",)))
+    where = "jpeft/workbench/compare.py, those of `run` jpeft/run/config.py"
+    given = command.parse(
+        argv, __doc__ or "", own, example, lambda: compare.default(("fishpal",), ("sst2",)), where=where
+    )
     grid, folder, console = given.config, Path(given.flags["cells"] or "cells"), Console()
     asked = given.flags["criteria"]
     chosen = asked.split(",") if asked else list(CRITERIA)
