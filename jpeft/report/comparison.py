@@ -13,7 +13,7 @@ from jpeft.data.kinds import IGNORED
 from jpeft.data.metrics import TAGS, entity_counts, entity_shares
 from jpeft.data.task import Task
 
-__all__ = ["DRAWS", "LEVEL", "Outcome", "Row", "baselines", "summarise"]
+__all__ = ["DRAWS", "LEVEL", "Outcome", "Row", "baselines", "interval", "resampled", "summarise"]
 
 DRAWS = 400
 LEVEL = 95  # percent, of the intervals
@@ -147,14 +147,22 @@ def difference(
     seeds = sorted(set(one) & set(other))
     if not seeds:
         return float("nan"), (float("-inf"), float("inf"))
-    gaps = np.stack([drawn_one[s] - drawn_other[s] for s in seeds])  # [seeds, draws]
-    picked = np.random.default_rng(1).integers(0, len(seeds), gaps.shape)
+    behind = float(np.mean([one[s].score() - other[s].score() for s in seeds]))
+    return behind, interval(np.stack([drawn_one[s] - drawn_other[s] for s in seeds]))
+
+
+def interval(gaps: np.ndarray) -> tuple[float, float]:
+    """Of the mean of differences by seed and draw of rows, [seeds, draws]: seeds are drawn anew, too.
+
+    NaN is a draw without a score. Where more than half of them have none, the interval is infinite.
+    """
+    picked = np.random.default_rng(1).integers(0, len(gaps), gaps.shape)
     means = np.take_along_axis(gaps, picked, axis=0).mean(0)
-    means, behind = means[~np.isnan(means)], float(np.mean([one[s].score() - other[s].score() for s in seeds]))
+    means = means[~np.isnan(means)]
     if means.size < gaps.shape[1] / 2:
-        return behind, (float("-inf"), float("inf"))
+        return float("-inf"), float("inf")
     low, high = np.percentile(means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return behind, (float(low), float(high))
+    return float(low), float(high)
 
 
 def baselines(outcomes: Sequence[Outcome]) -> dict[str, float]:

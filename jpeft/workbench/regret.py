@@ -26,7 +26,7 @@ from jpeft.plans import plan as plans
 from jpeft.plans.fishpal import Candidates, Scores
 from jpeft.plans.plan import Entry, Plan
 from jpeft.report import tables
-from jpeft.report.comparison import Outcome
+from jpeft.report.comparison import DRAWS, LEVEL, Outcome, interval, resampled
 from jpeft.run import command, loading, measuring
 from jpeft.run import config as configs
 from jpeft.run.config import CRITERIA, Config
@@ -47,14 +47,18 @@ class Verdict(NamedTuple):
       tau: Kendall's, between its predictions and the trained scores; the mean over pairs of a seed that it was measured
         on and another one that was trained, or of equal seeds where there is only one.
       regret: the best plan's score less that of its favourite, on a seed that did not choose the best plan.
+      regret_interval: of a paired bootstrap over evaluation rows and pairs of seeds; NaN where only scores are known.
       against_uniform: the favourite's score less that of the best uniform plan, likewise.
+      uniform_interval: of that.
       pick: the best candidate of each layer, whether or not it was trained; of the first seed.
       passes: what it costs, in training passes.
     """
 
     tau: float
     regret: float
+    regret_interval: tuple[float, float]
     against_uniform: float
+    uniform_interval: tuple[float, float]
     pick: Plan
     passes: float
 
@@ -130,13 +134,23 @@ def verdict(
     found: Mapping[int, Mapping[str, Any]],
     trained: Mapping[int, Mapping[str, float]],
     pool: Mapping[str, Plan],
+    drawn: Mapping[int, Mapping[str, np.ndarray]] | None = None,
 ) -> Verdict:
-    """Compares what a criterion found (`measure`), by seed, with the trained scores by seed and plan."""
+    """Compares what a criterion found with what was trained.
+
+    Args:
+      found: by seed, from `measure`.
+      trained: by seed and plan, the scores.
+      pool: the plans.
+      drawn: by seed and plan, scores [draws] on rows drawn anew, for intervals; None gives none.
+    """
     from scipy.stats import kendalltau
 
     names = [name for name in pool if all(name in row for row in trained.values())]
     uniform = uniform_of(pool, names)
-    taus, regrets, gaps = [], [], []
+    taus: list[float] = []
+    regrets: list[tuple[int, str, str]] = []  # a seed that judges, and two plans, of which the first should be better
+    gaps: list[tuple[int, str, str]] = []
     for measured, own in found.items():
         said = [predicted(own, name, pool[name]) for name in names]
         favourite = names[int(np.argmax(said))]
@@ -145,13 +159,20 @@ def verdict(
             taus.append(float(np.asarray(kendalltau(said, got))[0]))
             others = [s for s in trained if s != judge] or [judge]
             mean = {name: np.mean([trained[s][name] for s in others]) for name in names}
-            regrets.append(trained[judge][max(names, key=lambda n: mean[n])] - trained[judge][favourite])
-            gaps.append(trained[judge][favourite] - trained[judge][max(uniform, key=lambda n: mean[n])])
+            regrets.append((judge, max(names, key=lambda n: mean[n]), favourite))
+            gaps.append((judge, favourite, max(uniform, key=lambda n: mean[n])))
+
+    def of(pairs: Sequence[tuple[int, str, str]]) -> tuple[float, tuple[float, float]]:
+        mean = float(np.mean([trained[seed][one] - trained[seed][other] for seed, one, other in pairs]))
+        if drawn is None:
+            return mean, (float("nan"), float("nan"))
+        return mean, interval(np.stack([drawn[seed][one] - drawn[seed][other] for seed, one, other in pairs]))
+
     first = next(iter(found.values()))
     plain = [_name(pool[name][0][0]) for name in uniform]  # in the order of the pool, which decides ties
     table: Scores = {int(layer): {name: row[name] for name in plain} for layer, row in first["scores"].items()}
     pick = fishpal.choose(table, candidates_of(pool))
-    return Verdict(float(np.mean(taus)), float(np.mean(regrets)), float(np.mean(gaps)), pick, first["passes"])
+    return Verdict(float(np.mean(taus)), *of(regrets), *of(gaps), pick, first["passes"])
 
 
 def _table(task: str, verdicts: Mapping[str, Verdict], ceiling: float, room: float, plans: int, seeds: int) -> str:
@@ -159,13 +180,20 @@ def _table(task: str, verdicts: Mapping[str, Verdict], ceiling: float, room: flo
         f"## {task}: {plans} plans, {seeds} seeds", "",
         f"Headroom, best plan less best uniform plan, cross-fitted: {100 * room:+.2f} points. Kendall's tau of one "
         f"seed with another: {ceiling:.2f}.", "",
-        "| criterion | tau | regret | against the best uniform plan | training passes | its own pick |",
+        f"| criterion | tau | regret ({LEVEL} % interval) | against the best uniform plan | training passes | its own "
+        "pick |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]  # fmt: skip
     for name, v in verdicts.items():
-        cells = f"{v.tau:+.2f}", f"{100 * v.regret:+.2f}", f"{100 * v.against_uniform:+.2f}", f"{v.passes:,.0f}"
+        points = _points(v.regret, v.regret_interval), _points(v.against_uniform, v.uniform_interval)
+        cells = f"{v.tau:+.2f}", *points, f"{v.passes:,.0f}"
         lines.append(f"| {name} | {' | '.join(cells)} | {'; '.join(tables.plan_lines(v.pick))} |")
     return "\n".join(lines) + "\n"
+
+
+def _points(gap: float, ends: tuple[float, float]) -> str:
+    low, high = ends
+    return f"{100 * gap:+.2f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def run(argv: list[str]) -> None:
@@ -192,8 +220,10 @@ def run(argv: list[str]) -> None:
         if not rows:
             raise UserError(f"no finished cell of {task} in {folder}: run python -m jpeft.compare first")
         trained: dict[int, dict[str, float]] = {}
+        drawn: dict[int, dict[str, np.ndarray]] = {}
         for o in rows:
             trained.setdefault(o.seed, {})[o.variant] = o.score()
+            drawn.setdefault(o.seed, {})[o.variant] = resampled(o, DRAWS)
         pool = {name: plans.loads(grid.variants[name]["fishpal"]["plan"]) for name in grid.variants}
         verdicts = {}
         for criterion in chosen:
@@ -209,7 +239,7 @@ def run(argv: list[str]) -> None:
                 found[seed] = files.read_json(path)
                 if found[seed].get("of") != of:
                     raise UserError(f"{path} was measured by another config or version, or of other plans: remove it")
-            verdicts[criterion] = verdict(found, trained, pool)
+            verdicts[criterion] = verdict(found, trained, pool, drawn)
         names = [name for name in pool if all(name in row for row in trained.values())]
         room = headroom(trained, uniform_of(pool, names))
         console.say("\n" + _table(task, verdicts, _ceiling(trained, names), room, len(names), len(trained)))

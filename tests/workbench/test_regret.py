@@ -4,6 +4,7 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from jpeft.plans import plan as plans
@@ -59,6 +60,21 @@ def test_a_tie_goes_to_the_plan_that_is_listed_first():
     even = {str(layer): {regret._name(plan[layer][0]): 1.0 for plan in pool.values()} for layer in range(2)}
     trained = {1: dict.fromkeys(pool, 0.5)}
     assert regret.verdict({1: {"scores": even, "passes": 0}}, trained, pool).pick == pool["all 9"]
+
+
+def test_the_interval_is_of_the_difference_on_rows_and_seeds_drawn_anew():
+    wrong = {seed: scores(-1) for seed in (1, 2)}  # its favourite is "bad-bad-bad", the best one "good-good-good"
+    noise = np.random.default_rng(0).normal(size=(2, 400)) / 100
+    drawn = {
+        seed: {name: score + (noise[seed - 1] if name == "bad-bad-bad" else 0.0) for name, score in row.items()}
+        for seed, row in TRAINED.items()
+    }
+    found = regret.verdict(wrong, TRAINED, POOL, drawn)
+    low, high = found.regret_interval
+    # The mean of two such normal draws, or twice one of them: a variance of 3/4 of one draw's.
+    assert (low, high) == pytest.approx((0.06 - 1.96 * 0.0087, 0.06 + 1.96 * 0.0087), abs=0.003)
+    assert found.uniform_interval == pytest.approx((-high, -low))
+    assert np.isnan(regret.verdict(wrong, TRAINED, POOL).regret_interval).all()
 
 
 def test_headroom_is_not_flattered_by_the_noise_that_chose_the_plan():
@@ -122,12 +138,13 @@ def test_the_program_measures_once_and_prints_the_table(tmp_path, monkeypatch, c
     ]
     monkeypatch.setattr(regret, "measure", measure)
     monkeypatch.setattr(regret.findings, "outcomes", lambda grid, folder: outcomes)
+    monkeypatch.setattr(regret, "resampled", lambda outcome, draws: outcome.score() + np.linspace(-0.1, 0.1, draws))
     call = ["regret", f"--config={tmp_path / 'grid.py'}", f"--cells={tmp_path}", "--criteria=size,size@cola"]
     for _ in range(2):
         assert command.call(regret.run, call) == 0
     assert asked == [("size", "mrpc", 1), ("size", "mrpc", 2), ("size", "cola", 1), ("size", "cola", 2)]
     printed = capsys.readouterr().out
-    assert "| size | +1.00 | +0.00 | +0.00 | 7 | 0-1 lora(rank=2) |" in printed
+    assert "| size | +1.00 | +0.00 (+0.0 to +0.0) | +0.00 (+0.0 to +0.0) | 7 | 0-1 lora(rank=2) |" in printed
     assert "| size@cola | +1.00 |" in printed
     (tmp_path / "other.py").write_text(GRID.replace('"all 2": 2', '"all 2": 3'))  # another plan of that name
     assert command.call(regret.run, [*call[:1], f"--config={tmp_path / 'other.py'}", *call[2:]]) == 2
