@@ -206,7 +206,7 @@ def test_attachment_points_have_the_documented_arguments():
         jax.eval_shape(model.apply, {"params": params}, ids)
     x, rows, heads = (2, 9, 32), (2, 9), (2, 4, 9, 8)
     assert seen["embeddings/inputs"] == ([x, rows, rows, rows], [])
-    assert seen["encoder"] == ([x, rows], ["train"])
+    assert seen["encoder"] == ([x, rows], ["first", "train"])
     for i in range(2):
         assert seen[f"encoder/layer_{i}/attention/core"] == ([x, heads, heads, heads, (2, 1, 9, 9)], ["train"])
         assert seen[f"encoder/layer_{i}/ffn"] == ([x], [])
