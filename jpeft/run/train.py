@@ -161,12 +161,12 @@ def _start(ready: Ready) -> _Start:
     if progress is None:
         return _Start(ready, state, (), 0.0)
     state = hosts.shared(state if restored is None else restored.state)
-    if progress.layouts and progress.layouts != _layouts(seed):
+    history, loss_sum, spent, _, layouts = progress
+    if layouts and layouts != _layouts(seed):
         raise UserError(
             f"the checkpoint in {seed.folder} is of a machine on which batches are padded to other lengths: resume it "
             "there, or choose another --workdir"
         )
-    history, loss_sum, spent, *_ = progress
     seed.clock.seconds.update(spent)
     seed.console.say(f"resuming at step {int(state.step):,} of {_schedule(seed).num_steps(seed.data):,}")
     return _Start(ready, state, history, loss_sum)
