@@ -83,7 +83,7 @@ def default(task: str, method: str) -> Config:
     `quantise` holds the kernels of the encoder in codes, "nf4", "fp4" (QLoRA, 0.13 of their memory) or "int8" (0.25),
     and any method but `full` trains on top; `quantise_except` is a pattern of layers that are left as they are.
     `train.cache_frozen_layers` computes the layers below the lowest one that trains once for each row, and keeps
-    what they return in memory: `head` and `top_k_layers` train several times as fast, without dropout in these layers.
+    what they return in memory: `head` trains about three times as fast, without dropout in these layers.
     `train.remat` recomputes each layer in the backward pass; `train.tensorboard` writes the log for it, too.
     """
     return ConfigDict(
