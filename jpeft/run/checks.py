@@ -250,7 +250,7 @@ def _unread(config: Config, name: str) -> str | None:
     if name == "rates" and own.rates is not None and configs.raced_rates(config) != tuple(own.rates):
         return "a learning rate is given"
     if name == "num_examples" and own.criterion in ("race", "loss_drop"):
-        return f"a {own.criterion} says itself how many examples it trains on"
+        return f"config.fishpal.criterion {own.criterion!r} says itself how many examples it trains on"
     if name == "num_examples" and own.criterion in ("random", "size", "magnitude", "depth"):
         return f"config.fishpal.criterion {own.criterion!r} looks at no examples"
     if name == "budget_of" and own.budget is None:

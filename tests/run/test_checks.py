@@ -63,7 +63,10 @@ from jpeft.run import config as configs
         ({"fishpal__criterion": "adam"}, "config.fishpal.criterion 'adam' is unknown: did you mean 'adam_step'"),
         ({"fishpal__sizes": ()}, "config.fishpal.sizes must name at least one size"),
         ({"fishpal__factors__lora": 2.0}, "fishpal.factors.lora is set, but config.fishpal.criterion is 'race'"),
-        ({"fishpal__num_examples": 8}, "config.fishpal.num_examples is set, but a race says itself how many"),
+        (
+            {"fishpal__num_examples": 8},
+            "config.fishpal.num_examples is set, but config.fishpal.criterion 'race' says itself how many",
+        ),
         ({"fishpal__budget_of": "added"}, "config.fishpal.budget_of is set, but config.fishpal.budget is not"),
         (
             {"fishpal__criterion": "thesis", "fishpal__learning_rates__lora": 0.1},
