@@ -11,6 +11,8 @@ import pytest
 from conftest import CHEAP
 from nbclient import NotebookClient
 
+from jpeft.workbench import compare
+
 FOLDER = Path(__file__).parents[1] / "examples"
 
 
@@ -44,6 +46,12 @@ def test_own_task(tmp_path, tiny_config, tiny_model):
     closeness, answers = program("own_task").main(tmp_path / "work", model)
     assert 0.5 < closeness <= 1
     assert set(answers) == {"A superb meal.", "A poor film."}
+
+
+def test_own_grid():
+    grid = program("own_grid").get_config()
+    compare.check(grid)
+    assert set(grid.variants) == {"LoRA 2", "LoRA 8", "LoRA 32", "BitFit"}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)

@@ -11,10 +11,13 @@ import jpeft
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_library_example_trains_and_does_what_its_comments_say():
+def test_the_library_example_trains_and_does_what_its_comments_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # it writes a file
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
     exec(code, names)
+    assert capsys.readouterr().out == "layers_0 layers_2\n"
+    assert jpeft.read_leaves("lora.safetensors").keys() == {"lora_0"}
     model, x, y, params, parts = (names[name] for name in ("model", "x", "y", "params", "parts"))
     assert set(names["leaves"]["lora_0"]) == {"layers_0"}
     assert set(parts.trainable["params"]) == {"layers_2"}
