@@ -13,7 +13,6 @@ line:
 """
 
 import sys
-from collections import deque
 from pathlib import Path
 
 from jpeft.run import command
@@ -42,7 +41,8 @@ def run(argv: list[str]) -> None:
     workdir = Path(given.flags["workdir"] or f"runs/{given.name}")
     folder = Path(given.flags["cells"] or workdir / "cells")
     try:
-        deque(compare.run_all(grid, folder, workdir / "runs", console), maxlen=0)
+        for _ in compare.run_all(grid, folder, workdir / "runs", console):
+            pass
     finally:  # a grid that is stopped has a report, too
         if outcomes := findings.outcomes(grid, folder):
             page = findings.write(grid, outcomes, workdir)

@@ -239,6 +239,7 @@ def test_help(capsys, flag):
     assert err == ""
     for part in ("python -m jpeft.main --config configs/", "--workdir", "num_epochs=10", "max_length=128", ":demo"):
         assert part in out
+    assert "  # passes over the training rows.\n  --config.train.num_epochs=10\n" in out
 
 
 def test_a_real_process_fails_with_one_line(config, tmp_path):

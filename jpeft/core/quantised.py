@@ -82,12 +82,12 @@ class Quantised:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the kernel, with the stack in front."""
+        """The shape of the dense kernel, with the stack in front."""
         return (*self.codes.shape[:-1], *self.own_shape)
 
     @property
     def ndim(self) -> int:
-        """Of the kernel, with the stack."""
+        """The number of axes of the dense kernel, with the stack."""
         return len(self.shape)
 
     @property
@@ -97,7 +97,7 @@ class Quantised:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the dense kernel."""
+        """The dtype of the dense kernel."""
         return jnp.dtype(self.own_dtype)
 
 

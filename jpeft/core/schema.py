@@ -1,10 +1,42 @@
 """Whether values from JSON are of the types that Python's annotations name."""
 
-from collections.abc import Mapping
-from types import UnionType
+from collections.abc import Mapping, Sequence
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
-__all__ = ["misfit"]
+__all__ = ["MAX_FLOAT32", "in_words", "is_a", "misfit"]
+
+MAX_FLOAT32 = 3.4e38
+_WORDS = {
+    bool: "true or false", int: "an integer", float: "a finite number", str: "a string", NoneType: "null",
+    Sequence[int]: "a list of integers", Sequence: "a list", Mapping: "an object",
+}  # fmt: skip
+
+
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether an option is of a type, as JSON has them: true is not 1, 1 is a float, and floats are finite in float32.
+
+    Args:
+      value: a list or tuple passes for a `Sequence`.
+      kind: a type, `Sequence[...]` or `Mapping[...]`; what a mapping holds is not looked at.
+    """
+    origin = get_origin(kind) or kind
+    if origin is float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return abs(value) <= MAX_FLOAT32  # an int of JSON may be beyond all floats; nan compares as false
+    if origin is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is Sequence:
+        (of,) = get_args(kind)
+        of = get_args(of) if isinstance(of, UnionType) else (of,)
+        return isinstance(value, list | tuple) and all(any(is_a(x, k) for k in of) for x in value)
+    return isinstance(value, origin)
+
+
+def in_words(kind: Any) -> str:
+    """What a kind of `is_a` is called in a message: "a list of integers"."""
+    return _WORDS.get(kind, _WORDS.get(get_origin(kind) or kind, str(kind)))
 
 
 def misfit(value: Any, kind: Any, name: str = "") -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "sites",
     "stack_axes",
     "stack_of",
+    "within_layer",
 ]
 
 ALL = ".*"  # the pattern for every suitable site
@@ -240,6 +241,12 @@ def stack_of(path: str) -> str | None:
     """The part of a path before the layer number: "encoder/layer" for "encoder/layer_3/ffn", None for "pooler"."""
     found = _LAYER.search(path)
     return path[: found.start(1) - 1] if found else None
+
+
+def within_layer(path: str) -> str:
+    """The part of a path below its numbered layer: "ffn/output" for "encoder/layer_3/ffn/output"; all of "pooler"."""
+    found = _LAYER.search(path)
+    return path[found.end() :] if found else path
 
 
 def _one_stack(sites: Iterable[Site]) -> None:

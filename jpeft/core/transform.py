@@ -69,8 +69,8 @@ class Context(NamedTuple):
 
     Attributes:
       train: whether this is a training pass, that is, whether `apply` was given a dropout key.
-      key: the dropout key of this pass, the same at every site: use it directly for one draw per step, with `site_key`
-        for one per site. None unless `train`.
+      key: the dropout key of this pass, the same at every site: use it directly for one draw per step, and `key_at` for
+        one per site. None unless `train`.
       mask: the `mask` given to `apply`, such as [b, t] segment numbers with 0 for padding; None if none was given.
       params: the site's own frozen parameters, dense.
       shared: the leaves that this instance's sites share; {} if there are none.
@@ -84,6 +84,10 @@ class Context(NamedTuple):
     params: Params
     shared: Params
     model: Any = None
+
+    def key_at(self, path: str) -> Array | None:
+        """The dropout key of one site; None outside training."""
+        return None if self.key is None else site_key(self.key, path)
 
 
 Call = Callable[..., Any]
@@ -237,6 +241,9 @@ def prepare(transform: Transform | Chain, setting: Setting) -> Leaves:
 
     Returns:
       The leaves of all members.
+
+    Raises:
+      UserError: as the members do, such as for a budget of entries that is out of range.
     """
     leaves = dict(setting.variables["peft"])
     for name, member in instances(transform).items():

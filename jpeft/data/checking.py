@@ -9,7 +9,7 @@ import numpy as np
 
 from jpeft.core.errors import UserError, nearest, one_line
 from jpeft.data.kinds import IGNORED, KINDS
-from jpeft.data.metrics import MANY, METRICS, TAGS
+from jpeft.data.metrics import MANY, METRICS, TAGS, is_entity_scheme
 from jpeft.data.task import Splits, Task, further, is_hidden
 
 __all__ = ["check_splits", "check_task", "splits"]
@@ -35,11 +35,14 @@ def check_task(task: Task) -> None:
         raise UserError(f"text must name the one column with words, got {task.text}")
     if len(task.labels) == 1:
         raise UserError(f"labels must be at least two, or none for a regression, got {task.labels}")
-    if type(task).score is Task.score:
-        known = {"multilabel": MANY, "tagging": (*TAGS, *METRICS)}.get(task.kind, tuple(METRICS))
+    if not task.own_score:
+        known = {"multilabel": MANY, "tagging": (*TAGS, *METRICS), "regression": KINDS["regression"].metrics}
+        known = known.get(task.kind, tuple(METRICS))
         for name in task.metrics:
             if name not in known:
-                raise UserError(f"metric {name!r} is unknown: {nearest(name, known)}")
+                raise UserError(f"metric {name!r} is unknown for {task.kind}: {nearest(name, known)}")
+            if name in TAGS and not is_entity_scheme(task.labels):
+                raise UserError(f"metric {name!r} needs labels such as O, B-PER and I-PER, got {task.labels!r:.80}")
     if task.primary not in task.metrics:
         raise UserError(f"primary {task.primary!r} is not among the metrics {', '.join(task.metrics)}")
     if (task.kind == "regression") != (not task.labels):
@@ -109,6 +112,7 @@ def check_splits(task: Task, found: Any) -> Splits:
                 columns[column] = list(split[column])
             except (KeyError, TypeError):
                 raise UserError(f"the {name} split has no column {column!r}") from None
+        _check_names(task, name, split)
         sizes = {column: len(values) for column, values in columns.items()}
         if len(set(sizes.values())) > 1 or not sizes["label"]:
             raise UserError(f"the {name} split must have rows, as many in each column, got {sizes}")
@@ -127,6 +131,18 @@ def check_splits(task: Task, found: Any) -> Splits:
             else:
                 _check_label(task, f"the {name} split, row {i}", label)
     return found
+
+
+def _check_names(task: Task, name: str, split: Any) -> None:
+    """Checks that a split of `datasets` has its classes in the order of the task's."""
+    kind = getattr(split, "features", {}).get("label")
+    theirs = getattr(getattr(kind, "feature", kind), "names", None) or ()  # of a ClassLabel, or of a list of them
+    first, second = ([label.casefold() for label in labels] for labels in (theirs, task.labels))
+    if sorted(first) == sorted(second) and first != second:
+        raise UserError(
+            f"the {name} split has the classes {', '.join(theirs)}, and the task {', '.join(task.labels)}: expected "
+            "the same order"
+        )
 
 
 def _check_list(task: Task, where: str, row: Any, words: Any) -> None:

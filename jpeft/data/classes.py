@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jpeft.core.errors import UserError, nearest
-from jpeft.data.rows import between_spaces, rows
+from jpeft.data.rows import INSTEAD, between_spaces, is_written_list, rows
 
 __all__ = ["alike", "classes", "of_row"]
 
@@ -84,6 +84,9 @@ def of_row(row: Any, label: str, kind: str, file: Path, number: int, hidden: boo
     if label not in row and not hidden:
         raise UserError(f"{where}: no column {label!r}; {nearest(label, row)}")
     value = row.get(label)
+    if kind in ("multilabel", "tagging") and isinstance(value, str) and is_written_list(value):
+        between = "';'" if kind == "multilabel" else "spaces"
+        raise UserError(f"{where}: label {value!r:.60} is a list written as text: {INSTEAD.format(between)}")
     if kind == "multilabel" and value is not None:
         several = [part.strip() for part in value.split(";")] if isinstance(value, str) else value
         if not isinstance(several, list):

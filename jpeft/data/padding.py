@@ -89,7 +89,7 @@ def layouts(
       max_layouts: at most this many.
       multiple: every padded length is a multiple of it.
       worth: the tokens of an epoch that one more part must save, since it takes time to compile.
-      longest: no padded length is longer, though it were no multiple.
+      longest: the greatest padded length, even if it is not a multiple of `multiple`.
 
     Returns:
       The layouts, from the fewest padded tokens to the most. Each has `batch_size` rows; the last holds every batch.

@@ -20,7 +20,10 @@ from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
 from jpeft.data.task import HIDDEN, Task
 
-__all__ = ["ENDINGS", "attempts", "between_spaces", "columns", "is_unicode", "rows", "text_of", "words_of"]
+__all__ = [
+    "ENDINGS", "INSTEAD", "attempts", "between_spaces", "columns", "is_unicode", "is_written_list", "rows", "text_of",
+    "words_of",
+]  # fmt: skip
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".conll", ".conll.gz")
 
@@ -131,7 +134,10 @@ def words_of(row: Mapping[str, Any], name: str, where: str) -> list[str]:
       UserError: if there is no such column, no word in it, or something else.
     """
     if not isinstance(row.get(name), list):
-        words = between_spaces(text_of(row, name, where))
+        text = text_of(row, name, where)
+        if is_written_list(text):
+            raise UserError(f"{where}: {name!r} is {text!r:.60}, a list written as text: {INSTEAD.format('spaces')}")
+        words = between_spaces(text)
     else:
         words = row[name]
         for word in words:
@@ -140,6 +146,14 @@ def words_of(row: Mapping[str, Any], name: str, where: str) -> list[str]:
     if not words:
         raise UserError(f"{where}: {name!r} has no words")
     return words
+
+
+INSTEAD = "write it with {} between, or as a list in a .jsonl or .parquet file"
+
+
+def is_written_list(text: str) -> bool:
+    """Whether text is what Python or NumPy prints for a list of strings or numbers, as CSV files may have it."""
+    return re.fullmatch(r"\[\s*(['\"\d].*)?\]", text.strip(), re.DOTALL) is not None
 
 
 def between_spaces(text: str) -> list[str]:
@@ -168,6 +182,8 @@ def is_unicode(text: str) -> bool:
 
 
 def _index(value: Any, otherwise: int) -> int:
+    if isinstance(value, float) and value.is_integer():  # pandas' integers, in a column that lacks some
+        value = int(value)
     text = str(value) if isinstance(value, int | str) else ""
     return int(text) if len(text) < 19 and text.isdecimal() and text.isascii() else otherwise
 
@@ -214,6 +230,10 @@ def _sentences(file: Path) -> Iterator[Mapping[str, list[str]] | UserError]:
             words.append(cells[0])
             tags.append(cells[-1])
         elif words or wrong:
+            counted = [str(i + 1) for i in range(len(words))], [str(i) for i in range(len(words))]
+            if width > 2 and len(words) > 2 and words in counted:
+                told = "the first column counts the words: expected the words themselves there"
+                wrong = wrong or UserError(f"{file}, row {number}: {told}")
             yield wrong or {"words": words, "tags": tags}
             words, tags, wrong, number = [], [], None, number + 1
 
@@ -232,6 +252,8 @@ def _table(file: Path, separator: str) -> Iterator[Mapping[str, str] | UserError
                 yield row
             elif len(row) != len(header):
                 yield UserError(f"{file}, row {number}: {len(row)} fields where the header has {len(header)}")
+            elif row == header and len(row) > 1:  # of files put one behind the other
+                yield UserError(f"{file}, row {number}: the header again")
             else:
                 yield dict(zip(header, row, strict=True))
     except csv.Error as error:

@@ -135,6 +135,11 @@ class Task:
         """Whether `score` is not that of `jpeft.Task`, and so may ask for more than decisions."""
         return type(self).score is not Task.score
 
+    @property
+    def own_encode(self) -> bool:
+        """Whether `encode` is not that of `jpeft.Task`, and so makes of texts what no trained model knows."""
+        return type(self).encode is not Task.encode
+
     def baseline(self, train: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """The metrics of an answer that reads no text: the most frequent class, or the mean value, of the training.
 

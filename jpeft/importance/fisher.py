@@ -78,6 +78,9 @@ def fisher(
     A mean of squares is not the square of a mean: gradients of different examples are never added before they are
     squared. `jpeft.importance.per_example` explains how this costs about as much as a plain gradient.
 
+    Float32 matrix products, in `fn` and in the sums, are computed in full float32 precision on every device,
+    unless `fn` or JAX's configuration (`jax_default_matmul_precision`) asks for a different one.
+
     Args:
       fn: (tree, example, *rest) -> scalar loss, or logits [c]; deterministic. `example` is `examples` without its
         leading axis.
@@ -97,9 +100,6 @@ def fisher(
       mesh: devices to split the examples over, along all axes of the mesh. None means one device.
       grouped: whether `examples` is a sequence of pytrees whose other axes may differ from one to the next, such as
         batches of different lengths.
-
-    Float32 matrix products, in `fn` and in the sums, are computed in full float32 precision on every device,
-    unless `fn` or JAX's configuration (`jax_default_matmul_precision`) asks for a different one.
 
     Returns:
       A pytree like `tree`, float32 (float64 where `tree` is). With "moments", the leaves have a leading axis of size 2:

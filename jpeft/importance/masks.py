@@ -76,6 +76,9 @@ def magnitude(values: Any, k: int) -> Any:
       values: a pytree of float arrays.
       k: as in `top`.
 
+    Returns:
+      A mask, as from `top`.
+
     Raises:
       UserError: as `top`.
     """
@@ -89,6 +92,9 @@ def random(key: Array, like: Any, k: int) -> Any:
       key: a PRNG key.
       like: a pytree of arrays, or of their shapes.
       k: as in `top`.
+
+    Returns:
+      A mask, as from `top`.
 
     Raises:
       UserError: if k is out of range or not an integer, or a leaf has 2^31 entries or more.

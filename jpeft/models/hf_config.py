@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.files import read_json
+from jpeft.core.schema import in_words, is_a
 from jpeft.models.bert import ACTIVATIONS, BertConfig
 
 __all__ = ["check_sizes", "read"]
@@ -56,9 +57,8 @@ def read(folder: Path, num_labels: int, overrides: Mapping[str, Any]) -> BertCon
 def _checked(config: BertConfig) -> BertConfig:
     for name, hint in get_type_hints(BertConfig).items():
         value, kinds = getattr(config, name), get_args(hint) or (hint,)
-        if not any(_is(value, kind) for kind in kinds):
-            wanted = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}[kinds[0]]
-            raise UserError(f"{name} must be {wanted}, got {value!r:.60}")
+        if not any(is_a(value, kind) for kind in kinds):
+            raise UserError(f"{name} must be {in_words(kinds[0])}, got {value!r:.60}")
     for name in _SIZES:
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(config, name)}")
@@ -81,15 +81,6 @@ def _checked(config: BertConfig) -> BertConfig:
             f"hidden_size={config.hidden_size} must be divisible by num_attention_heads={config.num_attention_heads}"
         )
     return config
-
-
-def _is(value: Any, kind: Any) -> bool:
-    if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and abs(value) < 1e300  # an integer of JSON may be beyond all floats
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
 
 
 def check_sizes(config: BertConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

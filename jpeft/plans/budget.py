@@ -37,6 +37,9 @@ def allocate(scores: Scores, candidates: Candidates, costs: Mapping[str, Cost], 
       costs: their parameters.
       budget: the most parameters that the plan may have.
 
+    Returns:
+      The plan: {layer: [module]} for every layer that gets one.
+
     Raises:
       UserError: if no module fits the budget, or none has a positive score.
     """

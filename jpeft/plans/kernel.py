@@ -10,7 +10,6 @@ J holds the gradients of the logits of all examples, r_A = -dL/df the residuals 
 kernel of every plan is a sum of a few matrices, and what one module gains depends on which others the plan has.
 """
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -71,16 +70,16 @@ def best(of: Linear) -> dict[int, str]:
     """A plan that no change in a single layer improves: from the best uniform one on, until nothing changes."""
     names = list(next(iter(of.kernels.values())))
     plan = min((dict.fromkeys(of.kernels, name) for name in names), key=lambda each: held_out_loss(of, each))
-    lowest, unchanged = held_out_loss(of, plan), 0
-    for layer in itertools.cycle(of.kernels):
-        losses = {name: held_out_loss(of, {**plan, layer: name}) for name in names}
-        name = min(names, key=lambda each: losses[each])
-        unchanged += 1
-        if losses[name] < lowest:
-            plan, lowest, unchanged = {**plan, layer: name}, losses[name], 1
-        if unchanged > len(of.kernels):
+    lowest = held_out_loss(of, plan)
+    while True:
+        before = plan
+        for layer in of.kernels:
+            losses = {name: held_out_loss(of, {**plan, layer: name}) for name in names}
+            name = min(losses, key=losses.__getitem__)
+            if losses[name] < lowest:
+                plan, lowest = {**plan, layer: name}, losses[name]
+        if plan is before:
             return plan
-    raise AssertionError("a model without layers")
 
 
 def scores(of: Linear) -> Scores:

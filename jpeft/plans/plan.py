@@ -7,20 +7,20 @@ not list are not in the graph.
 """
 
 import functools
-import inspect
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
+from jpeft.core.schema import in_words, is_a
 from jpeft.core.transform import Chain, Transform, chain, members
-from jpeft.transforms.registry import METHODS, MODULES, RENAMED
+from jpeft.transforms.registry import METHODS, MODULES, RENAMED, defaults
 
 __all__ = [
     "PLANS",
@@ -69,8 +69,8 @@ def make(method: str, **options: Any) -> Transform | Chain:
         if name not in known:
             raise UserError(f"{method} has no option {name!r}: {nearest(name, known)}")
         kinds = get_args(known[name]) if isinstance(known[name], UnionType) else (known[name],)
-        if not any(_is(value, kind) for kind in kinds):
-            wanted = " or ".join(_WORDS.get(kind, _WORDS.get(get_origin(kind) or kind, str(kind))) for kind in kinds)
+        if not any(is_a(value, kind) for kind in kinds):
+            wanted = " or ".join(map(in_words, kinds))
             raise UserError(f"{name} must be {wanted}, got {value!r:.60}")
     layers = options.get("layers") or ()
     if len(set(layers)) < len(layers):
@@ -91,30 +91,7 @@ def layered(method: str) -> None:
 
 @functools.cache
 def _layered() -> list[str]:
-    return [name for name in MODULES if "layers" in inspect.signature(METHODS[name].make or make).parameters]
-
-
-MAX_FLOAT32 = 3.4e38
-_WORDS = {
-    bool: "true or false", int: "an integer", float: "a finite number", str: "a string", NoneType: "null",
-    Sequence[int]: "a list of integers", Sequence: "a list", Mapping: "an object",
-}  # fmt: skip
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Whether an option is of a type, as JSON has them: true is not 1, but 1 is 1.0."""
-    origin = get_origin(kind) or kind
-    if origin is float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return abs(value) <= MAX_FLOAT32  # an int of JSON may be beyond all floats; nan compares as false
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if origin is Sequence:
-        (of,) = get_args(kind)
-        of = get_args(of) if isinstance(of, UnionType) else (of,)
-        return isinstance(value, list | tuple) and all(any(_is(x, k) for k in of) for x in value)
-    return isinstance(value, origin)
+    return [name for name in MODULES if "layers" in defaults(name)]
 
 
 def _current(name: str) -> str:
@@ -134,8 +111,7 @@ def resized(entry: Entry, by: float) -> Entry:
     Raises:
       UserError: if the module has no size, or one would be below 1 or no integer.
     """
-    known = inspect.signature(METHODS[entry.method].make or make).parameters
-    now = {name: entry.options.get(name, p.default) for name, p in known.items()}
+    now = {**defaults(entry.method), **entry.options}
     changed: dict[str, Any] = {}
     for name in SIZES:
         if now.get(name) is None or (name == "reduction_factor" and now.get("bottleneck") is not None):
@@ -218,7 +194,7 @@ def build(modules: Plan | Spec, rates: Mapping[str, float] | None = None) -> Cha
     if not isinstance(factors, Mapping):
         raise UserError(f"rates must be {{method: positive factor}}, got {factors!r:.60}")
     for name, factor in factors.items():
-        if name not in METHODS or not _is(factor, float) or not factor > 0:
+        if name not in METHODS or not is_a(factor, float) or not factor > 0:
             raise UserError(f"rates must be {{method: positive factor}}, got {name!r:.40}: {factor!r:.40}")
     made = ((make(group["method"], **group["options"]), factors.get(group["method"], 1.0)) for group in groups)
     return chain(*(_faster(member, factor) for transform, factor in made for member in members(transform)))

@@ -67,6 +67,7 @@ class Row(NamedTuple):
       interval: of that difference; (0, 0) for the best one. Infinite if hardly any draw of rows has a score.
       trainable_percent: mean over the seeds.
       added_percent: likewise.
+      against: the mean difference from the reference, and its interval; None without one.
     """
 
     mean: float
@@ -76,6 +77,7 @@ class Row(NamedTuple):
     interval: tuple[float, float]
     trainable_percent: float
     added_percent: float
+    against: tuple[float, tuple[float, float]] | None = None
 
     @property
     def tied(self) -> bool:
@@ -83,8 +85,14 @@ class Row(NamedTuple):
         return self.interval[1] >= 0
 
 
-def summarise(outcomes: Sequence[Outcome], draws: int = DRAWS) -> dict[str, dict[str, Row]]:
-    """{task: {variant: row}}, the best variant of each task first."""
+def summarise(outcomes: Sequence[Outcome], draws: int = DRAWS, reference: str = "") -> dict[str, dict[str, Row]]:
+    """{task: {variant: row}}, the best variant of each task first.
+
+    Args:
+      outcomes: of all tasks.
+      draws: of evaluation rows, for intervals.
+      reference: the variant that all others are also held against, if it is among them.
+    """
     found = {}
     for task in dict.fromkeys(o.task.name for o in outcomes):
         by_variant: dict[str, dict[int, Outcome]] = {}
@@ -97,10 +105,13 @@ def summarise(outcomes: Sequence[Outcome], draws: int = DRAWS) -> dict[str, dict
         found[task] = {}
         for name in order:
             behind, interval = difference(by_variant[name], by_variant[order[0]], drawn[name], drawn[order[0]])
+            against = None
+            if reference in by_variant:
+                against = difference(by_variant[name], by_variant[reference], drawn[name], drawn[reference])
             values, runs = scores[name], by_variant[name].values()
             std = float(np.std(values, ddof=1)) if len(values) > 1 else None
             sizes = (float(np.mean([getattr(o, f) for o in runs])) for f in ("trainable_percent", "added_percent"))
-            found[task][name] = Row(float(np.mean(values)), std, len(values), behind, interval, *sizes)
+            found[task][name] = Row(float(np.mean(values)), std, len(values), behind, interval, *sizes, against=against)
     return found
 
 

@@ -55,12 +55,12 @@ def table(table: Table) -> str:
 
 
 def heading(text: str) -> str:
-    """Of a section."""
+    """The heading of a section."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def paragraph(text: str) -> str:
-    """Of plain text."""
+    """A paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>"
 
 

@@ -22,13 +22,11 @@ Draw = Callable[[Any], None]  # draws on a Matplotlib figure
 def svg(width: float, height: float, draw: Draw) -> str:
     """The SVG element of a figure of this size in inches, the same for the same picture."""
     import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     out = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "jpeft", "font.size": 9}):
         figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
         draw(figure)
         figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
     text = out.getvalue()
@@ -37,11 +35,9 @@ def svg(width: float, height: float, draw: Draw) -> str:
 
 def png(path: Path, width: float, height: float, draw: Draw) -> None:
     """Writes a figure of this size in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     draw(figure)
     figure.savefig(path, dpi=130)
 

@@ -37,7 +37,8 @@ def front(points: Sequence[Point]) -> list[Point]:
     """
     kept: list[Point] = []
     for point in sorted(points, key=lambda p: (p.percent, -p.score, p.number)):
-        if not kept or point.score > kept[-1].score or point[2:4] == kept[-1][2:4]:
+        last = kept[-1] if kept else None
+        if last is None or point.score > last.score or (point.score, point.percent) == (last.score, last.percent):
             kept.append(point)
     return kept
 
@@ -126,12 +127,10 @@ def picture(path: Path, points: Sequence[Point], full: Mapping[int, Row], metric
       metric: the name of the score.
       title: stands above.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     best = front(points)
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     panel = figure.subplots()
     panel.plot(*_places(points), "o", color="0.7", markersize=4, label="trials")
     panel.plot(*_places(best), "o-", color=COLOURS[0], label="front, short recipe")

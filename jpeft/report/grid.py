@@ -11,7 +11,7 @@ from jpeft.report.drawings import Draw
 from jpeft.report.formats import Table
 from jpeft.report.published import Published, sources
 
-__all__ = ["PLAIN", "STAR", "Grid", "behind", "drawing", "html", "markdown", "scores"]
+__all__ = ["PLAIN", "STAR", "Grid", "differences", "drawing", "html", "markdown", "scores"]
 
 BLIND = "an answer that reads no text"
 BOLD, STAR, DAGGER, PLAIN = "**{}**", "{} *", "{} †", "{}"  # how the best are marked, and what cannot be told from it
@@ -37,6 +37,7 @@ class Grid(NamedTuple):
       unlike: what is not the same for all variants, beyond what they are compared in.
       published: {task: {variant: what others published}}, for a column of its own beside each task.
       metrics: {task: its primary metric}.
+      reference: the variant that the rows are also held against; "" without one.
     """
 
     rows: Mapping[str, Mapping[str, Row]]
@@ -46,6 +47,7 @@ class Grid(NamedTuple):
     unlike: Sequence[str] = ()
     published: Mapping[str, Mapping[str, Published]] = {}
     metrics: Mapping[str, str] = {}
+    reference: str = ""
 
 
 def scores(grid: Grid, mark: str = PLAIN) -> Table:
@@ -82,17 +84,28 @@ def _span(percents: Sequence[float]) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-def behind(rows: Mapping[str, Row]) -> Table:
-    """How far each variant of a task is behind the best, in points."""
-    table = []
-    for name, row in rows.items():
-        low, high = (f"{100 * x:+.1f}" for x in row.interval)
-        table.append((name, f"{100 * row.behind:+.1f}", f"{low} to {high}", str(row.num_seeds)))
-    return ("variant", "points", f"{LEVEL} % interval", "seeds"), table
+def differences(grid: Grid, task: str) -> list[tuple[str, Table]]:
+    """How far each variant of a task is behind the best, and from the reference, in points, each under a title."""
+    rows = grid.rows[task]
+    best, *_ = rows
+    found = [(f"{task}: behind {best}", {name: (row.behind, row.interval) for name, row in rows.items()})]
+    held = {name: row.against for name, row in rows.items() if row.against is not None and name != grid.reference}
+    if held and grid.reference != best:
+        found.append((f"{task}: against {grid.reference}", held))
+    head = "variant", "points", f"{LEVEL} % interval", "seeds"
+    return [
+        (title, (head, [(name, *_points(*own), str(rows[name].num_seeds)) for name, own in table.items()]))
+        for title, table in found
+    ]
+
+
+def _points(gap: float, ends: tuple[float, float]) -> tuple[str, str]:
+    low, high = ends
+    return f"{100 * gap:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def markdown(grid: Grid, picture: str | None) -> str:
-    """The page: the table of scores, then the differences from the best of each task.
+    """The page: the table of scores, then the differences from the best of each task and from the reference.
 
     Args:
       grid: what it shows.
@@ -106,8 +119,9 @@ def markdown(grid: Grid, picture: str | None) -> str:
     lines += ["", *(f"**{text}**" for text in _warnings(grid))] if _warnings(grid) else []
     if picture:
         lines += ["", f"![Scores by task and variant]({picture})"]
-    for task, rows in grid.rows.items():
-        lines += ["", f"## {task}: behind {next(iter(rows))}", "", formats.markdown(behind(rows))]
+    for task in grid.rows:
+        for title, table in differences(grid, task):
+            lines += ["", f"## {title}", "", formats.markdown(table)]
     return "\n".join([*lines, "", INTERVALS, ""])
 
 
@@ -124,8 +138,9 @@ def html(grid: Grid, outcomes: Sequence[Outcome], more: str = "") -> str:
     body += [document.paragraph(_credits(grid))] if grid.published else []
     body += [document.warning(text) for text in _warnings(grid)]
     body.append(document.figure(drawings.svg(*drawing(grid.rows, outcomes)), PICTURE))
-    for task, own in grid.rows.items():
-        body += [document.heading(f"{task}: behind {next(iter(own))}"), document.table(behind(own))]
+    for task in grid.rows:
+        for title, table in differences(grid, task):
+            body += [document.heading(title), document.table(table)]
         body += _agreement([o for o in outcomes if o.task.name == task])
     return document.document("Comparison", "\n".join([*body, document.paragraph(INTERVALS), more]))
 

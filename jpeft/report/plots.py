@@ -1,13 +1,12 @@
 """Pictures: Fisher information by layer and module, the scores of candidates and which one was kept, methods."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jpeft.core.site import layer_of
+from jpeft.core.site import layer_of, within_layer
 from jpeft.plans.fishpal import Scores
 
 __all__ = ["choice", "curves", "fisher_map", "methods", "race"]
@@ -26,7 +25,6 @@ def choice(path: Path, by_seed: Mapping[int, Scores], kept: Mapping[int, Mapping
       kept: by seed, {layer: candidate}; a layer that got nothing is not in it.
       title: stands above.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -47,7 +45,6 @@ def choice(path: Path, by_seed: Mapping[int, Scores], kept: Mapping[int, Mapping
     low, high = values.min(), values.max()
     height = 0.9 + len(by_seed) * (0.5 * len(candidates) + 0.75)
     figure = Figure(figsize=(2.6 + 0.72 * len(layers), height), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(len(by_seed), 1, squeeze=False)[:, 0]
     for panel, (seed, table) in zip(panels, tables.items(), strict=True):
         image = panel.imshow(table, cmap="viridis", vmin=low, vmax=high, aspect="auto")
@@ -84,11 +81,9 @@ def race(path: Path, by_seed: Mapping[int, Mapping[str, Any]], title: str) -> No
         taken, and "rate_losses", {rate: loss of that candidate}, whose points are diamonds.
       title: stands above.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.2 + 3.4 * len(by_seed), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(by_seed), squeeze=False, sharey=True)[0]
     for panel, (seed, found) in zip(panels, by_seed.items(), strict=True):
         scores = next(iter(found["scores"].values()))
@@ -127,14 +122,13 @@ def fisher_map(path: Path, information: Mapping[str, np.ndarray], title: str) ->
         gives it.
       title: stands above.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     sums: dict[tuple[str, int], np.ndarray] = {}
     for name, x in information.items():
         where = name.replace(":", "/")
         layer = layer_of(where)
-        module = re.sub(r"^.*?(layers?|blocks?|h)_\d+/", "", where) if layer is not None else where
+        module = within_layer(where)
         place = (module.removeprefix("params/").removesuffix("/values"), -1 if layer is None else layer)
         sums[place] = sums.get(place, np.zeros(2)) + np.array([np.sum(x, dtype=np.float64), np.size(x)])
     modules = list(dict.fromkeys(module for module, _ in sums))
@@ -143,7 +137,6 @@ def fisher_map(path: Path, information: Mapping[str, np.ndarray], title: str) ->
     for (module, layer), (total, size) in sums.items():
         table[modules.index(module), columns.index(layer)] = total / size if total > 0 else np.nan
     figure = Figure(figsize=(4.2 + 0.42 * len(columns), 1.2 + 0.22 * len(modules)), layout="constrained")
-    FigureCanvasAgg(figure)
     panel = figure.subplots()
     colours = np.log10(table)
     # Rounding error, such as the key biases have in place of 0, would take up most of the scale.
@@ -173,11 +166,9 @@ def methods(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
       path: of the PNG.
       rows: by method, as `jpeft.workbench.methods` measures them.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
     panel = figure.subplots()
     primary = ""
     for name, row in rows.items():
@@ -209,12 +200,10 @@ def curves(
       baseline: what an answer scores that reads no text.
       title: stands above.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.4))
-    FigureCanvasAgg(figure)
     figure.subplots_adjust(left=0.08, right=0.98, bottom=0.15, top=0.88, wspace=0.22)  # layouts by search take longer
     losses, scores = figure.subplots(1, 2)
     for seed, rows in histories.items():

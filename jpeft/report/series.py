@@ -30,7 +30,7 @@ class Point(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """The mean score over the seeds."""
         return float(np.mean(self.scores))
 
 

@@ -195,7 +195,7 @@ def _costs(report: Mapping[str, Any]) -> list[str]:
         f"| file of the trained modules | {counts['module_bytes'] / 1e6:.2f} MB |",
         f"| training | {report['examples_per_second']:.1f} examples/s |",
         f"| evaluation | {report['inference_examples_per_second']:.1f} examples/s |",
-        f"| peak memory of the process | {report['peak_memory_bytes'] / 1e9:.2f} GB |",
+        f"| peak memory of the process, earlier runs included | {report['peak_memory_bytes'] / 1e9:.2f} GB |",
     ]
     return lines + [f"| seconds: {name} | {value:.1f} |" for name, value in report["seconds"].items()]
 
@@ -237,6 +237,12 @@ def table(reports: Sequence[Mapping[str, Any]]) -> formats.Table:
     return head, rows
 
 
+RECIPE = (
+    "batch_size", "max_length", "dtype", "warmup_ratio", "weight_decay", "group_by_length", "cache_frozen_layers",
+    "quantise", "init_from",
+)  # fmt: skip
+
+
 def differences(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """In what runs differ that should be alike for their scores to be compared: no line, or one."""
     found = {
@@ -247,7 +253,7 @@ def differences(reports: Sequence[Mapping[str, Any]]) -> list[str]:
         "epochs": [str(report["recipe"]["num_epochs"]) for report in reports],
         "seeds": [str(len(report["metrics"]["per_seed"])) for report in reports],
     }
-    for name in ("quantise", "group_by_length", "cache_frozen_layers"):  # which earlier versions left out
+    for name in RECIPE:  # of which earlier versions left out some
         found[name] = [str(report["recipe"].get(name) or "no") for report in reports]
     # Of the same task and size, and yet others: the user's own files may all be called "custom".
     data: dict[str, set[tuple[str, ...]]] = {}

@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.quantised import KINDS
 from jpeft.core.tree import flatten
-from jpeft.data import hub
 from jpeft.data.tasks import TASKS
 from jpeft.plans import plan as plans
 from jpeft.run import config as configs
@@ -171,13 +170,10 @@ def _check_data(config: Config) -> None:
     unread = [name for name in given if name not in read]
     if unread:
         raise UserError(f"config.data.{unread[0]} is set, but config.task {config.task!r} does not read it: drop it")
-    for name in hub.SPLITS:
-        if config.data.hub is not None and name in given:
-            raise UserError(f"config.data.{name} is set, and so is config.data.hub, which has its own splits: drop one")
     if config.data.validation is not None:
         for name in ("validation_fraction", "split_seed"):
             if name in given:
-                raise UserError(f"config.data.{name} is set, but config.data.validation is a file: drop one")
+                raise UserError(f"config.data.{name} is set, and so is config.data.validation: drop one")
     if config.data.kind == "regression" and config.data.labels is not None:
         raise UserError("config.data.labels is set, but a regression has no classes: drop one")
     if config.task == configs.CUSTOM:
@@ -240,6 +236,8 @@ def _unread(config: Config, name: str) -> str | None:
     if not configs.first_method(config).chooses:
         return f"config.method is {config.method!r}"
     if own.plan is not None and name not in ("plan", "criterion", "learning_rates"):
+        return "config.fishpal.plan is set, and nothing is chosen"
+    if own.plan is not None and name == "criterion" and own.criterion != "thesis":  # which has one rate for all
         return "config.fishpal.plan is set, and nothing is chosen"
     if name == "factors" and own.criterion != "thesis":
         return f"config.fishpal.criterion is {own.criterion!r}, and only the thesis' has factors"

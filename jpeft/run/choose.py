@@ -1,34 +1,27 @@
 """What data decides before training: FishPAL's plan, leaves such as FISH's mask. Cached on disk, so computed once."""
 
-import hashlib
 import itertools
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jpeft.core import files, transform
 from jpeft.core.errors import UserError
 from jpeft.core.summary import summary
 from jpeft.core.tree import count
 from jpeft.data import batching
-from jpeft.models.pretrained import fingerprint
 from jpeft.plans import fishpal
 from jpeft.plans import plan as plans
 from jpeft.plans.budget import Cost, allocate
 from jpeft.plans.fishpal import Candidates, Scores
 from jpeft.plans.plan import Entry, Plan
-from jpeft.report import plots
 from jpeft.run import config as configs
+from jpeft.run import measured
 from jpeft.run.config import Config
 from jpeft.run.criteria import CRITERIA
-from jpeft.run.measured import measure, read
-from jpeft.run.measuring import lengths
 from jpeft.run.seed import Seed
-from jpeft.training import placement
 from jpeft.training.step import single_logits, single_loss
 
 __all__ = ["CHOICE", "kept", "leaves", "plan", "rate"]
@@ -51,7 +44,7 @@ def plan(seed: Seed) -> Plan:
     if config.fishpal.criterion == "race":
         candidates = _affordable(seed, candidates)
     _best(seed, {0: dict.fromkeys(candidates, 1.0)}, candidates)  # fails on a budget that nothing fits, before any work
-    found = CRITERIA[config.fishpal.criterion](seed, candidates, lambda name, *args: _fisher(seed, name, *args))
+    found = CRITERIA[config.fishpal.criterion](seed, candidates)
     chosen = _best(seed, found.scores, candidates)
     all_passes = seed.data.train.size * config.train.num_epochs
     seconds = time.perf_counter() - start
@@ -157,7 +150,7 @@ def leaves(seed: Seed, method: transform.Transform | transform.Chain) -> transfo
     numbers = itertools.count()
 
     def information(fn: Any, tree: Any, n: int, *rest: Any, **options: Any) -> Any:
-        return _fisher(seed, f"fisher_{next(numbers)}.safetensors", fn, tree, n, *rest, **options)
+        return measured.information(seed, f"fisher_{next(numbers)}.safetensors", fn, tree, n, *rest, **options)
 
     setting = transform.Setting(
         loss=lambda variables, example: loss(variables, example, {}),
@@ -175,45 +168,6 @@ def leaves(seed: Seed, method: transform.Transform | transform.Chain) -> transfo
     return prepared
 
 
-def _fisher(seed: Seed, name: str, fn: Any, tree: Any, n: int, *rest: Any, **options: Any) -> Any:
-    """Fisher information over n training examples, sorted by length; kept in the seed's folder, with a picture."""
-    kind, labels = seed.data.task.kind, options.get("labels", "empirical")
-    if labels != "empirical" and kind in ("multilabel", "tagging"):
-        raise UserError(f"labels {labels!r} are for one answer a row, not for {kind}: expected 'empirical'")
-    examples, rows = _rows(seed, n)
-    batches, order = batching.by_length(examples, lengths(seed, 4))
-    about = {
-        "model": seed.config.model,
-        "fingerprint": fingerprint(seed.base.params),
-        "leaves": fingerprint(tree),
-        "task": seed.config.task,
-        "seed": seed.seed,
-        "num_examples": len(rows),
-        "rows": _digest(examples),
-        "labels": options.get("labels", "empirical"),
-        "values": options.get("values", "square"),
-    }
-    key = jax.random.fold_in(seed.key, zlib.crc32(b"labels"))
-    path, ids = seed.folder / name, rows[order].tolist()
-    # Only the first process measures (`experiment`), on all devices that it has.
-    options["mesh"] = placement.own_devices()
-    found = measure(path, about, seed.console, fn, tree, batches, *rest, key=key, ids=ids, **options)
-    title = f"Fisher information over {len(rows):,} examples\n{seed.config.task}, {seed.config.model}"
-    plots.fisher_map(path.with_suffix(".png"), read(path)[0], title)
-    return found
-
-
-def _digest(examples: batching.Examples) -> str:
-    """Of tokens and labels, so that other data under the same name are known as such."""
-    arrays = (*examples.input_ids, *examples.token_type_ids, examples.labels)
-    return hashlib.sha256(b"|".join(x.tobytes() for x in arrays)).hexdigest()[:16]
-
-
-def _rows(seed: Seed, n: int) -> tuple[batching.Examples, np.ndarray]:
-    """At most n training examples of a seeded shuffle, and their row numbers."""
-    return batching.sample(seed.data.train, min(n, seed.data.train.size), seed.seed)
-
-
 def _sample(seed: Seed, n: int) -> batching.Batch:
-    """Likewise, as one batch in the order of the shuffle."""
-    return batching.together(_rows(seed, n)[0], (seed.data.longest,))
+    """At most n training examples of a seeded shuffle, as one batch in its order."""
+    return batching.together(measured.drawn(seed, n)[0], (seed.data.longest,))

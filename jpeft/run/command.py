@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,8 +83,7 @@ def parse(
         lines = [f"  --{name:{wide}}{help}" for name, help in told.items()]
         print(f"{doc}\nFlags:\n" + "\n".join(lines))
         print(f"\nFields of the config and their defaults (what they mean: {where}):\n")
-        for path, value in tree.flatten(defaults().to_dict()).items():
-            print(f"  --config.{'.'.join(path)}{'  (not set)' if value is None else '=' + _quoted(str(value))}")
+        _show(defaults())
         raise SystemExit(0)
     given = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))]
     given += [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg in ("--config", "-config")]
@@ -172,6 +172,26 @@ def _line(error: Exception) -> str:
     """The message in one line, with what no terminal can show escaped, and no longer than anyone reads."""
     line = one_line(error).encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= MOST_SHOWN else f"{line[: MOST_SHOWN // 2]} ... {line[-MOST_SHOWN // 2 :]}"
+
+
+def _show(config: Any) -> None:
+    """Prints the fields and their values, with what `configs.default` says of those that a run has."""
+    from jpeft.run import config as configs  # with JAX
+
+    meanings, shown = _meanings(configs.default.__doc__ or ""), None
+    for path, value in tree.flatten(config.to_dict()).items():
+        own = path[1:] if path[0] == "run" else path  # in a comparison or a search
+        name = next((name for n in range(len(own), 0, -1) if (name := ".".join(own[:n])) in meanings), None)
+        if name is not None and name != shown:
+            print(textwrap.fill(meanings[name], 110, initial_indent="  # ", subsequent_indent="  # "))
+        shown = name
+        print(f"  --config.{'.'.join(path)}{'  (not set)' if value is None else '=' + _quoted(str(value))}")
+
+
+def _meanings(doc: str) -> dict[str, str]:
+    """What the points of a list in a docstring say: {name: text}, of points that begin with "`name`:"."""
+    points = re.findall(r"^ *- `([\w.]+)`: (.*?)(?=^ *- |^ *$|\Z)", doc, re.MULTILINE | re.DOTALL)
+    return {name: " ".join(text.split()) for name, text in points}
 
 
 def _made(given: str, standard: Any) -> Any:

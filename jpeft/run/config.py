@@ -1,7 +1,6 @@
 """The configuration of a run: its fields and their defaults, and what they mean."""
 
 import functools
-import inspect
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
@@ -18,7 +17,7 @@ from jpeft.data.task import Task
 from jpeft.models import BertConfig
 from jpeft.plans import plan as plans
 from jpeft.plans.fishpal import FACTORS, Candidates
-from jpeft.transforms.registry import METHODS, MODULES, Method
+from jpeft.transforms.registry import METHODS, MODULES, Method, defaults
 from jpeft.version import RESULTS
 
 __all__ = [
@@ -60,31 +59,63 @@ Config = Any  # an `ml_collections.ConfigDict`, whose fields are attributes that
 def default(task: str, method: str) -> Config:
     """A run with the recipe of the FishPAL thesis; a file under `configs/` changes what its experiment changes.
 
-    Fields that are None take a value that is known later: `data.path` the hub or JPEFT_GLUE_DIR, `train.learning_rate`
-    the method's own, `init_from` new modules, or those of another run's model folder,
-    `train.max_train_examples` all, `train.dtype` float32 on a CPU and bfloat16 on an accelerator, `fishpal.plan` the
-    plan that `fishpal.criterion` finds, `fishpal.num_examples` what the criterion needs, `fishpal.budget` no limit.
+    Fields that are None take the value that is named here.
 
-    `fishpal.rates` are the multiples of the methods' own learning rates that race, unless `train.learning_rate` or one
-    of `fishpal.learning_rates` is given; None is (1, 4) in runs of up to five epochs, and no race of rates in longer
-    ones.
-
-    `data.hub` is a data set of the Hugging Face hub, in the place of files: "owner/name", "owner/name:config", or a
-    folder that `datasets` reads. `data.kind` is that of the answers in data of the user's own: classification,
-    regression, multilabel or tagging.
-    `train.export` says which epoch's modules are saved in the end: the last, or the best on the evaluation split.
-    `train.padded_lengths` is how many lengths the rows of one batch are padded to at most: by default 4 on a CPU, where
-    tokens are dear, and 1 elsewhere, where short parts leave the device idle. Batches are random in any case,
-    unless `train.group_by_length` has rows of similar length meet in a batch, which wastes hardly any padding, and may
-    cost accuracy (docs/design.md).
-    `train.together` is how many seeds train at once at most, in one program with one base model; None is as many as
-    fit on an accelerator, and one on a CPU.
-    All devices of a machine divide the rows of a batch; with `train.shard_base` they hold the base model in parts.
-    `quantise` holds the kernels of the encoder in codes, "nf4", "fp4" (QLoRA, 0.13 of their memory) or "int8" (0.25),
-    and any method but `full` trains on top; `quantise_except` is a pattern of layers that are left as they are.
-    `train.cache_frozen_layers` computes the layers below the lowest one that trains once for each row, and keeps
-    what they return in memory: `head` trains about three times as fast, without dropout in these layers.
-    `train.remat` recomputes each layer in the backward pass; `train.tensorboard` writes the log for it, too.
+    - `task`: the name of one of GLUE, `synthetic`, `custom` (what `data` says), or a Python file with `get_task()`.
+    - `model`: a name on the Hugging Face hub, a folder with safetensors, or `minilm`, if its package is installed.
+    - `method`: names joined by "+", or `full`, `head`, `fishpal`.
+    - `init_from`: the model folder of another run, whose modules training starts from; None: new ones.
+    - `quantise`: holds the encoder's kernels in codes, "nf4", "fp4" (QLoRA, 0.13 of their memory) or "int8" (0.25), and
+      any method but `full` trains on top; None: no codes.
+    - `quantise_except`: a pattern of layers that stay as they are; None: none.
+    - `data.path`: a folder with GLUE's files; None: that in JPEFT_GLUE_DIR, or else the hub.
+    - `data.hub`: a data set of the hub in the place of files, "owner/name", "owner/name:config", or a folder that
+      `datasets` reads; None: files.
+    - `data.train`: a file to train on, or the hub's name of the split.
+    - `data.validation`: a file to evaluate on, or the hub's name of the split; None: a share of the training rows.
+    - `data.test`: a file whose rows are scored at the end, or the hub's name of the split; None: none.
+    - `data.text`: the column with the text, or two of a pair.
+    - `data.label`: the column with the answers.
+    - `data.labels`: the names of the classes, in the order of their ids; None: those in the training rows, sorted.
+    - `data.kind`: the kind of the answers: classification, regression, multilabel or tagging.
+    - `data.validation_fraction`: the share of the training rows to validate on, where there is no file for it.
+    - `data.split_seed`: decides which rows these are.
+    - `peft`: the options of each method. Its function says what they mean: `help(jpeft.lora)`.
+    - `fishpal.candidates`: the methods to choose from. Where a race finds no difference, the first one wins.
+    - `fishpal.criterion`: what to choose by (`jpeft.run.criteria`); `thesis` is the rule of the thesis.
+    - `fishpal.sizes`: the sizes that each candidate comes in, as multiples of its own, such as (0.5, 1, 2).
+    - `fishpal.rates`: the multiples of the methods' own learning rates that race, unless `train.learning_rate` or one
+      of `fishpal.learning_rates` is given. None: (1, 4) in runs of up to five epochs, and no race of rates in longer
+      ones.
+    - `fishpal.budget`: the most parameters that a plan may have, a number or a percentage of the model's ("0.3%");
+      None: no limit.
+    - `fishpal.budget_of`: whether it counts parameters that are "trainable", or "added" at inference.
+    - `fishpal.num_examples`: how many training examples to measure on; None: what the criterion needs.
+    - `fishpal.plan`: a plan, or a file with one, in the place of a choice; None: a choice.
+    - `fishpal.factors`: what the rule of the thesis multiplies each method's Fisher information by.
+    - `fishpal.learning_rates`: the learning rate of each method in a plan; None: the method's own, times what
+      `train.learning_rate` is to that of `fishpal`.
+    - `train.num_epochs`: passes over the training rows.
+    - `train.batch_size`: the rows of a step.
+    - `train.learning_rate`: the highest rate of the schedule; None: the method's own.
+    - `train.warmup_ratio`: the share of the steps in which the rate rises from 0; it falls to 0 in the others.
+    - `train.weight_decay`: the weight decay of AdamW.
+    - `train.max_length`: the most tokens of a row; longer ones are cut.
+    - `train.padded_lengths`: how many lengths the rows of one batch are padded to at most. None: 4 on a CPU, where
+      tokens are dear, and 1 elsewhere, where short parts leave the device idle.
+    - `train.group_by_length`: whether rows of similar length meet in a batch, which wastes hardly any padding and may
+      cost accuracy (docs/design.md). Otherwise batches are random.
+    - `train.max_train_examples`: a sample of so many training rows, the same for all seeds; None: all.
+    - `train.dtype`: what the encoder computes in; None: float32 on a CPU, bfloat16 on an accelerator.
+    - `train.cache_frozen_layers`: computes the layers below the lowest one that trains once for each row, without
+      dropout, and keeps what they return in memory: `head` trains about three times as fast.
+    - `train.remat`: recomputes each layer in the backward pass, which takes less memory and more time.
+    - `train.export`: which epoch's modules are saved in the end: "last", or "best" on the evaluation split.
+    - `train.tensorboard`: also writes the log for TensorBoard.
+    - `train.together`: how many seeds train at once at most, in one program with one base model; None: as many as fit
+      on an accelerator, and one on a CPU.
+    - `train.shard_base`: where several devices divide the rows of a batch, they hold the base model in parts, too.
+    - `seeds`: a run for each; the report has their mean.
     """
     return ConfigDict(
         {
@@ -154,9 +185,8 @@ def _section(method: str) -> ConfigDict:
 @functools.cache  # a grid makes thousands of configs
 def _options(method: str) -> list[tuple[str, Any, type]]:
     """Of every option of a method: its name, its default, and the type of its values besides None."""
-    make: Any = METHODS[method].make
-    hints = get_type_hints(make)
-    return [(name, x.default, _kind(hints[name])) for name, x in inspect.signature(make).parameters.items()]
+    hints = get_type_hints(METHODS[method].make)
+    return [(name, default, _kind(hints[name])) for name, default in defaults(method).items()]
 
 
 def _kind(hint: Any) -> type:
@@ -280,9 +310,8 @@ def results(config: Config, shape: BertConfig, rows: int = 0) -> int:
     if not first_method(config).chooses or own.plan is not None:
         return RESULTS
     patterns = [x for name in names for key, x in config.peft[name].items() if key.endswith("_pattern")]
-    scaled = set(own.sizes) != {1} and (
-        "rslora" in names or any(patterns)
-    )  # candidates of other sizes keep their scale
+    # Candidates of other sizes keep their scale.
+    scaled = set(own.sizes) != {1} and ("rslora" in names or any(patterns))
     several = len(own.candidates) * len(own.sizes) > 2 and len(raced_rates(config)) > 1
     # After a race of kinds, rates are compared over equally many steps.
     raced = several and config.train.num_epochs * rows / config.train.batch_size > LONG
@@ -339,7 +368,8 @@ def task_of(config: Config) -> Task:
     data = config.data
     if config.task == CUSTOM:
         labels = None if data.labels is None else split_names(tuple(map(str, data.labels)))
-        files = {name: data[name] for name in hub.SPLITS} if data.hub is None else hub.fetch(data.hub)
+        given = {name: data[name] for name in hub.SPLITS if data[name] is not None}
+        files = given if data.hub is None else hub.fetch(data.hub, given)
         if data.hub is not None and "validation" in files:
             standard = default(CUSTOM, config.method).data
             for name in ("validation_fraction", "split_seed"):

@@ -20,6 +20,7 @@ from jpeft.importance.fisher import fisher
 from jpeft.plans import fishpal, gains
 from jpeft.plans.fishpal import Candidates, Scores
 from jpeft.run import config as configs
+from jpeft.run import measured
 from jpeft.run.kernels import by_kernel
 from jpeft.run.measuring import Found, alone, lengths, num_examples, prepare
 from jpeft.run.seed import Seed
@@ -30,21 +31,21 @@ from jpeft.training.step import single_loss
 __all__ = ["CRITERIA"]
 
 
-def thesis(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Found:
+def thesis(seed: Seed, candidates: Candidates) -> Found:
     """The rule of the thesis: the mean Fisher information at initialisation, with a random head, times a factor."""
-    factors = {name: seed.config.fishpal.factors[name] for name in candidates}
+    factors = {name: seed.config.fishpal.factors[entry.method] for name, entry in candidates.items()}
     everything = fishpal.attach(candidates)
     part, fixed = split(transform.init(everything, seed.key, seed.sites, seed.base.params))
     rest = {"params": seed.base.params, "peft": fixed}
     loss, n = single_loss(seed.model, everything, seed.data.task.loss), num_examples(seed)
-    information = measure("fisher.safetensors", loss, {"peft": part}, n, rest)["peft"]
+    information = measured.information(seed, "fisher.safetensors", loss, {"peft": part}, n, rest)["peft"]
     return Found(fishpal.scores(information, n, candidates, factors), n, {"factors": factors})
 
 
 def by_moments(gain: Callable[..., transform.Leaves], shuffled: bool = False) -> Callable[..., Found]:
     """A criterion on the gradients of single examples; `gain` is called with both halves' moments, rates and seed."""
 
-    def criterion(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Found:
+    def criterion(seed: Seed, candidates: Candidates) -> Found:
         labels = _shuffled(seed.data.train, seed.seed) if shuffled else None
         ready = prepare(seed, num_examples(seed), labels)
         scores: Scores = {}
@@ -83,9 +84,9 @@ def _moments(seed: Seed, loss: Any, tree: Any, half: Examples, rest: Any) -> gai
 
 
 def control(score: Callable[[Seed, str, int, Any], float]) -> Callable[..., Found]:
-    """A criterion that looks at no example: `score(seed, candidate, layer, leaves of the layer)`."""
+    """A criterion that looks at no example: `score(seed, candidate, layer, (entries, sum of magnitudes))`."""
 
-    def criterion(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Found:
+    def criterion(seed: Seed, candidates: Candidates) -> Found:
         scores: Scores = {}
         for name, entry in candidates.items():
             trained, _ = split(alone(seed, entry)[1])
@@ -98,11 +99,11 @@ def control(score: Callable[[Seed, str, int, Any], float]) -> Callable[..., Foun
     return criterion
 
 
-def _random(seed: Seed, name: str, layer: int, sizes: tuple[float, float]) -> float:
+def _random(seed: Seed, name: str, layer: int, of: tuple[float, float]) -> float:
     return float(np.random.default_rng([seed.seed, layer, zlib.crc32(name.encode())]).random())
 
 
-CRITERIA: dict[str, Callable[[Seed, Candidates, Callable[..., Any]], Found]] = {
+CRITERIA: dict[str, Callable[[Seed, Candidates], Found]] = {
     "race": race,
     "adam_step": by_moments(lambda a, b, rate, seed: gains.adam_step(a, b, rate, seed.config.train.batch_size)),
     "loss_drop": loss_drop,
@@ -111,9 +112,9 @@ CRITERIA: dict[str, Callable[[Seed, Candidates, Callable[..., Any]], Found]] = {
     "thesis": thesis,
     # Controls, which any other criterion should do better than.
     "random": control(_random),
-    "size": control(lambda seed, name, layer, sizes: sizes[0]),
-    "magnitude": control(lambda seed, name, layer, sizes: sizes[1]),
-    "depth": control(lambda seed, name, layer, sizes: 1.0 + layer),
+    "size": control(lambda seed, name, layer, of: of[0]),
+    "magnitude": control(lambda seed, name, layer, of: of[1]),
+    "depth": control(lambda seed, name, layer, of: 1.0 + layer),
     "shuffled_labels": by_moments(
         lambda a, b, rate, seed: gains.adam_step(a, b, rate, seed.config.train.batch_size), shuffled=True
     ),

@@ -63,12 +63,13 @@ def run(config: Config, workdir: Path, console: Console | None = None, command: 
     console = console or Console(quiet=not hosts.is_first())
     checks.check(config)
     with hosts.lost(), hosts.own_folder(workdir) as own, contextlib.ExitStack() as held:
-        hosts.together(lambda: held.enter_context(workdirs.locked(own, console.warn)))
+        hosts.in_all(lambda: held.enter_context(workdirs.locked(own, console.warn)))
         return _run(config, own, console, command)
 
 
 def _run(config: Config, workdir: Path, console: Console, command: str | None) -> dict[str, Any]:
-    hosts.together(lambda: workdirs.check_config(workdir, config))
+    warned = len(console.warnings)  # a console may serve many runs
+    hosts.in_all(lambda: workdirs.check_config(workdir, config))
     mesh = placement.all_devices()
     use_compilation_cache()
     console.title(f"{config.method} on {config.task} with {config.model}, in {workdir}")
@@ -77,26 +78,27 @@ def _run(config: Config, workdir: Path, console: Console, command: str | None) -
         console.say(f"  {mesh.size} devices: rows divided among them, {base}")
     clock = Clock()
     with clock.timing("load"):
-        data, base, inputs = hosts.together(lambda: load(config, console))
+        data, base, inputs = hosts.in_all(lambda: load(config, console))
         begun = workdirs.begin if hosts.is_first() else workdirs.begun
         hosts.in_turn(workdir, lambda: begun(workdir, config, inputs))
     paths = {seed: workdir / f"seed_{seed}" / RESULT for seed in config.seeds}
-    finished_earlier = hosts.told([seed for seed, path in paths.items() if _intact(path, seed, config, console)])
+    finished_earlier = hosts.from_first([seed for seed, path in paths.items() if _intact(path, seed, config, console)])
     for seed in finished_earlier:
         console.say(f"  seed {seed}: finished earlier")
     todo = [seed for seed in config.seeds if seed not in finished_earlier]
     ready = (_in_turn(config, seed, data, base, workdir, console) for seed in todo)
     for group in groups(ready, most_together(config)):
         ends = train(group)
-        hosts.together(lambda group=group, ends=ends: _finish(group, ends))
+        hosts.in_all(lambda group=group, ends=ends: _finish(group, ends))
 
     def report() -> dict[str, Any] | None:
         if not hosts.is_first():
             return None
         results = {seed: finished.read(path) for seed, path in paths.items()}
-        return finished.write(config, data, results, clock.seconds, workdir, console, command)
+        own = console.warnings[warned:]
+        return finished.write(config, data, results, clock.seconds, workdir, console, command, own)
 
-    return hosts.told(hosts.together(report))
+    return hosts.from_first(hosts.in_all(report))
 
 
 def _finish(group: Sequence[Ready], ends: Sequence[Event]) -> None:
@@ -192,6 +194,7 @@ def _export(ready: Ready, last: Event) -> Result:
         kind=data.task.kind,
         max_length=config.train.max_length,
         num_texts=len(data.task.text),
+        own_encode=data.task.own_encode,
     )
     return Result(
         list(last.history),

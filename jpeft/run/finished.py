@@ -4,6 +4,7 @@ import json
 import platform
 import resource
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -101,6 +102,7 @@ def write(
     workdir: Path,
     console: Console,
     command: str | None = None,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes `report.json`, `report.md` and the picture, prints the table, and returns what `report.json` holds.
 
@@ -112,16 +114,51 @@ def write(
       workdir: where to write.
       console: where to print.
       command: the command line that made the run, if there was one.
+      warnings: of the run, besides those of the seeds.
     """
-    task, per_seed = data.task, []
+    folders = {seed: workdir / f"seed_{seed}" for seed in results}
+    chosen = {seed: plans.read(str(f / "plan.json")) for seed, f in folders.items() if (f / "plan.json").is_file()}
+    choices = {seed: files.read_record(p, CHOICE) for seed, f in folders.items() if (p := f / "choice.json").is_file()}
+    inputs = files.read_record(workdir / INPUTS, INPUTS_KIND)
+    report = _report(config, data, results, inputs) | {
+        "seconds": {**seconds, **_spent(results)},
+        "warnings": list(dict.fromkeys([*warnings, *(w for r in results.values() for w in r.warnings)])),
+        "command": command,
+    }
+    if choices:
+        report["choice"] = _choice(config, choices)
+        _draw_choice(workdir / PICTURE, config, choices, chosen)
+    if factors := configs.rates(config):  # each kind of module has its own
+        kinds = sorted({entry.method for plan in chosen.values() for entries in plan.values() for entry in entries})
+        report["learning_rates"] = {name: report["learning_rate"] * factors[name] for name in kinds}
+    files.write_record(workdir / "report.json", tables.REPORT, report)
+    curves = CURVES if config.train.num_epochs > 1 else None
+    if curves is not None:
+        histories = {seed: result.history for seed, result in results.items()}
+        baseline = report["baseline"]["metrics"][data.task.primary]
+        title = f"{config.method} on {config.task}, {config.model}"
+        plots.curves(workdir / curves, histories, data.task.primary, baseline, title)
+    summaries = {seed: result.summary for seed, result in results.items()}
+    maps = [f"{f.name}/{path.name}" for f in folders.values() for path in sorted(f.glob("fisher*.png"))]
+    page = tables.markdown(report, chosen, summaries, PICTURE if choices else None, maps, curves)
+    files.write_text(workdir / "report.md", page)
+    console.say()
+    console.say(tables.compare([report]))
+    if tables.no_better(report):
+        console.warn(tables.no_better(report))
+    console.say(f"\nreport: {workdir / 'report.md'}; modules: {workdir}/seed_{config.seeds[0]}/model")
+    return report
+
+
+def _report(config: Config, data: Data, results: Mapping[int, Result], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What `report.json` holds of the results, the data and the machine."""
+    task, per_seed, spent = data.task, [], _spent(results)
     for seed, result in results.items():
         last = {name: result.history[-1][name] for name in task.metrics}
         best = max(result.history, key=lambda row: row[task.primary])
         row = {"seed": seed, "last": last, "best": {name: best[name] for name in ("epoch", *task.metrics)}}
         per_seed.append(row | ({"plan": f"seed_{seed}/plan.json"} if configs.first_method(config).chooses else {}))
-    inputs = files.read_record(workdir / INPUTS, INPUTS_KIND)
-    spent = {name: sum(r.seconds[name] for r in results.values()) for name in next(iter(results.values())).seconds}
-    report = {
+    return {
         "task": task.name,
         "method": config.method,
         "model": config.model,
@@ -139,53 +176,40 @@ def write(
             **{name: config.train[name] for name in RECIPE},
             "dtype": configs.dtype(config),
             "quantise": config.quantise,
+            "init_from": config.init_from,
         },
         "parameters": tables.average([result.parameters for result in results.values()]),
-        "seconds": {**seconds, **spent},
         "examples_per_second": sum(r.train_examples for r in results.values()) / spent["train"],
         "inference_examples_per_second": sum(r.dev_examples for r in results.values()) / spent["evaluate"],
         "peak_memory_bytes": max(result.peak_memory_bytes for result in results.values()),
         "learning_rate": configs.learning_rate(config),
-        "warnings": list(dict.fromkeys([*console.warnings, *(w for r in results.values() for w in r.warnings)])),
-        "command": command,
         "device": jax.local_devices()[0].device_kind,
         "versions": {"jpeft": __version__, "jax": jax.__version__, "flax": flax.__version__},
     }
-    folders = {seed: workdir / f"seed_{seed}" for seed in results}
-    chosen = {seed: plans.read(str(f / "plan.json")) for seed, f in folders.items() if (f / "plan.json").is_file()}
-    choices = {seed: files.read_record(p, CHOICE) for seed, f in folders.items() if (p := f / "choice.json").is_file()}
-    if choices:
-        criterion = config.fishpal.criterion
-        title = f"Scores by {criterion!r}, and the module that each layer got\n{config.task}, {config.model}"
-        kept = {seed: _kept(config, chosen[seed]) for seed in choices}
-        if criterion == "race":  # its scores are alike in all layers
-            plots.race(workdir / PICTURE, choices, f"Race of the candidates\n{config.task}, {config.model}")
-        else:
-            plots.choice(workdir / PICTURE, {seed: _scores(found) for seed, found in choices.items()}, kept, title)
-        costs = {name: statistics.fmean(found[name] for found in choices.values()) for name in ("passes", "share")}
-        report["choice"] = {"criterion": criterion, **costs, "seconds": sum(c["seconds"] for c in choices.values())}
-        if any("rate" in found for found in choices.values()):
-            report["choice"]["rates"] = {str(seed): found.get("rate", 1) for seed, found in choices.items()}
-    if factors := configs.rates(config):  # each kind of module has its own
-        kinds = sorted({entry.method for plan in chosen.values() for entries in plan.values() for entry in entries})
-        report["learning_rates"] = {name: report["learning_rate"] * factors[name] for name in kinds}
-    files.write_record(workdir / "report.json", tables.REPORT, report)
-    summaries = {seed: result.summary for seed, result in results.items()}
-    maps = [f"{f.name}/{path.name}" for f in folders.values() for path in sorted(f.glob("fisher*.png"))]
-    curves = CURVES if config.train.num_epochs > 1 else None
-    if curves is not None:
-        histories = {seed: result.history for seed, result in results.items()}
-        baseline = report["baseline"]["metrics"][task.primary]
-        title = f"{config.method} on {config.task}, {config.model}"
-        plots.curves(workdir / curves, histories, task.primary, baseline, title)
-    page = tables.markdown(report, chosen, summaries, PICTURE if choices else None, maps, curves)
-    files.write_text(workdir / "report.md", page)
-    console.say()
-    console.say(tables.compare([report]))
-    if tables.no_better(report):
-        console.warn(tables.no_better(report))
-    console.say(f"\nreport: {workdir / 'report.md'}; modules: {workdir}/seed_{config.seeds[0]}/model")
-    return report
+
+
+def _spent(results: Mapping[int, Result]) -> dict[str, float]:
+    """Seconds by kind of work, over all seeds."""
+    return {name: sum(r.seconds[name] for r in results.values()) for name in next(iter(results.values())).seconds}
+
+
+def _choice(config: Config, choices: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """What the choices of all seeds took, and the multiples of the learning rate that they found."""
+    costs = {name: statistics.fmean(found[name] for found in choices.values()) for name in ("passes", "share")}
+    found = {"criterion": config.fishpal.criterion, **costs, "seconds": sum(c["seconds"] for c in choices.values())}
+    if any("rate" in each for each in choices.values()):
+        found["rates"] = {str(seed): each.get("rate", 1) for seed, each in choices.items()}
+    return found
+
+
+def _draw_choice(path: Path, config: Config, choices: Mapping[int, dict[str, Any]], chosen: Mapping[int, Plan]) -> None:
+    criterion, of = config.fishpal.criterion, f"{config.task}, {config.model}"
+    if criterion == "race":  # its scores are alike in all layers
+        plots.race(path, choices, f"Race of the candidates\n{of}")
+        return
+    title = f"Scores by {criterion!r}, and the module that each layer got\n{of}"
+    kept = {seed: _kept(config, chosen[seed]) for seed in choices}
+    plots.choice(path, {seed: _scores(found) for seed, found in choices.items()}, kept, title)
 
 
 def count(table: Summary, params: dict[str, Any]) -> dict[str, Any]:

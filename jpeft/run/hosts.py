@@ -23,7 +23,9 @@ from jax.experimental import multihost_utils
 
 from jpeft.core.errors import UserError, one_line
 
-__all__ = ["any_says", "in_turn", "is_first", "join", "lost", "own_folder", "several", "shared", "together", "told"]
+__all__ = [
+    "any_says", "from_first", "in_all", "in_turn", "is_first", "join", "lost", "own_folder", "several", "shared",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -100,7 +102,7 @@ def lost() -> Iterator[None]:
         raise UserError(f"lost another process of this run ({line:.150}); what was saved before is intact") from None
 
 
-def together(work: Callable[[], T]) -> T:
+def in_all(work: Callable[[], T]) -> T:
     """Calls `work` in every process.
 
     Raises:
@@ -140,9 +142,9 @@ def in_turn(folder: Path, work: Callable[[], T]) -> T:
     """
     if not several():
         return work()
-    found = together(lambda: work() if is_first() else None)
+    found = in_all(lambda: work() if is_first() else None)
     _copy(folder)
-    rest = together(lambda: None if is_first() else work())
+    rest = in_all(lambda: None if is_first() else work())
     return found if is_first() else rest  # type: ignore[return-value]
 
 
@@ -162,7 +164,7 @@ def _copy(folder: Path) -> None:
             tar.extractall(folder, filter="data")
 
 
-def told(value: Any) -> Any:
+def from_first(value: Any) -> Any:
     """The value that the first process passes, in all of them. It must be JSON."""
     return json.loads(_bytes(json.dumps(value).encode())) if several() else value
 

@@ -31,7 +31,7 @@ SKETCH = 2**14  # columns for one module in one layer; where it has more entries
 CHUNK = 8  # examples whose gradients are held at once
 
 
-def by_kernel(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Found:
+def by_kernel(seed: Seed, candidates: Candidates) -> Found:
     """The held-out loss of plans in the linearised model, trained for as long as the run is.
 
     Raises:

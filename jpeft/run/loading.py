@@ -83,16 +83,15 @@ def _load_data(config: Config, task: Task, base: Pretrained, console: Console) -
         if name != "train" and (own or config.task == configs.CUSTOM):
             _check_apart(train, examples, name, console)
     if task.answers.by_token:
-        for name, examples in (("train", train), (task.eval_split, dev)):
-            _check_words(given[name]["label"], examples, name, console)
+        for name, examples in (("train", train), (task.eval_split, dev), *others.items()):
+            _check_words(splits.splits[name]["label"], examples, name, console)
     if task.labels:
         counts = task.answers.counts(train.labels, len(task.labels))
         for name in (name for name, n in zip(task.labels, counts, strict=True) if n == 0):
             console.warn(f"no training row has the label {name!r}")
+    if task.kind == "multilabel" and train.labels.sum(1).max() <= 1:
+        console.warn("no training row has more than one label; in text, names stand between ';'")
     # Not by the number of seeds: what a seed ends in must not depend on which others are beside it.
-    if task.answers.by_token:
-        for name, examples in others.items():
-            _check_words(splits.splits[name]["label"], examples, name, console)
     layouts, buckets = _padded(config, base.config, train.lengths, dev.lengths)
     return Data(task, train, dev, layouts, buckets, others, config.train.group_by_length), splits.source
 

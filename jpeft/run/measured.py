@@ -4,8 +4,10 @@ fisher_0.safetensors            the result, with `about` as JSON in its metadata
 fisher_0.safetensors.partial    a sum that was not complete when the run stopped; gone when it is
 """
 
+import hashlib
 import json
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,16 @@ import numpy as np
 
 from jpeft.core import files
 from jpeft.core.errors import UserError
+from jpeft.data import batching
 from jpeft.importance.fisher import Running, accumulate, mean
+from jpeft.models.pretrained import fingerprint
+from jpeft.report import plots
 from jpeft.run.console import Console
+from jpeft.run.measuring import lengths
+from jpeft.run.seed import Seed
+from jpeft.training import placement
 
-__all__ = ["measure", "read"]
+__all__ = ["drawn", "information", "measure", "read"]
 
 SAVE_SECONDS = 60.0  # between partial sums on disk
 
@@ -94,6 +102,61 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not isinstance(about, dict) or "done" not in about:
         raise UserError(f"{path} does not say what it was measured from")
     return arrays, about
+
+
+def information(seed: Seed, name: str, fn: Any, tree: Any, n: int, *rest: Any, **options: Any) -> Any:
+    """Fisher information over training examples of a seed, kept in its folder, with a picture.
+
+    Args:
+      seed: whose examples they are.
+      name: of the file that keeps the result.
+      fn: as for `jpeft.fisher`.
+      tree: as for `jpeft.fisher`.
+      n: examples, at most as many as there are.
+      *rest: as for `jpeft.fisher`.
+      **options: as for `jpeft.fisher`.
+
+    Returns:
+      A pytree like `tree`.
+
+    Raises:
+      UserError: if `labels` other than "empirical" are asked of a task with several answers a row; as `jpeft.fisher`.
+    """
+    kind, labels = seed.data.task.kind, options.get("labels", "empirical")
+    if labels != "empirical" and kind in ("multilabel", "tagging"):
+        raise UserError(f"labels {labels!r} are for one answer a row, not for {kind}: expected 'empirical'")
+    examples, rows = drawn(seed, n)
+    batches, order = batching.by_length(examples, lengths(seed, 4))
+    about = {
+        "model": seed.config.model,
+        "fingerprint": fingerprint(seed.base.params),
+        "leaves": fingerprint(tree),
+        "task": seed.config.task,
+        "seed": seed.seed,
+        "num_examples": len(rows),
+        "rows": _digest(examples),
+        "labels": options.get("labels", "empirical"),
+        "values": options.get("values", "square"),
+    }
+    key = jax.random.fold_in(seed.key, zlib.crc32(b"labels"))
+    path, ids = seed.folder / name, rows[order].tolist()
+    # Only the first process measures (`experiment`), on all devices that it has.
+    options["mesh"] = placement.own_devices()
+    found = measure(path, about, seed.console, fn, tree, batches, *rest, key=key, ids=ids, **options)
+    title = f"Fisher information over {len(rows):,} examples\n{seed.config.task}, {seed.config.model}"
+    plots.fisher_map(path.with_suffix(".png"), read(path)[0], title)
+    return found
+
+
+def _digest(examples: batching.Examples) -> str:
+    """Of tokens and labels, so that other data under the same name are known as such."""
+    arrays = (*examples.input_ids, *examples.token_type_ids, examples.labels)
+    return hashlib.sha256(b"|".join(x.tobytes() for x in arrays)).hexdigest()[:16]
+
+
+def drawn(seed: Seed, n: int) -> tuple[batching.Examples, np.ndarray]:
+    """At most n training examples of a seeded shuffle, and their row numbers."""
+    return batching.sample(seed.data.train, min(n, seed.data.train.size), seed.seed)
 
 
 def _write(path: Path, names: list[str], information: Any, about: Mapping[str, Any], done: int) -> None:

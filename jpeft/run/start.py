@@ -8,7 +8,7 @@ import jax
 
 from jpeft.core.errors import UserError
 from jpeft.core.transform import Leaves
-from jpeft.core.tree import flatten, split, union
+from jpeft.core.tree import union
 from jpeft.models.pretrained import fingerprint, identity
 from jpeft.plans.plan import Spec
 from jpeft.run import config as configs
@@ -43,9 +43,7 @@ def start(seed: Seed, modules: Spec, leaves: Leaves) -> tuple[dict[str, Any], Le
             f"config.init_from {given} was trained on {bases.told(kind)}, and this run has "
             f"{bases.told(config.quantise)}: set config.quantise to {kind!r}, config.quantise_except to {exceptions!r}"
         )
-    trained = flatten(kept["params"])
-    _, frozen = split(params, lambda path: path in trained or path[0] in seed.model.HEAD)
-    if fingerprint(frozen) != description["base"]["fingerprint"]:
+    if fingerprint(bases.frozen(params, kept, *seed.model.HEAD)) != description["base"]["fingerprint"]:
         raise UserError(
             f"config.init_from {given} was trained on other base weights than those of {seed.config.model}, or for "
             "another kind of answer, whose model has other parts"

@@ -125,8 +125,8 @@ def train(group: Sequence[Ready]) -> list[Event]:
     reached = [int(start.state.step) for start in starts]  # read now: training gives up the states
     last = {}
     for number in sorted(set(reached)):
-        together = [start for start, at in zip(starts, reached, strict=True) if at == number]
-        last |= {start.ready.seed.seed: event for start, event in zip(together, _train(together), strict=True)}
+        level = [start for start, at in zip(starts, reached, strict=True) if at == number]
+        last |= {start.ready.seed.seed: event for start, event in zip(level, _train(level), strict=True)}
     if not hosts.is_first():
         return []
     for ready in group:
@@ -156,20 +156,20 @@ def _owner(seed: Seed) -> str:
 def _start(ready: Ready) -> _Start:
     seed = ready.seed
     state = step.init_state(ready.parts.trainable, _optimizer(ready))
-    restored = hosts.together(lambda: _restored(seed, state) if hosts.is_first() else None)
-    progress = hosts.told(None if restored is None else restored.progress)
+    restored = hosts.in_all(lambda: _restored(seed, state) if hosts.is_first() else None)
+    progress = hosts.from_first(None if restored is None else restored.progress)
     if progress is None:
         return _Start(ready, state, (), 0.0)
     state = hosts.shared(state if restored is None else restored.state)
-    history, loss_sum, spent, _, layouts = progress
-    if layouts and layouts != _layouts(seed):
+    progress = checkpoint.Progress(*progress)
+    if progress.layouts and progress.layouts != _layouts(seed):
         raise UserError(
             f"the checkpoint in {seed.folder} is of a machine on which batches are padded to other lengths: resume it "
             "there, or choose another --workdir"
         )
-    seed.clock.seconds.update(spent)
+    seed.clock.seconds.update(progress.seconds)
     seed.console.say(f"resuming at step {int(state.step):,} of {_schedule(seed).num_steps(seed.data):,}")
-    return _Start(ready, state, history, loss_sum)
+    return _Start(ready, state, progress.history, progress.loss_sum)
 
 
 def _restored(seed: Seed, like: State) -> checkpoint.Restored | None:
@@ -199,12 +199,12 @@ def _train(starts: Sequence[_Start]) -> list[Event]:
     for each in seeds:
         each.clock.start(lambda: sum(getattr(fn, "seconds", 0.0) for fn in steps), shared_by=len(seeds))
     if first < total:
-        data = hosts.together(lambda: _cached(ready))
+        data = hosts.in_all(lambda: _cached(ready))
         with console.waiting("compiling"):
             if several and not _fits(seeds, planned_memory(steps, state, frozen, data, key)):
                 half = len(starts) // 2
                 return [*_train(starts[:half]), *_train(starts[half:])]
-            hosts.together(lambda: prepare(steps, state, frozen, data, key))
+            hosts.in_all(lambda: prepare(steps, state, frozen, data, key))
     logs, saved = [Log(start.ready.seed, first, start.history) for start in starts], time.monotonic()
     histories, sums = [tuple(start.history) for start in starts], [start.loss_sum for start in starts]
     events = tuple(
@@ -274,7 +274,7 @@ def _save(seeds: Sequence[Seed], events: Sequence[Event], background: Callable[[
             checkpoint.save(*part)
 
     if hosts.several():
-        hosts.together(write)
+        hosts.in_all(write)
     else:
         background(write)
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ WARMUP = 4  # steps of a trial
 DIVERGED = 1e9  # the held-out loss of what diverged
 
 
-def loss_drop(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Found:
+def loss_drop(seed: Seed, candidates: Candidates) -> Found:
     """The decrease of the held-out loss in a few steps of training, attributed to each layer along the way."""
     ready = prepare(seed, 2 * max(DROP_HELD, seed.config.train.batch_size * DROP_STEPS))
     held = batching.take(ready.b, range(min(DROP_HELD, ready.b.size)))
@@ -52,7 +52,7 @@ def loss_drop(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -
     return Found(dict(sorted(scores.items())), passes)
 
 
-def race(seed: Seed, candidates: Candidates, measure: Callable[..., Any]) -> Found:
+def race(seed: Seed, candidates: Candidates) -> Found:
     """A race of uniform plans: each candidate trains in all layers for a small share of the run; in each round the
     better half of them goes on, by held-out loss. The score is the same in every layer. The winner then races against
     itself at other learning rates, `config.fishpal.rates`.

@@ -1,6 +1,5 @@
 """A workdir belongs to one process, one config, and the data and weights that it was started with."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple, get_type_hints
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jpeft.core import files
+from jpeft.core import files, locks
 from jpeft.core.errors import UserError
 from jpeft.data.batching import Examples
 from jpeft.data.task import Data
@@ -165,15 +164,16 @@ def locked(workdir: Path, warn: Callable[[str], None] = lambda text: None) -> It
         raise UserError(f"workdir {workdir} is a file or in one: expected a folder") from None
     with open(workdir / LOCK, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            alone = locks.take(file)
+        except OSError as error:
+            warn(f"workdir {workdir} cannot be locked ({error}): start no second run in it")
+            alone = True
+        if not alone:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(
                 f"workdir {workdir} is in use by {holder}: wait until it is done, or choose another --workdir"
-            ) from None
-        except OSError as error:
-            warn(f"workdir {workdir} cannot be locked ({error}): start no second run in it")
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
@@ -213,7 +213,7 @@ def check_config(workdir: Path, config: Config) -> None:
     if not _begun(workdir):
         return
     _exists(path)
-    read = _current(files.read_record(path, KIND))
+    read = files.read_record(path, KIND)
     now = _json(config)
     had = read.get("seeds")
     if isinstance(had, list) and all(seed in now["seeds"] for seed in had):
@@ -230,26 +230,13 @@ def check_config(workdir: Path, config: Config) -> None:
         raise UserError(f"workdir {workdir} belongs to another config ({told}): choose another --workdir")
 
 
-def _current(record: dict[str, Any]) -> dict[str, Any]:
-    """A config as this version has it: `data.regression` has become a kind, the default `fishpal.rates` are None."""
-    fishpal = record.get("fishpal")
-    if isinstance(fishpal, dict) and fishpal.get("rates") == list(configs.RATES):
-        record = {**record, "fishpal": {**fishpal, "rates": None}}
-    data = record.get("data")
-    if isinstance(data, dict) and "regression" in data:
-        kind = "regression" if data["regression"] else "classification"
-        data = {"kind": kind, **{name: x for name, x in data.items() if name != "regression"}}
-        return {**record, "data": data}
-    return record
-
-
 def read_config(workdir: Path) -> Config:
     """The config of the run that a workdir holds.
 
     Raises:
       UserError: if it holds none, or one of another version.
     """
-    whole = _current(files.read_record(workdir / CONFIG, KIND))
+    whole = files.read_record(workdir / CONFIG, KIND)
     read: dict[str, Any] = {**flatten_dict(whole, sep=".")}
     try:
         config = configs.default(whole["task"], whole["method"])

@@ -1,1 +1,1 @@
-"""What serves a trained model: predictions, exports."""
+"""What is done with trained modules: predictions, exports, submissions."""

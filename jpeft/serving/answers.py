@@ -1,14 +1,13 @@
 """A file of answers that grows by parts, and goes on where it was left."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from jpeft.core import files
+from jpeft.core import files, locks
 from jpeft.core.errors import UserError
 
 __all__ = ["Answers", "held"]
@@ -98,7 +97,7 @@ class Answers:
 
 @contextlib.contextmanager
 def held(output: Path) -> Iterator[None]:
-    """Holds an output against other processes. The lock ends with the process, however it ends.
+    """Holds an output against other processes, where the file system has locks.
 
     Raises:
       UserError: if another process holds it.
@@ -106,17 +105,24 @@ def held(output: Path) -> Iterator[None]:
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.with_name(f".{output.name}.lock")
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # not one that was deleted meanwhile
-        except (BlockingIOError, FileNotFoundError):
-            alone = False
-        if not alone:
+        if not _alone(file, path):
             raise UserError(f"--output: another process writes {output}: wait until it is done")
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _alone(file: TextIO, path: Path) -> bool:
+    try:
+        if not locks.take(file):
+            return False
+    except OSError:  # a file system without locks
+        return True
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:  # whoever held it has deleted it meanwhile
+        return False
 
 
 def _size(path: Path) -> int:

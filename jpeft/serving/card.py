@@ -18,6 +18,7 @@ __all__ = ["PADDING", "gated", "on_the_hub", "write"]
 BESIDE = ("peft", "adapters")  # a base that is loaded from elsewhere
 LIBRARY = {"hf": "transformers", "peft": "peft", "adapters": "adapters", "stablehlo": "jax", "onnx": "onnx"}
 PADDING = "the gates of adapters also average over padding, so rows with padding have other logits there"
+ENCODED = "the task of this model made token ids of texts in a way of its own, which is no part of the export"
 ABOUT = {
     "multilabel": ", each of them or not where its logit is above 0",
     "tagging": ", one for the first token of each word",
@@ -143,6 +144,8 @@ def write(
     if kind is not None:
         here = "is put on the weights as they were before" if form in BESIDE else "has these kernels, dequantised"
         lines += [f"Note: trained on a base with kernels quantised as {kind}; what is here {here}.", ""]
+    if saved.own_encode:
+        lines += [f"Note: {ENCODED}.", ""]
     if form == "adapters" and gated(saved.variables["peft"]):
         lines += [f"Note: {PADDING}.", ""]
     example = '["a sentence"]' + (', ["and another"]' if saved.num_texts == 2 else "")

@@ -81,6 +81,8 @@ def _write(output: Path, form: str, folder: Path, saved: Saved, console: Console
             adapterhub.write(output, modules, saved.model.config, base, saved.labels)
             if card.gated(modules.leaves):
                 console.warn(card.PADDING)
+    if saved.own_encode:
+        console.warn(card.ENCODED)
     return measure(folder, form, output, saved, console)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import expit, softmax
 
 __all__ = ["WRITES", "lines"]
 
@@ -41,7 +42,7 @@ def lines(
 
 
 def _classification(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    shares = _softmax(logits)
+    shares = softmax(logits)
     return {"label": labels[int(logits.argmax())], "probabilities": _named(shares, labels)}
 
 
@@ -51,11 +52,11 @@ def _regression(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
 
 def _multilabel(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
     chosen = [name for name, own in zip(labels, logits, strict=True) if own > 0]
-    return {"labels": chosen, "probabilities": _named(np.exp(-np.logaddexp(0, -logits)), labels)}
+    return {"labels": chosen, "probabilities": _named(expit(logits), labels)}
 
 
 def _tagging(logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    shares = [None if np.isnan(word).any() else _softmax(word) for word in logits]
+    shares = [None if np.isnan(word).any() else softmax(word) for word in logits]
     return {
         "tags": [None if own is None else labels[int(own.argmax())] for own in shares],
         "probabilities": [None if own is None else _short(own.max()) for own in shares],
@@ -78,11 +79,6 @@ def _cells(record: dict[str, Any]) -> Iterator[Any]:
             yield from value.values()
         elif name != "probabilities":  # those of words are in JSON lines only
             yield value
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    shares = np.exp(logits - logits.max())
-    return shares / shares.sum()
 
 
 def _named(shares: np.ndarray, labels: Sequence[str]) -> dict[str, float]:

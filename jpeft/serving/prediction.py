@@ -43,7 +43,8 @@ def predict(saved: Saved, texts: Sequence[Any]) -> Any:
 
     Raises:
       UserError: if `texts` is a single string, mixes sentences with pairs, or holds sentences although the model was
-        trained on pairs, or the reverse; of tagging, if a sentence is longer than the model takes.
+        trained on pairs, or the reverse; of tagging, if a sentence is longer than the model takes; if the task has its
+        own `encode`.
     """
     if not isinstance(saved, Saved):
         raise UserError(f"expected what jpeft.load returns, got {type(saved).__name__}")
@@ -89,7 +90,16 @@ def longest(saved: Saved) -> int:
 
 
 def encode(saved: Saved, rows: Sequence[tuple[Any, ...]]) -> Examples:
-    """Tokenises rows of texts, (sentence,) or (sentence, sentence), or (list of words,). The labels mean nothing."""
+    """Tokenises rows of texts, (sentence,) or (sentence, sentence), or (list of words,). The labels mean nothing.
+
+    Raises:
+      UserError: if the model's task tokenised them in a way of its own.
+    """
+    if saved.own_encode:
+        raise UserError(
+            "the task of this model has its own `encode`, which is not saved with it: tokenise as it does and call "
+            "jpeft.apply, or, for texts that jpeft's tokens are right for, take saved._replace(own_encode=False)"
+        )
     names = ("sentence1", "sentence2")[: saved.num_texts]
     split: dict[str, Any] = {name: [row[i] for row in rows] for i, name in enumerate(names)}
     if not KINDS[saved.kind].by_token:

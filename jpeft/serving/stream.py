@@ -100,20 +100,21 @@ def _predict(
     done = answers.begin()
     if done:
         console.say(f"  resuming at row {done + 1:,}")
-    answer = answering(saved)
+    answer, empty = answering(saved), 0
     rows = itertools.islice(_rows(file, given, columns, reader(saved)), done, None)
     with console.counting("predicting", total, done) as show:
         while chunk := list(itertools.islice(rows, CHUNK)):
-            good = [(number, texts) for number, texts in chunk if not isinstance(texts, UserError)]
-            bad = [(number, str(error)) for number, error in chunk if isinstance(error, UserError)]
-            logits = answer([texts for _, texts in good])
-            bad += [(n, str(own)) for (n, _), own in zip(good, logits, strict=True) if isinstance(own, UserError)]
-            bad.sort()
-            answered = [(n, own) for (n, _), own in zip(good, logits, strict=True) if not isinstance(own, UserError)]
-            numbers, own = [n for n, _ in answered], [own for _, own in answered]
+            texts = {number: row for number, row in chunk if not isinstance(row, UserError)}
+            empty += sum(not all(isinstance(text, list) or text.strip() for text in row) for row in texts.values())
+            # In the order of the rows: logits, or why there are none.
+            found = dict(chunk) | dict(zip(texts, answer(list(texts.values())), strict=True))
+            bad = {number: str(own) for number, own in found.items() if isinstance(own, UserError)}
+            logits: dict[int, Any] = {number: own for number, own in found.items() if number not in bad}
+            numbers, own = list(logits), list(logits.values())
             written = lines(saved.kind, numbers, own, saved.labels, answers.output.suffix, head=not done)
             done += len(chunk)
-            answers.add(written, "".join(json.dumps({"row": n, "error": e}) + "\n" for n, e in bad), done, len(bad))
+            told = "".join(json.dumps({"row": number, "error": error}) + "\n" for number, error in bad.items())
+            answers.add(written, told, done, len(bad))
             show(done)
     answers.end()
     if not done:
@@ -122,6 +123,8 @@ def _predict(
     if not counts.answered:
         raise UserError(f"none of the {done:,} rows could be read: {answers.errors} says why")
     console.say(f"{counts.answered:,} rows answered: {answers.output}")
+    if empty:
+        console.warn(f"{empty:,} row{'s' * (empty > 1)} with an empty text got an answer like any other")
     if counts.unread:
         console.warn(f"{counts.unread:,} row{'s' * (counts.unread > 1)} could not be read: {answers.errors}")
     return counts

@@ -31,7 +31,8 @@ KIND = Kind(
     "description of trained modules",
     {
         "format": int, "jpeft": str, "weights": str, "task": str, "labels": list[str], "max_length": int,
-        "num_texts": int, "answers": str | None, "modules": [{"method": str, "options": dict}],
+        "num_texts": int, "answers": str | None, "own_encode": bool | None,
+        "modules": [{"method": str, "options": dict}],
         "base": {
             "name": str, "fingerprint": str, "config": str, "tokenizer": str,
             "quantise": str | None, "quantise_except": str | None,
@@ -55,6 +56,7 @@ def save(
     kind: str,
     max_length: int,
     num_texts: int,
+    own_encode: bool = False,
     quantise: str | None = None,
     quantise_except: str | None = None,
 ) -> int:
@@ -72,6 +74,7 @@ def save(
       kind: of answer, a key of `jpeft.data.kinds.KINDS`.
       max_length: tokens that inputs were cut to.
       num_texts: 1 for sentences, 2 for pairs.
+      own_encode: whether the task made token ids of texts in a way of its own.
       quantise: what the kernels of the base are quantised as; None if they are not. Codes are never saved: `jpeft.load`
         makes them again.
       quantise_except: pattern of those that are not.
@@ -97,6 +100,7 @@ def save(
         "answers": kind,
         "max_length": max_length,
         "num_texts": num_texts,
+        "own_encode": own_encode,
         "modules": modules,
     }
     write_record(folder / DESCRIPTION, KIND, description)

@@ -40,6 +40,7 @@ class Saved(NamedTuple):
       identity: of the base model: hashes of what did not train, of its shape and of its tokenizer, and how it is
         quantised, if it is.
       kind: of answer, a key of `jpeft.data.kinds.KINDS`.
+      own_encode: whether the task made token ids of texts in a way of its own, which `jpeft.predict` does not know.
     """
 
     model: Bert
@@ -53,6 +54,7 @@ class Saved(NamedTuple):
     base: Path
     identity: Mapping[str, str]
     kind: str = "classification"
+    own_encode: bool = False
 
 
 def load(folder: str | Path, base: str | Saved | None = None, quantised: bool = True) -> Saved:
@@ -108,6 +110,7 @@ def load(folder: str | Path, base: str | Saved | None = None, quantised: bool = 
         loaded.folder,
         identity,
         kind,
+        bool(description.get("own_encode")),
     )
 
 
@@ -154,4 +157,5 @@ def _beside(
         task=description["task"],
         max_length=description["max_length"],
         num_texts=description["num_texts"],
+        own_encode=bool(description.get("own_encode")),
     )

@@ -36,7 +36,8 @@ def lowest(parts: Partition, layers: int) -> int:
       layers: how many the model has.
     """
     leaves = union(parts.frozen["peft"], parts.trainable["peft"])
-    paths = [path for own in leaves.values() for path in set(own) - {SHARED} or {""}]
+    # A method without a site of its own, such as one with shared leaves alone, may act in any layer.
+    paths = [path for own in leaves.values() for path in ((set(own) - {SHARED}) or {""})]
     paths += ["/".join(path) for path in flatten(parts.trainable["params"])]
     return min((_layer(path, layers) for path in paths), default=layers)
 

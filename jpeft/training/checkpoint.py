@@ -148,7 +148,7 @@ def restore(
       folder: where `save` wrote.
       like: a state of the same structure, shapes and dtypes; its values are not read.
       warn: called with one line about each checkpoint that is passed over.
-      owner: whose checkpoints; those of another run are passed over. None: whosever.
+      owner: whose checkpoints; those of another run are passed over. None accepts those of any run.
 
     Returns:
       The state and its progress, or None if there is no checkpoint yet.

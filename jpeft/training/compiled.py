@@ -99,7 +99,7 @@ class Steps(NamedTuple):
 
     @property
     def eval_rows(self) -> int:
-        """Of a batch in evaluation."""
+        """The rows of a batch in evaluation."""
         return filled(EVAL_BATCH, self.devices)
 
     @classmethod

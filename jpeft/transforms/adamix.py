@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from jpeft.core.leaves import fold_sites, init_sites
 from jpeft.core.site import Site, Sites
-from jpeft.core.transform import Call, Context, Leaves, Params, Transform, site_key
+from jpeft.core.transform import Call, Context, Leaves, Params, Transform
 from jpeft.transforms.parts.bottleneck import Bottleneck, added, checked, fresh, normal
 from jpeft.transforms.parts.linear import sizes
 from jpeft.transforms.parts.places import find_residual
@@ -62,8 +63,7 @@ def adamix(
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> Array:
         hidden, residual = args
-        key = None if ctx.key is None else site_key(ctx.key, site.path)
-        return call(hidden + added(spec, _one(leaves, key), hidden, ctx), residual)
+        return call(hidden + added(spec, _one(leaves, ctx.key_at(site.path)), hidden, ctx), residual)
 
     def fold(leaves: Leaves) -> Leaves:
         return fold_sites(leaves, lambda own: _one(own, None))
@@ -92,8 +92,8 @@ def consistency(logits: Array, again: Callable[[], Array]) -> Array:
 
 
 def _divergence(target: Array, logits: Array) -> Array:
-    target = jax.nn.log_softmax(jax.lax.stop_gradient(target))
-    return (jnp.exp(target) * (target - jax.nn.log_softmax(logits))).sum(-1)
+    target = jax.lax.stop_gradient(target)
+    return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(logits), jax.nn.log_softmax(target))
 
 
 def _normal_divergence(target: Array, logits: Array) -> Array:

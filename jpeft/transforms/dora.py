@@ -10,13 +10,13 @@ from jax import Array
 from jpeft.core.leaves import init_sites, merge_sites, wide
 from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Call, Context, Leaves, Params, Transform
+from jpeft.transforms.parts.linear import need_params
 from jpeft.transforms.parts.low_rank import (
     LowRank,
     dense_shape,
     faster_b,
     fresh,
     low_rank,
-    need_params,
     product,
     scale_at,
     where,
@@ -74,7 +74,8 @@ def dora(
         y = call(x, *rest)
         base = wide(dict(ctx.params))
         norms = jax.lax.stop_gradient(_norms(_updated(spec, site.path, leaves, base["kernel"])))
-        trailing = base["kernel"].shape[base["kernel"].ndim - _axes(leaves, base["kernel"]) :]
+        kernel = base["kernel"]
+        trailing = kernel.shape[-_axes(leaves, kernel) :]
         row = (1,) * (y.ndim - len(trailing)) + trailing
         factor = (leaves["magnitude"] / norms).reshape(row)
         linear = y - base["bias"].astype(y.dtype).reshape(row) if "bias" in base else y
@@ -104,8 +105,7 @@ def _updated(spec: LowRank, path: str, leaves: Leaves, kernel: Array) -> Array:
 
 def _axes(leaves: Leaves, kernel: Array) -> int:
     """The number of the kernel's last axes that belong to the output."""
-    n = next(n for n in range(1, kernel.ndim) if math.prod(kernel.shape[-n:]) == leaves["b"].shape[-1])
-    return n
+    return next(n for n in range(1, kernel.ndim) if math.prod(kernel.shape[-n:]) == leaves["b"].shape[-1])
 
 
 def _norms(kernel: Array) -> Array:

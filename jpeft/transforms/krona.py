@@ -9,7 +9,7 @@ from jax import Array
 from jpeft.core.errors import UserError
 from jpeft.core.leaves import init_sites, merge_sites
 from jpeft.core.site import Site, Sites
-from jpeft.core.transform import Call, Context, Leaves, Params, Transform, site_key
+from jpeft.core.transform import Call, Context, Leaves, Params, Transform
 from jpeft.transforms.parts.linear import dropout as drop
 from jpeft.transforms.parts.linear import kaiming_uniform, positive, rate, sizes
 from jpeft.transforms.parts.low_rank import add_to_kernel, dense_shape, find_dense, flat
@@ -71,7 +71,7 @@ def krona(
         x, *rest = args
         y = call(x, *rest)
         a, b = leaves["a"].astype(y.dtype), leaves["b"].astype(y.dtype)
-        x = drop(x, dropout, None if ctx.key is None else site_key(ctx.key, site.path)).astype(y.dtype)
+        x = drop(x, dropout, ctx.key_at(site.path)).astype(y.dtype)
         x = flat(x, a.shape[0] * b.shape[0])
         x = x.reshape(*x.shape[:-1], a.shape[0], b.shape[0]) @ b
         return y + jnp.einsum("...io,ia->...ao", x, a).reshape(y.shape) * jnp.asarray(scale, y.dtype)

@@ -25,7 +25,7 @@ from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Call, Context, Leaves, Params, Setting, Transform
 from jpeft.core.tree import at, union
 from jpeft.models.bert import ACTIVATIONS, attends, attention_scores
-from jpeft.transforms.parts.linear import counts, kaiming_uniform, layer_norm, linear, linear_leaves
+from jpeft.transforms.parts.linear import counts, kaiming_uniform, layer_norm, linear, linear_leaves, need_params
 from jpeft.transforms.parts.places import find_encoders
 
 __all__ = ["ladder_side"]
@@ -63,8 +63,8 @@ def ladder_side(
         raise UserError(f"init_from {init_from!r} is unknown: {nearest(init_from, STARTS)}")
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
-        if params is None and init_from != "random":
-            raise UserError("ladder_side starts from the model's parameters: pass `params` to init")
+        if init_from != "random":
+            params = need_params(params, "ladder_side")
 
         def make(key: Array, site: Site) -> Leaves:
             heads = _heads(sites, site)

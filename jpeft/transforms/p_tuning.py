@@ -12,7 +12,7 @@ from jax import Array
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.leaves import fold_sites, init_sites
 from jpeft.core.site import Site, Sites
-from jpeft.core.transform import FIXED, Call, Context, Leaves, Params, Transform, site_key
+from jpeft.core.transform import FIXED, Call, Context, Leaves, Params, Transform
 from jpeft.transforms.parts.inputs import around_words, width, word_embeddings
 from jpeft.transforms.parts.linear import dropout as drop
 from jpeft.transforms.parts.linear import linear, rate, sizes, uniform_linear
@@ -106,7 +106,7 @@ def p_tuning(
         return init_sites(key, find_inputs(sites, TARGET), make)
 
     def wrap(leaves: Leaves, site: Site, call: Call, args: tuple[Array, ...], ctx: Context) -> tuple[Array, ...]:
-        key = site_key(ctx.key, site.path) if ctx.key is not None else None
+        key = ctx.key_at(site.path)
         vectors = leaves["vectors"] if "vectors" in leaves else _encode(leaves, dropout, key)
         if anchors:
             trained, frozen = iter(vectors), iter(leaves[FIXED]["anchors"])

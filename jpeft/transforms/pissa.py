@@ -10,12 +10,12 @@ from jpeft.core.errors import UserError
 from jpeft.core.leaves import init_sites, merge_sites
 from jpeft.core.site import Site, Sites
 from jpeft.core.transform import FIXED, Call, Context, Leaves, Params, Transform
+from jpeft.transforms.parts.linear import need_params
 from jpeft.transforms.parts.low_rank import (
     add_to_kernel,
     dense_shape,
     faster_b,
     low_rank,
-    need_params,
     product,
     rank_at,
     scale_at,

@@ -1,7 +1,10 @@
 """The methods, by their names in configs, plans and saved modules."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from jpeft.core.transform import Chain, Transform
 from jpeft.transforms.adamix import adamix
@@ -30,7 +33,7 @@ from jpeft.transforms.sparse_adapter import sparse_adapter
 from jpeft.transforms.top_k_layers import top_k_layers
 from jpeft.transforms.unipelt import unipelt
 
-__all__ = ["METHODS", "MODULES", "RENAMED", "Method"]
+__all__ = ["METHODS", "MODULES", "RENAMED", "Method", "defaults"]
 
 
 class Method(NamedTuple):
@@ -86,3 +89,11 @@ MODULES: tuple[str, ...] = tuple(name for name, method in METHODS.items() if met
 
 # Names that may occur in plans and saved modules of earlier versions.
 RENAMED = {"adapter": "pfeiffer"}
+
+
+@functools.cache
+def defaults(method: str) -> Mapping[str, Any]:
+    """The options of a method with their default values, from its signature; none for `full`, `head` and `fishpal`."""
+    make = METHODS[method].make
+    known = {} if make is None else inspect.signature(make).parameters
+    return MappingProxyType({name: option.default for name, option in known.items()})

@@ -1,1 +1,1 @@
-"""Comparisons of many runs."""
+"""Experiments over many runs: comparisons, searches, regret, the table of methods."""

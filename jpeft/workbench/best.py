@@ -1,7 +1,6 @@
 """What comes out of a search: the plans that no other beats in both score and size, their full runs, and the report."""
 
 import json
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
@@ -41,7 +40,8 @@ def train(search: Search) -> Iterator[int]:
             continue
         with closing(lock):
             search.console.title(f"plan {point.number} of the front, by the full recipe")
-            deque(compare.run_all(_grid(search, [point]), search.folder / CELLS, runs, search.console), maxlen=0)
+            for _ in compare.run_all(_grid(search, [point]), search.folder / CELLS, runs, search.console):
+                pass
         yield point.number
 
 

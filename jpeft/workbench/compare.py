@@ -54,7 +54,7 @@ def default(
       curves: {curve: {variant: its place on an axis}}, for a picture of scores along it; None in the place of a number
         for the percentage of parameters that the variant trains.
       axis: what the places are.
-      reference: the variant that the curves are held against.
+      reference: the variant that the others, and the curves, are held against.
       published: a CSV file of published scores, `jpeft.report.published`, which then stand beside those of each task.
 
     Returns:

@@ -19,7 +19,7 @@ from jpeft.run.config import Config
 from jpeft.workbench.cells import Cell, read, unpacked
 from jpeft.workbench.compare import cells, config_of
 
-__all__ = ["outcomes", "published", "unlike", "write"]
+__all__ = ["RECIPE", "outcomes", "published", "unlike", "write"]
 
 # What the runs of a fair comparison have in common.
 RECIPE = (
@@ -105,11 +105,18 @@ def published(grid: Config) -> dict[str, dict[str, Published]]:
     """
     if not grid.published:
         return {}
-    variants = {_shown(cell): (cell.variant, config_of(grid, cell).method) for cell in cells(grid)}
+    methods = {cell.variant: config_of(grid, cell).method for cell in cells(grid)}
+    # What is published of a method is of one of its variants, and nobody knows which.
+    alone = {variant for variant, method in methods.items() if list(methods.values()).count(method) == 1}
+    variants = {
+        _shown(cell): (cell.variant, methods[cell.variant]) if cell.variant in alone else (cell.variant,)
+        for cell in cells(grid)
+    }
     firsts = {cell.task: cell for cell in reversed(cells(grid))}
-    metrics = {task: configs.task_of(config_of(grid, cell)).primary for task, cell in firsts.items()}
+    tasks = [configs.task_of(config_of(grid, cell)) for cell in firsts.values()]
+    metrics = {task.name: task.primary for task in tasks}
     found = others.beside(others.read(Path(grid.published)), variants, metrics)
-    return {task: rows for task, rows in found.items() if task in grid.tasks}
+    return {task: rows for task, rows in found.items() if task in metrics}
 
 
 def write(grid: Config, found: list[Outcome], workdir: Path) -> str:
@@ -124,9 +131,11 @@ def write(grid: Config, found: list[Outcome], workdir: Path) -> str:
       The page as Markdown.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    rows, baselines = comparison.summarise(found), comparison.baselines(found)
+    rows, baselines = comparison.summarise(found, reference=grid.reference), comparison.baselines(found)
     metrics = {o.task.name: o.task.primary for o in found}
-    shown = pages.Grid(rows, len(found), len(cells(grid)), baselines, unlike(grid), published(grid), metrics)
+    shown = pages.Grid(
+        rows, len(found), len(cells(grid)), baselines, unlike(grid), published(grid), metrics, grid.reference
+    )
     drawings.png(workdir / "report.png", *pages.drawing(rows, found))
     page, more = pages.markdown(shown, "report.png"), ""
     if curves := series.series(found, grid.curves.to_dict()):

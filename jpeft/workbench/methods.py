@@ -12,7 +12,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ from jpeft.data.batching import Batch
 from jpeft.models import Bert, BertConfig, pretrained
 from jpeft.plans.plan import PLANS, build
 from jpeft.report import plots
+from jpeft.run import command
+from jpeft.run import config as configs
 from jpeft.run.console import Console
-from jpeft.training import optim
+from jpeft.training import draws, optim
 from jpeft.training import step as stepping
 from jpeft.transforms.registry import METHODS, MODULES
-from jpeft.version import RESULTS
 from jpeft.workbench.cells import KIND
+from jpeft.workbench.findings import RECIPE
 
 BASE = BertConfig()  # the shapes of bert-base
 BATCH, LENGTH, PAIRS = 16, 64, 5
@@ -83,7 +85,7 @@ class Timed:
         trainable, frozen = parts.trainable, parts.frozen
         optimizer = optim.adamw(optim.warmup_linear(1e-5, 100, 0.0), 0.01, parts)
         state = stepping.init_state(trainable, optimizer)
-        key = jax.random.key(0)
+        key = draws.dropout_key(jax.random.key(0))  # as in a run
         train = jax.jit(stepping.train_step(model, method, optimizer)).lower(state, frozen, batch, key).compile()
         # As it would be served: merged and folded.
         merged = transform.merge(method, transform.fold(method, leaves), params)
@@ -115,8 +117,8 @@ def scores(folder: Path) -> dict[str, dict[str, Any]]:
       FishPAL found it), and "module_bytes", of a saved module with its head (None in cells of an earlier version).
 
     Raises:
-      UserError: if a file is not one of a cell, if there is none, or if they are of several tasks, several recipes, or
-        other options than the default ones, of which the sizes are.
+      UserError: if a file is not one of a cell, if there is none, or if they are of several tasks, data, base models or
+        recipes (but for the rates of methods), or of other options than the default ones, of which the sizes are.
     """
     rows = [files.read_record(path, KIND) for path in sorted(folder.glob("*.json"))]
     rows = [row for row in rows if row["variant"] in NAMES]
@@ -124,7 +126,10 @@ def scores(folder: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"--cells {folder} must have cells of methods on one task, has {', '.join(tasks) or 'none'}")
     found: dict[str, dict[str, Any]] = {}
     recipes: dict[str, Any] = {}
+    first = next((row for row in rows if row.get("inputs")), rows[0])  # which cells of an earlier version lack
     for row in rows:
+        if other := _other(row, first):
+            raise UserError(f"--cells {folder} has cells of more than one {other}: give it those of one grid")
         name, metric = row["variant"], row["primary_metric"]
         if row["config"]["method"] != name or any(field.startswith("peft.") for field in row["config"]):
             raise UserError(f"--cells {folder}: {name} there is not the method of that name with its default options")
@@ -135,6 +140,16 @@ def scores(folder: Path) -> dict[str, dict[str, Any]]:
             raise UserError(f"--cells {folder} has cells of {name} by several recipes: give it those of one")
         found.setdefault(name, about)["scores"][str(row["seed"])] = row["metrics"][metric]
     return found
+
+
+def _other(row: Mapping[str, Any], first: Mapping[str, Any]) -> str | None:
+    """In what a cell is of another grid than the first one, whatever their methods are; None if in nothing."""
+    if name := next((name for name in RECIPE if row["config"].get(name) != first["config"].get(name)), None):
+        return name
+    own, others = row.get("inputs") or {}, first.get("inputs") or {}
+    about = {"train": "set of training rows", "dev": "set of evaluation rows", "base": "base model"}
+    both = {name: told for name, told in about.items() if name in own and name in others}
+    return next((told for name, told in both.items() if own[name] != others[name]), None)
 
 
 def _method(name: str, num_layers: int) -> transform.Chain:
@@ -175,7 +190,7 @@ def _scored(row: dict[str, Any]) -> list[str]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m jpeft.workbench.methods", description="Compares all methods.")
+    parser = command.Parser("python -m jpeft.workbench.methods", description="Compares all methods.")
     parser.add_argument("--workdir", type=Path, default=Path("runs/methods"), help="results; kept between starts")
     parser.add_argument("--model", default="minilm", help="whose shapes are timed")
     parser.add_argument(
@@ -187,43 +202,44 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Measures every method that is not measured yet, and writes the table; exit code 2 after a user's error."""
-    args, console = _parse(argv), Console()
-    try:
-        names = args.methods.split(",")
-        for name in names:
-            if name not in NAMES:
-                raise UserError(f"method {name!r} is unknown: {nearest(name, NAMES)}")
-        if args.cells:  # before minutes of measuring
-            scores(args.cells)
-        if args.workdir.exists() and not args.workdir.is_dir():
-            raise UserError(f"--workdir {args.workdir} is not a folder")
-        _measure(names, args, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.call(_run, argv)
+
+
+def _run(argv: list[str]) -> None:
+    args = _parse(argv)
+    names = args.methods.split(",")
+    for name in names:
+        if name not in NAMES:
+            raise UserError(f"method {name!r} is unknown: {nearest(name, NAMES)}")
+    if args.cells:  # before minutes of measuring
+        scores(args.cells)
+    if args.workdir.exists() and not args.workdir.is_dir():
+        raise UserError(f"--workdir {args.workdir} is not a folder")
+    _measure(names, args, Console())
 
 
 def _measure(names: list[str], args: argparse.Namespace, console: Console) -> None:
     path = args.workdir / "methods.json"
-    of = {"model": args.model, "batch": [BATCH, LENGTH], "device": jax.devices()[0].device_kind, "results": RESULTS}
+    of = {"model": args.model, "batch": [BATCH, LENGTH], "device": jax.devices()[0].device_kind}
     kept = files.read_json(path) if path.is_file() else {"of": of, "rows": {}}
     if kept.get("of") != of:
         raise UserError(f"{path} has what was measured of {kept.get('of')}, not of {of}: choose another --workdir")
     rows: dict[str, dict[str, Any]] = kept["rows"]
-    todo = [name for name in names if "merges" not in rows.get(name, {})]
+    loaded = pretrained.load(args.model, num_labels=2, key=jax.random.key(0))
+    model = Bert(loaded.config)
+    # What was measured with other defaults of a method is measured again.
+    now = {name: configs.results(configs.default("mrpc", name), loaded.config) for name in names}
+    todo = [name for name in names if rows.get(name, {}).get("results") != now[name]]
     if todo:
         shape = jax.ShapeDtypeStruct((1, LENGTH), "int32")
         base = Bert(BASE)
         base_params = dict(base.init(jax.random.key(0), jnp.ones((1, 4), "int32"))["params"])
         base_sites = site.sites(base, shape)
-        loaded = pretrained.load(args.model, num_labels=2, key=jax.random.key(0))
-        model = Bert(loaded.config)
         full = cost("full", model, loaded.params, None)[1]
         for name in todo:
             console.title(f"{name}: sizes and times")
             measured, _ = cost(name, model, loaded.params, full)
-            rows[name] = {**rows.get(name, {}), **sizes(name, base_params, base_sites), **measured}
+            rows[name] = {**sizes(name, base_params, base_sites), **measured, "results": now[name]}
             files.write_json(path, {"of": of, "rows": rows})
     scored = scores(args.cells) if args.cells else {}
     rows = {name: rows[name] | scored.get(name, {}) for name in NAMES if name in rows}

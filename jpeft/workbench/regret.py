@@ -11,6 +11,7 @@ task, as a control: a criterion that looks at the task does better than that.
 
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +20,13 @@ import numpy as np
 
 from jpeft.core import files
 from jpeft.core.errors import UserError, nearest
-from jpeft.data import batching
-from jpeft.importance.fisher import fisher
 from jpeft.plans import fishpal
 from jpeft.plans import plan as plans
 from jpeft.plans.fishpal import Candidates, Scores
 from jpeft.plans.plan import Entry, Plan
 from jpeft.report import tables
 from jpeft.report.comparison import DRAWS, LEVEL, Outcome, interval, resampled
-from jpeft.run import command, loading, measuring
+from jpeft.run import command, loading
 from jpeft.run import config as configs
 from jpeft.run.config import CRITERIA, Config
 from jpeft.run.console import Console
@@ -47,7 +46,7 @@ class Verdict(NamedTuple):
       tau: Kendall's, between its predictions and the trained scores; the mean over pairs of a seed that it was measured
         on and another one that was trained, or of equal seeds where there is only one.
       regret: the best plan's score less that of its favourite, on a seed that did not choose the best plan.
-      regret_interval: of a paired bootstrap over evaluation rows and pairs of seeds; NaN where only scores are known.
+      regret_interval: of a paired bootstrap over evaluation rows and judging seeds; NaN where only scores are known.
       against_uniform: the favourite's score less that of the best uniform plan, likewise.
       uniform_interval: of that.
       pick: the best candidate of each layer, whether or not it was trained; of the first seed.
@@ -86,17 +85,10 @@ def measure(config: Config, seed: int, criterion: str, pool: Mapping[str, Plan],
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.fishpal.criterion, config.fishpal.plan, config.seeds = criterion, None, (seed,)
-        entries = candidates_of(pool).items()
-        config.fishpal.factors = {name: fishpal.FACTORS.get(entry.method, 1.0) for name, entry in entries}
     data, base, _ = loading.load(config, Console(quiet=True))
-    folder = Path("runs") / "regret"
-    candidates, begun = candidates_of(pool), begin(config, seed, data, base, folder, console)
-
-    def information(name: str, fn: Any, tree: Any, n: int, *rest: Any) -> Any:  # of the thesis, and kept nowhere
-        batches, _ = batching.by_length(batching.sample(data.train, n, seed)[0], measuring.lengths(begun))
-        return fisher(fn, tree, batches, *rest, grouped=True)
-
-    found = MEASURES[criterion](begun, candidates, information)
+    with tempfile.TemporaryDirectory() as scratch:  # the scores are all that is kept
+        begun = begin(config, seed, data, base, Path(scratch), console)
+        found = MEASURES[criterion](begun, candidates_of(pool))
     said = {"criterion": criterion, "seed": seed, "passes": found.passes, "scores": found.scores}
     if found.predict is None:
         return said
@@ -166,7 +158,11 @@ def verdict(
         mean = float(np.mean([trained[seed][one] - trained[seed][other] for seed, one, other in pairs]))
         if drawn is None:
             return mean, (float("nan"), float("nan"))
-        return mean, interval(np.stack([drawn[seed][one] - drawn[seed][other] for seed, one, other in pairs]))
+        # What one seed judges hangs together, so seeds are drawn anew, and not pairs of seeds.
+        gaps: dict[int, list[np.ndarray]] = {}
+        for seed, one, other in pairs:
+            gaps.setdefault(seed, []).append(drawn[seed][one] - drawn[seed][other])
+        return mean, interval(np.stack([np.mean(own, axis=0) for own in gaps.values()]))
 
     first = next(iter(found.values()))
     plain = [_name(pool[name][0][0]) for name in uniform]  # in the order of the pool, which decides ties

@@ -108,6 +108,13 @@ def check(config: Config) -> None:
     if not isinstance(config.warm_start, bool):
         raise UserError(f"config.warm_start must be True or False, got {config.warm_start!r:.60}")
     spaces.check(config.space)
+    standard = flatten(configs.default("mrpc", "fishpal").fishpal.to_dict())
+    kinds = {candidate.method for candidate in config.space.values()}
+    for names, value in flatten(config.run.to_dict().get("fishpal", {})).items():
+        known = names[0] == "learning_rates" and names[1:] and names[1] in kinds
+        if names in standard and value != standard[names] and not known:
+            told = f"config.run.fishpal.{'.'.join(names)}"
+            raise UserError(f"{told} is set, but the space says what to choose from: drop it")
     everything = spaces.largest(config.space)
     full = config_of(config, everything, False)
     for where, run in (("a run of the front", full), ("a trial", config_of(config, everything, True))):

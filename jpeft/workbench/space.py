@@ -6,7 +6,6 @@ nothing of modules: of a candidate, the index of its size; of "layer_3", 1 if th
 """
 
 import hashlib
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from jpeft.core.errors import UserError, nearest
 from jpeft.plans import plan as plans
 from jpeft.plans.plan import Entry, Plan
 from jpeft.run.config import Config
-from jpeft.transforms.registry import METHODS
+from jpeft.transforms.registry import METHODS, defaults
 
 __all__ = ["LAYERS", "Point", "autopeft", "check", "choices", "key", "largest", "middles", "plan_of", "size"]
 
@@ -86,11 +85,10 @@ def _check_candidate(name: str, candidate: Any) -> None:
 def _entry(candidate: Config, number: int) -> Entry:
     """The module of a size. LoRA's alpha grows with the rank, as in `plans.resized`, unless `options` say it."""
     options = candidate.get("options", ConfigDict()).to_dict()
-    make = METHODS[candidate.method].make if candidate.method in METHODS else None
-    known = inspect.signature(make).parameters if make else {}
+    known = defaults(candidate.method) if candidate.method in METHODS else {}
     if candidate.option == "rank" and "alpha" in known and "alpha" not in options:
-        by = number / known["rank"].default
-        options["alpha"] = known["alpha"].default * (math.sqrt(by) if candidate.method == "rslora" else by)
+        by = number / known["rank"]
+        options["alpha"] = known["alpha"] * (math.sqrt(by) if candidate.method == "rslora" else by)
     return Entry(candidate.method, {candidate.option: number, **options})
 
 

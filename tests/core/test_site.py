@@ -9,7 +9,7 @@ from nets import SITES, D, X
 
 import jpeft
 from jpeft.core.errors import UserError
-from jpeft.core.site import find, layer_of, matches
+from jpeft.core.site import find, layer_of, matches, within_layer
 from jpeft.models import Bert, BertConfig
 
 
@@ -156,3 +156,12 @@ def test_matches_whole_parts_from_the_end():
     assert not matches("a/b", "a/b/c")
     assert not matches("b/c", "a/bb/c")
     assert not matches("x|b/c", "a/bb/c")
+
+
+def test_what_is_below_a_layer():
+    """Only a whole part of a path is one."""
+    for path, below in (
+        ("encoder/layer_3/ffn/output", "ffn/output"), ("graph_1/layer_2/query", "query"), ("pooler", "pooler"),
+        ("graph_1/query", "graph_1/query"), ("h_0/attn", "attn"), ("layer_1", ""),
+    ):  # fmt: skip
+        assert within_layer(path) == below

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
 
 from jpeft import Splits, Task
 from jpeft.core.errors import UserError
@@ -55,6 +56,11 @@ def test_tasks_that_can_run():
         (dataclasses.replace(TASK, labels=(0, 1)), "labels must be distinct names"),
         (dataclasses.replace(TASK, labels=("a",)), "labels must be at least two"),
         (dataclasses.replace(TASK, metrics=("zzz",)), "metric 'zzz' is unknown"),
+        (Task("values", ("text",), ()), "metric 'accuracy' is unknown for regression: expected one of 'pearson'"),
+        (
+            Task("ner", ("text",), ("OTHER", "B-PER"), ("entity_f1",), "entity_f1", kind="tagging"),
+            "metric 'entity_f1' needs labels such as O, B-PER and I-PER",
+        ),
         (dataclasses.replace(TASK, metrics=()), "metrics must be a tuple of names"),
         (dataclasses.replace(TASK, primary="f1"), "primary 'f1' is not among the metrics accuracy"),
         (Scalar("own", ("text",), ("a", "b")), r"loss must give one number for each example, \[8\], got \[\]"),
@@ -86,6 +92,24 @@ def test_scores_that_are_none(monkeypatch, answer, says):
 def test_splits_that_can_be_used():
     found = Splits({"train": ROWS, "validation": {**ROWS, "label": np.array([1, 1])}})
     assert checking.check_splits(TASK, found) is found
+
+
+@pytest.mark.parametrize("kind", ["classification", "tagging"])
+def test_classes_of_a_data_set_are_in_the_order_of_the_task(kind):
+    def split(names):
+        of = ClassLabel(names=names)
+        tagging = kind == "tagging"
+        rows = {"text": [["x"]] if tagging else ["x"], "label": [[1]] if tagging else [1]}
+        features = (
+            {"text": List(Value("string")), "label": List(of)} if tagging else {"text": Value("string"), "label": of}
+        )
+        return Dataset.from_dict(rows, features=Features(features))
+
+    task = dataclasses.replace(TASK, kind=kind)
+    for names in (["A", "b"], ["x", "y"]):
+        checking.check_splits(task, Splits({"train": split(names), "validation": split(names)}))
+    with pytest.raises(UserError, match="the train split has the classes b, a, and the task a, b: expected the same"):
+        checking.check_splits(task, Splits({"train": split(["b", "a"]), "validation": split(["a", "b"])}))
 
 
 @pytest.mark.parametrize(

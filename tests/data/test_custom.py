@@ -296,6 +296,11 @@ def test_tags_that_are_no_entities_are_scored_word_by_word(tmp_path):
         ([{"words": "a b", "tags": 3}], "multilabel", "row 1: label 3 is neither a list of names nor text"),
         ([{"words": "a b", "tags": ["x", "x"]}], "multilabel", r"row 1: label \['x', 'x'\] has a name twice"),
         ([{"words": "a b", "tags": ["x"]}], "multilabel", "has 1 different labels in column 'tags'"),
+        ([{"words": "a b", "tags": "['x', 'y']"}], "multilabel", "row 1: label .* is a list written as text: .*';'"),
+        ([{"words": "a b", "tags": "[]"}], "multilabel", "row 1: label .* is a list written as text"),
+        ([{"words": "a b", "tags": "[1, 0, 1]"}], "multilabel", "row 1: label .* is a list written as text"),
+        ([{"words": "a b", "tags": "['O' 'X']"}], "tagging", "row 1: label .* is a list written as text: .* spaces"),
+        ([{"words": "['a', 'b']", "tags": "O X"}], "tagging", "row 1: 'words' is .*, a list written as text"),
         ([{"words": "a b", "tags": "x"}], "labelling", "config.data.kind 'labelling' is unknown: expected one of"),
     ],
 )
@@ -368,3 +373,19 @@ def test_names_that_answers_could_not_tell_apart(tmp_path):
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "label": label}) + "\n")
         with pytest.raises(UserError, match=r"row 1: label 'a.b' cannot be the name of a class"):
             custom(str(tmp_path / "a.jsonl"), ("text",), kind=kind)
+
+
+def test_a_conll_file_whose_first_column_counts(tmp_path):
+    (tmp_path / "a.conll").write_text("1 the DT O\n2 dog NN B-X\n3 runs VB O\n")
+    with pytest.raises(UserError, match="row 1: the first column counts the words"):
+        custom(str(tmp_path / "a.conll"), ("words",), "tags", kind="tagging")
+    (tmp_path / "a.conll").write_text("1 CD O\n2 CD B-X\n4 CD O\n")
+    custom(str(tmp_path / "a.conll"), ("words",), "tags", kind="tagging")
+
+
+def test_a_header_that_is_there_again(tmp_path):
+    """As in files that were put one behind the other."""
+    file = tmp_path / "a.csv"
+    file.write_text("text,label\na,x\nb,y\ntext,label\nc,x\n")
+    with pytest.raises(UserError, match=r"a\.csv, row 3: the header again"):
+        custom(str(file), ("text",))

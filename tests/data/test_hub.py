@@ -16,7 +16,7 @@ from jpeft.data.custom import custom
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
-    hub.fetch.cache_clear()
+    hub._fetched.cache_clear()
     return tmp_path / "cache"
 
 
@@ -38,7 +38,7 @@ def test_ids_of_words_become_names(tmp_path, cache):
     ]  # fmt: skip
     task = custom(files["train"], ("tokens",), "ner_tags", kind="tagging", validation=files["validation"])
     assert (task.labels, task.primary) == (("B-X", "I-X", "O"), "entity_f1")
-    hub.fetch.cache_clear()
+    hub._fetched.cache_clear()
     assert hub.fetch(folder) == files
     assert {str(path) for path in (cache / "jpeft").iterdir()} == set(files.values())  # named after what is in them
 
@@ -65,5 +65,50 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
             hub.fetch(name)
         assert "\n" not in str(caught.value)
     features = Features({"text": Value("string")})
-    with pytest.raises(UserError, match="has no split 'train': "):
+    with pytest.raises(UserError, match="has no split 'train' for the train: "):
         hub.fetch(saved(tmp_path / "dev", features, validation={"text": ["a"]}))
+
+
+TEXT = Features({"text": Value("string"), "label": Value("string")})
+
+
+def lines(file):
+    return len(Path(file).read_text().splitlines())
+
+
+def test_a_folder_whose_files_change_is_read_again(tmp_path):
+    """Also where a card names the files, so that the cache of `datasets` does not look into them."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: rows.csv\n---\n"
+    (folder / "README.md").write_text(card)
+    for rows in (3, 5):
+        (folder / "rows.csv").write_text("text,label\n" + "a,b\n" * rows)
+        assert lines(hub.fetch(str(folder))["train"]) == rows
+    hub._fetched.cache_clear()  # as in another process
+    assert lines(hub.fetch(str(folder))["train"]) == 5
+
+
+def test_splits_of_other_names(tmp_path):
+    rows = {"text": ["a", "b"], "label": ["x", "y"]}
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("train", "dev", "extra"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": name, "label": "x"}) + "\n")
+    names = "".join(f"  - split: {name}\n    path: {name}.jsonl\n" for name in ("train", "dev", "extra"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{names}---\n")
+    with pytest.raises(UserError, match=r"has no split 'validation' but dev: set config\.data\.validation to one of"):
+        hub.fetch(str(folder))
+    files = hub.fetch(str(folder), {"validation": "dev"})
+    assert json.loads(Path(files["validation"]).read_text())["text"] == "dev"
+    assert sorted(files) == ["train", "validation"]
+    with pytest.raises(UserError, match="has no split 'deb' for the validation: did you mean 'dev'"):
+        hub.fetch(str(folder), {"validation": "deb"})
+    plain = hub.fetch(saved(tmp_path / "plain", TEXT, train=rows))  # what is cut off the training rows needs no name
+    assert sorted(plain) == ["train"]
+
+
+def test_small_numbers_keep_their_digits(tmp_path):
+    features = Features({"text": Value("string"), "label": Value("float64")})
+    files = hub.fetch(saved(tmp_path / "set", features, train={"text": ["a"], "label": [1.5e-11]}))
+    assert json.loads(Path(files["train"]).read_text())["label"] == 1.5e-11

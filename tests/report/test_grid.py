@@ -1,5 +1,7 @@
 """The page of a comparison, as Markdown and as HTML."""
 
+import re
+
 import numpy as np
 import pytest
 from report.test_comparison import LABELS, outcome
@@ -98,3 +100,21 @@ def test_the_picture_is_written(tmp_path, many):
     outcomes = [o for o in runs() if many == 2 or o.task.name == "sst2"]
     drawings.png(tmp_path / "report.png", *grid.drawing(comparison.summarise(outcomes, draws=9), outcomes))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_reference_has_differences_of_its_own():
+    """The interval is the one that the other order has, with the sign turned."""
+    outcomes = [outcome(name, s, a) for name, a in (("best", 0.9), ("plain", 0.8), ("poor", 0.6)) for s in (1, 2)]
+    table = comparison.summarise(outcomes, draws=50, reference="plain")
+    page = grid.markdown(Grid(table, 6, 6, comparison.baselines(outcomes), reference="plain"), None)
+    (shown,) = re.findall(r"## sst2: against plain\n\n(.*?)\n\n", page, re.DOTALL)
+    assert re.findall(r"^\| (\w+) +\| ([+-])", shown, re.MULTILINE) == [("best", "+"), ("poor", "-")]
+    gap, (low, high) = table["sst2"]["best"].against
+    assert (gap, low, high) == pytest.approx(
+        (-table["sst2"]["plain"].behind, *(-x for x in table["sst2"]["plain"].interval[::-1]))
+    )
+    for reference in ("", "best", "none"):
+        table = comparison.summarise(outcomes, draws=50, reference=reference)
+        shown = Grid(table, 6, 6, comparison.baselines(outcomes), reference=reference)
+        assert "against" not in grid.markdown(shown, None)
+        assert "against" not in grid.html(shown, outcomes)

@@ -156,6 +156,8 @@ def test_compare_aligns_rows_and_leaves_out_what_a_task_lacks():
         ({"recipe": {"num_epochs": 10}}, "epochs (3, 10)"),
         ({"recipe": {"num_epochs": 3, "quantise": "nf4"}}, "quantise (no, nf4)"),
         ({"recipe": {"num_epochs": 3, "cache_frozen_layers": True}}, "cache_frozen_layers (no, True)"),
+        ({"recipe": {"num_epochs": 3, "batch_size": 32}}, "batch_size (16, 32)"),
+        ({"recipe": {"num_epochs": 3, "init_from": "runs/mnli"}}, "init_from (no, runs/mnli)"),
         ({"data": {"train": "a", "dev": "c"}}, "the data of mrpc"),
     ],
 )

@@ -115,14 +115,14 @@ from jpeft.run import config as configs
         ),
         ({"method": "lora", "fishpal__num_examples": 4}, "config.fishpal.num_examples is set, but config.method is"),
         ({"method": "adapter"}, "config.method 'adapter' is called 'pfeiffer'"),
+        (
+            {"fishpal__plan": "thesis_mnli", "fishpal__criterion": "kernel"},
+            "config.fishpal.criterion is set, but config.fishpal.plan is set, and nothing is chosen: drop it",
+        ),
         ({"fishpal__plan": "thesis_mnli", "peft__lora__rank": 4}, "is set, but config.fishpal.plan brings its own"),
         ({"task": "synthetic", "data__path": "x"}, "config.data.path is set, but config.task 'synthetic' does not"),
         ({"task": "custom"}, "config.task 'custom' needs config.data.train: expected a CSV"),
         ({"task": "custom", "data__hub": "a/b"}, "config.task 'custom' needs config.data.text: expected one or"),
-        (
-            {"task": "custom", "data__hub": "a/b", "data__test": "x.csv", "data__text": ("text",)},
-            "config.data.test is set, and so is config.data.hub, which has its own splits: drop one",
-        ),
         ({"data__hub": "a/b"}, "config.data.hub is set, but config.task 'mnli' does not read it"),
         ({"task": "custom", "data__train": "x.csv"}, "config.task 'custom' needs config.data.text: expected one or"),
     ],

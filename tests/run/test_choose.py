@@ -13,6 +13,7 @@ from heard import run
 from jpeft.core.errors import UserError
 from jpeft.data.batching import Examples
 from jpeft.run import choose as choice
+from jpeft.run import measured
 from jpeft.run.console import Console
 
 
@@ -41,11 +42,11 @@ def test_examples_keep_their_numbers_and_other_data_are_known_as_such(tmp_path, 
         seen.append(about)
         return tree
 
-    monkeypatch.setattr(choice, "measure", measure)
-    monkeypatch.setattr(choice, "read", lambda path: ({}, {}))
-    monkeypatch.setattr(choice.plots, "fisher_map", lambda *args: None)
+    monkeypatch.setattr(measured, "measure", measure)
+    monkeypatch.setattr(measured, "read", lambda path: ({}, {}))
+    monkeypatch.setattr(measured.plots, "fisher_map", lambda *args: None)
     for tokens in ((1, 2, 3, 4, 5), (1, 2, 3, 4, 5), (1, 2, 9, 4, 5)):
-        choice._fisher(case(tmp_path, tokens), "fisher.safetensors", None, {"w": np.ones(2)}, 5)
+        measured.information(case(tmp_path, tokens), "fisher.safetensors", None, {"w": np.ones(2)}, 5)
     assert seen[0] == seen[1] != seen[2]
     assert {**seen[0], "rows": ""} == {**seen[2], "rows": ""}
 
@@ -73,7 +74,7 @@ def test_only_what_fits_the_budget_in_all_layers_races(tiny_config, tmp_path, mo
     config, asked = tiny_config("fishpal"), []
     config.fishpal.update(criterion="race", num_examples=None, budget="270")
 
-    def race(seed, candidates, _):
+    def race(seed, candidates):
         asked.append(list(candidates))
         raise UserError("far enough")
 

@@ -1,7 +1,9 @@
 import inspect
 import json
+import re
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from jpeft.core.errors import UserError
 from jpeft.models import BertConfig
@@ -29,6 +31,15 @@ def make(**changes):
 def test_sections_have_the_defaults_of_the_signatures(method):
     parameters = inspect.signature(METHODS[method].make).parameters
     assert configs.default("mnli", method).peft[method].to_dict() == {n: p.default for n, p in parameters.items()}
+
+
+def test_every_field_is_explained():
+    """Where --help sends its readers."""
+    fields = flatten_dict(configs.default("mnli", "lora").to_dict(), sep=".")
+    names = {re.sub(r"^(fishpal\.(factors|learning_rates))\..*", r"\1", name) for name in fields}
+    starts = [line.split(":")[0] for line in configs.default.__doc__.splitlines() if line.strip().startswith("- ")]
+    explained = {name for start in starts for name in re.findall(r"`([\w.]+)`", start)}
+    assert explained == {name for name in names if not name.startswith("peft.")} | {"peft"}
 
 
 def test_fields_without_a_default_take_their_type():

@@ -39,13 +39,9 @@ def seed(tiny_config, tmp_path):
     return make
 
 
-def unkept(name, fn, tree, n, *rest):
-    raise AssertionError(f"{name}: only the rule of the thesis measures with the run's own files")
-
-
 def score(seed, criterion, task="mrpc"):
     """What a criterion finds: scores of every candidate in every layer."""
-    found = criteria.CRITERIA[criterion](seed(criterion, task), CANDIDATES, unkept)
+    found = criteria.CRITERIA[criterion](seed(criterion, task), CANDIDATES)
     assert list(found.scores) == [0, 1]
     assert all(list(row) == list(CANDIDATES) for row in found.scores.values())
     assert np.isfinite([value for row in found.scores.values() for value in row.values()]).all()
@@ -70,7 +66,7 @@ def test_the_config_knows_all_criteria():
 
 
 def test_size_counts_what_trains(seed):
-    scores = criteria.CRITERIA["size"](seed("size"), CANDIDATES, unkept).scores
+    scores = criteria.CRITERIA["size"](seed("size"), CANDIDATES).scores
     assert scores[0] == scores[1] == {"pfeiffer": 2 * 16 * 4 + 4 + 16, "lora": 2 * (16 * 2 + 2 * 16)}
 
 
@@ -103,7 +99,7 @@ def test_a_race_is_won_by_the_lowest_loss_of_those_who_are_left(seed, monkeypatc
 
     monkeypatch.setattr(trials, "tried", trial)
     monkeypatch.setattr(trials, "TELLING", 0)
-    found = trials.race(seed("race"), entries, unkept)
+    found = trials.race(seed("race"), entries)
     first, second = ({n: round(x, 3) for n, x in row.items()} for row in found.about["held_out_losses"])
     assert (first, second) == ({"slow": 0.9, "middle": 0.7, "quick": 0.6}, {"quick": 0.65, "middle": 0.6})
     assert sorted(entries, key=found.scores[0].get) == ["slow", "quick", "middle"]
@@ -122,13 +118,13 @@ def test_the_winner_races_against_itself_at_other_rates(seed, monkeypatch, faste
 
     monkeypatch.setattr(trials, "tried", trial)
     monkeypatch.setattr(trials, "TELLING", 0)
-    found = trials.race(seed("race"), entries, unkept)
+    found = trials.race(seed("race"), entries)
     assert found.about["rate"] == taken
     assert found.about["rate_losses"] == pytest.approx({"1": 0.5, "4": faster})
     assert asked == [(1.0, 4, 1), (2.0, 4, 1), (1.0, 4, 4)]
-    alone = trials.race(seed("race", rates=(1,)), entries, unkept)
+    alone = trials.race(seed("race", rates=(1,)), entries)
     assert "rate" not in alone.about
-    assert trials.race(seed("race", rates=(2,)), entries, unkept).about["rate"] == 2
+    assert trials.race(seed("race", rates=(2,)), entries).about["rate"] == 2
     assert found.passes - alone.passes == pytest.approx(4 * 16 + 11 / 3)
 
 
@@ -145,7 +141,7 @@ def test_rates_are_looked_at_over_equally_many_steps(seed, monkeypatch):
     monkeypatch.setattr(trials, "tried", trial)
     monkeypatch.setattr(trials, "TELLING", 0)
     monkeypatch.setattr(trials, "race_steps", lambda *_: 6)
-    trials.race(seed("race"), entries, unkept)
+    trials.race(seed("race"), entries)
     assert asked == [(6, 2)] * 5 + [(12, 2)]
 
 
@@ -159,12 +155,12 @@ def test_what_diverges_loses_the_race(seed, monkeypatch):
     monkeypatch.setattr(trials, "tried", trial)
     monkeypatch.setattr(trials, "TELLING", 0)
     bad += [(1.0, 1), (2.0, 4)]
-    found = trials.race(seed("race"), entries, unkept)
+    found = trials.race(seed("race"), entries)
     assert found.scores[0] == {"one": 1.0, "two": 2.0}
     assert found.about == {"steps": 4, "held_out_losses": [{"two": 0.5}], "rate": 1.0, "rate_losses": {"1": 0.5}}
     bad += [(2.0, 1)]
     with pytest.raises(UserError, match="no candidate has a finite held-out loss after 4 steps"):
-        trials.race(seed("race"), entries, unkept)
+        trials.race(seed("race"), entries)
 
 
 def test_in_a_short_run_all_steps_go_to_the_rates_of_the_first_candidate(seed, monkeypatch):
@@ -178,12 +174,12 @@ def test_in_a_short_run_all_steps_go_to_the_rates_of_the_first_candidate(seed, m
         yield Reached(0, np.full(10, 1 / rate))
 
     monkeypatch.setattr(trials, "tried", trial)
-    found = trials.race(seed("race"), entries, unkept)
+    found = trials.race(seed("race"), entries)
     assert asked == [(1.0, 4, 1), (1.0, 4, 4)]
     assert found.scores == {0: {"a": 2.0, "b": 1.0}, 1: {"a": 2.0, "b": 1.0}}
     assert found.about["held_out_losses"] == [{"a": 1.0}]
     assert found.about["rate"] == 4
-    trials.race(seed("race", rates=(1,)), entries, unkept)  # without rates to tell, kinds race however short it is
+    trials.race(seed("race", rates=(1,)), entries)  # without rates to tell, kinds race however short it is
     assert asked[2:] == [(1.0, 4, 1), (2.0, 4, 1)]
 
 
@@ -292,7 +288,7 @@ def test_a_loss_drops_on_other_rows_than_are_trained_on(seed, monkeypatch):
             yield Reached(1, np.ones(4), {"peft": {"lora_0": {"encoder/layer_0/attention/query": {"a": np.ones(2)}}}})
 
     monkeypatch.setattr(trials, "tried", tried)
-    trials.loss_drop(case, {"lora": CANDIDATES["lora"]}, unkept)
+    trials.loss_drop(case, {"lora": CANDIDATES["lora"]})
     assert seen == [(texts(a), texts(b))]
 
 
@@ -310,17 +306,18 @@ def test_a_step_is_taken_on_one_half_and_judged_on_the_other_at_the_kinds_own_ra
         return one.mean
 
     monkeypatch.setattr(criteria, "_moments", moments)
-    criteria.by_moments(gain)(case, {"pfeiffer": CANDIDATES["pfeiffer"]}, unkept)
+    criteria.by_moments(gain)(case, {"pfeiffer": CANDIDATES["pfeiffer"]})
     rate = configs.learning_rate(case.config) * configs.rates(case.config)["pfeiffer"]
     assert seen == [texts(a), texts(b), pytest.approx(rate)]
     assert rate != configs.learning_rate(case.config)
 
 
-def test_the_factors_of_the_config_are_those_that_count(seed):
+def test_the_factors_of_the_config_are_those_that_count(seed, monkeypatch):
+    monkeypatch.setattr(criteria.measured, "information", lambda seed, name, loss, leaves, n, rest: leaves)
     found = []
     for factor in (1.0, 50.0):
         case = seed("thesis", factors={"lora": factor})
-        scored = criteria.thesis(case, CANDIDATES, lambda name, loss, leaves, n, rest: leaves).scores
+        scored = criteria.thesis(case, CANDIDATES).scores
         found.append(scored[0]["lora"])
     assert found[1] == pytest.approx(50 * found[0])
 
@@ -346,7 +343,14 @@ def test_a_race_of_rates_and_kinds_takes_a_tenth_of_the_passes(seed, monkeypatch
 
     monkeypatch.setattr(trials, "tried", tried)
     monkeypatch.setattr(trials, "TELLING", 0)
-    found = trials.race(case, CANDIDATES, unkept)
+    found = trials.race(case, CANDIDATES)
     total = 100 * 3
     assert sum(asked) <= 0.08 * total + 1
     assert found.passes <= 0.1 * total * 16
+
+
+def test_the_rule_of_the_thesis_knows_modules_of_several_sizes(seed):
+    case = seed("thesis", sizes=(1, 2))
+    found = criteria.thesis(case, configs.candidates(case.config))
+    assert found.about["factors"].items() >= {"lora": 1.0, "lora x2": 1.0, "pfeiffer": 5.0, "pfeiffer x2": 5.0}.items()
+    assert all(row.keys() == found.about["factors"].keys() for row in found.scores.values())

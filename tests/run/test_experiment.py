@@ -387,3 +387,31 @@ def test_padded_lengths_do_not_depend_on_the_other_seeds(tiny_config, monkeypatc
         assert found[0] == found[1]
         counts.add(len(found[0][0]))
     assert len(counts) > 1
+
+
+def test_sets_of_one_label_each_are_warned_of(tiny_config, tmp_path, untrained):
+    """Names between other signs than semicolons are one name."""
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\n" + "".join(f"the dog,{('a|b', 'a')[i % 2]}\n" for i in range(40)))
+    config = tiny_config("head", task="custom", num_epochs=1, max_length=8)
+    config.data.update(path=None, train=str(path), text=("text",), kind="multilabel")
+    _, console = again(config, tmp_path / "work")
+    assert "no training row has more than one label; in text, names stand between ';'" in console.warnings
+
+
+def test_a_task_that_encodes_by_itself_is_known_as_such(tiny_config, tiny_glue, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(
+        "import dataclasses\nfrom jpeft import Task\nfrom jpeft.data.tasks import task\n"
+        "class Own(type(task('mrpc'))):\n"
+        "    def encode(self, split, tokenizer, max_length):\n"
+        "        return super().encode(split, tokenizer, max_length)\n"
+        "def get_task():\n"
+        "    given = task('mrpc')\n"
+        "    return Own(**{x.name: getattr(given, x.name) for x in dataclasses.fields(given)})\n"
+    )
+    for task, own in ((str(tmp_path / "own.py"), True), ("mrpc", False)):
+        config = tiny_config("head", num_epochs=1, max_length=8)
+        config.task = task
+        workdir = tmp_path / f"work_{own}"
+        run(config, workdir)
+        assert jpeft.load(workdir / "seed_11" / "model").own_encode == own

@@ -197,7 +197,7 @@ def test_of_a_single_process_all_is_as_without(tmp_path):
     assert not hosts.several()
     assert hosts.is_first()
     assert hosts.any_says(True, False) == (True, False)
-    assert hosts.told({"a": 1}) == {"a": 1}
-    assert hosts.in_turn(tmp_path, lambda: 3) == hosts.together(lambda: 3) == hosts.shared(3) == 3
+    assert hosts.from_first({"a": 1}) == {"a": 1}
+    assert hosts.in_turn(tmp_path, lambda: 3) == hosts.in_all(lambda: 3) == hosts.shared(3) == 3
     with hosts.own_folder(tmp_path) as folder:
         assert folder == tmp_path

@@ -74,7 +74,7 @@ def test_adam_moves_an_entry_by_its_rate_over_the_size_of_its_gradient():
 @pytest.mark.slow
 def test_a_prediction_of_a_plan_is_the_one_that_chose(seed):
     entries = {"prefix": PREFIX, "lora": plans.Entry("lora", {"rank": 2})}
-    found = kernels.by_kernel(seed, entries, print)
+    found = kernels.by_kernel(seed, entries)
     assert [list(row) for row in found.scores.values()] == [["prefix", "lora"]] * 2
     chosen = {layer: max(row, key=row.get) for layer, row in found.scores.items()}
     said = {names: found.predict(dict(enumerate(names))) for names in [(a, b) for a in entries for b in entries]}
@@ -97,4 +97,4 @@ def _loss(seed, params, examples):
 def test_tagging_has_no_kernel(seed):
     task = types.SimpleNamespace(kind="tagging", answers=KINDS["tagging"])
     with pytest.raises(UserError, match="needs one answer a row, not tagging: expected 'race'"):
-        kernels.by_kernel(seed._replace(data=seed.data._replace(task=task)), {}, print)
+        kernels.by_kernel(seed._replace(data=seed.data._replace(task=task)), {})

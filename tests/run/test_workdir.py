@@ -1,4 +1,5 @@
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -114,17 +115,6 @@ def test_the_dtype_is_the_machine_s_and_is_written_down(begun, tiny_config, monk
     workdirs.check_config(begun, before)
     assert workdirs.owner(begun, config, 11) != owners[0]
     assert workdirs.owner(begun, before, 11) == owners[0]
-
-
-def test_a_regression_of_an_earlier_version_is_a_kind():
-    old = {"task": "custom", "data": {"regression": True, "text": ["x"]}}
-    assert workdirs._current(old) == {"task": "custom", "data": {"kind": "regression", "text": ["x"]}}
-    assert workdirs._current({"data": {"regression": False}}) == {"data": {"kind": "classification"}}
-
-
-def test_the_default_rates_of_an_earlier_version_are_none():
-    assert workdirs._current({"fishpal": {"rates": [1, 4], "sizes": [1]}}) == {"fishpal": {"rates": None, "sizes": [1]}}
-    assert workdirs._current({"fishpal": {"rates": [1, 2]}}) == {"fishpal": {"rates": [1, 2]}}
 
 
 def test_a_run_in_another_run_is_refused(begun):
@@ -300,7 +290,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(workdirs.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     told = []
     with workdirs.locked(tmp_path, told.append):
         pass

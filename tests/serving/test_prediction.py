@@ -112,3 +112,8 @@ def test_what_is_no_list_of_texts_is_refused(saved, texts):
 def test_what_is_no_model_is_refused(wrong):
     with pytest.raises(UserError, match=r"expected what jpeft\.load returns"):
         jpeft.predict(wrong, ["a"])
+
+
+def test_texts_that_only_the_task_can_encode(saved):
+    with pytest.raises(UserError, match="the task of this model has its own `encode`, which is not saved with it"):
+        jpeft.predict(saved._replace(own_encode=True), PAIRS)

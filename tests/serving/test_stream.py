@@ -236,6 +236,15 @@ def test_one_process_writes_an_output(workdir, source, tmp_path, fails):
     stream.predict(workdir, str(source), tmp_path / "out.jsonl", QUIET)
 
 
+def test_a_file_system_without_locks(workdir, source, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    stream.predict(workdir, str(source), tmp_path / "out.jsonl", QUIET)
+    assert len(read(tmp_path / "out.jsonl")) == 18
+
+
 def test_what_fails_before_its_first_answer_is_in_nobodys_way(workdir, source, tmp_path, monkeypatch, fails):
     output = tmp_path / "out.jsonl"
     with monkeypatch.context() as patched:
@@ -246,6 +255,13 @@ def test_what_fails_before_its_first_answer_is_in_nobodys_way(workdir, source, t
     other.write_text("".join(source.read_text().splitlines(keepends=True)[:5]))
     assert stream.predict(workdir, str(other), output, QUIET) == (5, 0)
     assert len(read(output)) == 5
+
+
+def test_rows_without_text_are_counted(workdir, tmp_path, capsys):
+    (tmp_path / "in.tsv").write_text("sentence1\tsentence2\nthe dog\ta cat\n\ta cat\nthe dog\t \n")
+    given = ["--model", str(workdir), "--input", str(tmp_path / "in.tsv"), "--output", str(tmp_path / "out.tsv")]
+    assert PROGRAM["main"](["predict", *given]) == 0
+    assert "2 rows with an empty text got an answer like any other" in "".join(capsys.readouterr())
 
 
 def test_answers_that_are_not_finite_are_one_line(workdir, source, monkeypatch, fails):

@@ -297,6 +297,11 @@ def test_published_scores_stand_beside_variants_and_their_rates(grid, tmp_path):
     assert {task: {name: row.score for name, row in rows.items()} for task, rows in found.items()} == {
         "mrpc": {"head @ 0.001": "81.2", "head @ 0.002": "81.2"}
     }
+    several = grid(
+        head={"method": "head"}, longer={"method": "head", "train": {"num_epochs": 2}}, other={"method": "head"}
+    )
+    several.published = str(path)
+    assert list(findings.published(several)["mrpc"]) == ["head"]  # nobody knows which of the others it is
     with config.ignore_type():
         config.published = 5
         with pytest.raises(UserError, match=r"config\.published must be the name of a CSV file, got 5"):
@@ -305,3 +310,29 @@ def test_published_scores_stand_beside_variants_and_their_rates(grid, tmp_path):
     path.write_text("method,score\n")
     with pytest.raises(UserError, match=r"the columns of .* are 'method, score', not method, model"):
         compare.check(config)
+
+
+def test_published_scores_of_a_task_of_ones_own(grid, tmp_path):
+    """They go by its name, whatever its file is called."""
+    (tmp_path / "a_file.py").write_text(
+        "from jpeft import Task\ndef get_task():\n    return Task('headlines', ('text',), ('a', 'b'))\n"
+    )
+    path = tmp_path / "scores.csv"
+    path.write_text("\n".join([",".join(COLUMNS), "head,a-model,test,headlines,accuracy,81.2,,someone", ""]))
+    config = grid(tasks=(str(tmp_path / "a_file.py"),))
+    config.published = str(path)
+    assert findings.published(config)["headlines"]["head"].score == "81.2"
+
+
+def test_the_warnings_of_a_cell_are_its_own(grid, tmp_path):
+    """One console serves them all."""
+    config = grid(
+        seeds=(1,), cached={"method": "lora", "train": {"cache_frozen_layers": True}}, plain={"method": "lora"}
+    )
+    console = Console(quiet=True)
+    for _ in compare.run_all(config, tmp_path / "cells", tmp_path / "runs", console):
+        pass
+    told = {path.parent.name: json.loads(path.read_text())["warnings"] for path in tmp_path.glob("runs/**/report.json")}
+    with_it = [name for name, lines in told.items() if any("cache_frozen_layers" in line for line in lines)]
+    assert len(told) == 2
+    assert with_it == [name for name in told if "cached" in name]

@@ -55,7 +55,19 @@ def test_scores_come_from_the_cells_of_a_grid(tmp_path):
         cell("lora", 33, 0.7, config=other)
         with pytest.raises(UserError, match="lora there is not the method of that name with its default options"):
             methods.scores(tmp_path)
+    other = {"method": "houlsby", "model": "roberta-large"}
+    cell("houlsby", 11, 0.7, config=other)
     cell("lora", 33, 0.7)
+    with pytest.raises(UserError, match="has cells of more than one model: give it those of one grid"):
+        methods.scores(tmp_path)
+    for path in tmp_path.glob("*-houlsby-*"):
+        path.unlink()
+    for seed, rows in ((44, "a"), (55, "b")):
+        cell("lora", seed, 0.7, inputs={"dev": [8, rows]})
+    with pytest.raises(UserError, match="has cells of more than one set of evaluation rows"):
+        methods.scores(tmp_path)
+    for path in tmp_path.glob("*-*-[45]?.json"):
+        path.unlink()
     cell("lora", 11, 0.5, task="mrpc")
     with pytest.raises(UserError, match="has mrpc, sst2"):
         methods.scores(tmp_path)

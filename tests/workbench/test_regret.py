@@ -176,3 +176,20 @@ def test_a_favourite_is_judged_on_another_seed_than_it_was_measured_and_than_cho
 def test_a_uniform_plan_has_its_module_in_as_many_layers_as_any():
     pool = {"all": {0: [KINDS["bad"]], 1: [KINDS["bad"]]}, "half": {1: [KINDS["good"]]}}
     assert regret.uniform_of(pool, list(pool)) == ["all"]
+
+
+def test_the_interval_is_over_the_seeds_that_judge():
+    """The pairs of one judge with several measured seeds say one thing, and not several."""
+    rng = np.random.default_rng(0)
+    seeds = range(4)
+    trained = {seed: {name: 0.7 + 0.02 * rng.standard_normal() for name in POOL} for seed in seeds}
+    drawn = {seed: {name: np.full(4000, score) for name, score in row.items()} for seed, row in trained.items()}
+    found = regret.verdict({seed: scores() for seed in seeds}, trained, POOL, drawn)
+    gaps = []
+    for judge in seeds:  # all measured seeds have one favourite
+        others = [trained[s] for s in seeds if s != judge]
+        best = max(POOL, key=lambda name: np.mean([row[name] for row in others]))
+        gaps.append(trained[judge][best] - trained[judge]["good-good-good"])
+    exact = np.quantile([np.mean(x) for x in itertools.product(gaps, repeat=4)], (0.025, 0.975))
+    assert found.regret == pytest.approx(np.mean(gaps))
+    assert found.regret_interval == pytest.approx(exact, abs=0.15 * np.std(gaps))

@@ -1,5 +1,6 @@
 """A search: its config, its trials, and the full runs of what it found."""
 
+import functools
 import shutil
 
 import pytest
@@ -64,12 +65,16 @@ def claim():
         ({"space": {"a": {**SPACE["serial"], "method": "full"}}}, "config.space.a: method 'full' is not a module"),
         ({"space": {"a": {**SPACE["serial"], "option": "rank"}}}, "config.space.a: pfeiffer has no option 'rank'"),
         ({"space": {"a": {**SPACE["serial"], "options": {"layers": (1,)}}}}, "drop the option 'layers'"),
+        ({"run.fishpal.plan": "thesis_mrpc"}, "config.run.fishpal.plan is set, but the space says what to choose from"),
+        ({"run.fishpal.learning_rates.lora": 1e-2}, "config.run.fishpal.learning_rates.lora is set, but the space"),
     ],
 )  # fmt: skip
 def test_searches_that_cannot_be(config, changes, says):
     with config.ignore_type(), config.unlocked():
-        for name, value in changes.items():
-            config[name] = ConfigDict(value) if isinstance(value, dict) else value
+        for path, value in changes.items():
+            *sections, name = path.split(".")
+            section = functools.reduce(getattr, sections, config)
+            section[name] = ConfigDict(value) if isinstance(value, dict) else value
     with pytest.raises(UserError, match=says):
         search.check(config)
 

@@ -1,6 +1,5 @@
 """What is in a folder of `adapters`: its files, the fields of its configs, and the name and shape of each tensor."""
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,13 +9,12 @@ from jpeft.core.transform import Leaves
 from jpeft.models.bert import BertConfig
 from jpeft.models.conversion import hf_module
 from jpeft.transforms.parts.linear import LARGEST
-from jpeft.transforms.registry import METHODS
 
 __all__ = [
     "ADAPTER_PLACES", "ATTENTION", "BOTTLENECK", "CLASSES", "CONFIG", "CORE", "FLEXIBLE_CLASS", "FLEXIBLE_LAYERS",
     "HEAD_CONFIG", "HEAD_WEIGHTS", "INSTEAD", "KINDS", "LORA", "LORA_PLACES", "PICKLES", "POOL", "POOLED", "PREFIX",
     "PROMPT", "PROMPTS", "VERSION", "WEIGHTS", "Config", "Part", "Slot", "bottleneck_size", "check_union", "flexible",
-    "head_modules", "head_slots", "kind_of", "lora_places", "method_options", "reduction_factor", "slots_of",
+    "head_modules", "head_slots", "kind_of", "lora_places", "reduction_factor", "slots_of",
 ]  # fmt: skip
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
@@ -90,12 +88,6 @@ class Slot(NamedTuple):
 def kind_of(config: Config) -> str:
     """The kind of a config, a key of `KINDS`; those of bottleneck adapters do not name theirs."""
     return config.get("architecture") or "bottleneck"
-
-
-def method_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of one of our methods: those given, and the defaults of the others."""
-    make: Any = METHODS[method].make
-    return {name: given.get(name, p.default) for name, p in inspect.signature(make).parameters.items()}
 
 
 def slots_of(config: Config, layers: Sequence[int], name: str, model: BertConfig) -> dict[str, Slot]:

@@ -38,11 +38,11 @@ from jpeft.store.adapterhub.format import (
     head_slots,
     kind_of,
     lora_places,
-    method_options,
     slots_of,
 )
 from jpeft.store.huggingface import Modules
 from jpeft.transforms.parts.linear import LARGEST
+from jpeft.transforms.registry import defaults
 
 __all__ = ["read"]
 
@@ -209,7 +209,7 @@ def _read_bottleneck(whole: Config, config: BertConfig) -> Found:
         places = [place for flag, place in ADAPTER_PLACES.items() if whole[flag]]
         if not places:
             raise UserError(f"{CONFIG}: mh_adapter and output_adapter are both off")
-        if (targets := "|".join(places)) != method_options(method, {})["targets"]:
+        if (targets := "|".join(places)) != defaults(method)["targets"]:
             options["targets"] = targets
     activation = whole["non_linearity"]
     if not isinstance(activation, str) or activation.lower() not in ACTIVATIONS:

@@ -44,12 +44,12 @@ from jpeft.store.adapterhub.format import (
     head_modules,
     head_slots,
     kind_of,
-    method_options,
     reduction_factor,
     slots_of,
 )
 from jpeft.store.huggingface import Modules
 from jpeft.transforms.pissa import difference
+from jpeft.transforms.registry import defaults
 
 __all__ = ["write"]
 
@@ -116,18 +116,19 @@ def write(
 def _atoms(spec: Spec) -> Iterator[tuple[str, dict[str, Any]]]:
     """The methods that a spec's entries are made of, in the order of its instances, each with all of its options."""
     for entry in spec:
-        method, options = entry["method"], method_options(entry["method"], entry["options"])
+        method, options = entry["method"], {**defaults(entry["method"]), **entry["options"]}
         if method not in ("mam", "unipelt"):
             yield method, options
             continue
         gate = {"gate": method == "unipelt", "layers": options["layers"]}
-        yield "prefix", method_options("prefix", {k: options[k] for k in ("num_virtual_tokens", "mlp_hidden")} | gate)
+        own = {k: options[k] for k in ("num_virtual_tokens", "mlp_hidden")}
+        yield "prefix", {**defaults("prefix"), **own, **gate}
         if method == "mam":
-            yield "parallel", method_options("parallel", {k: options[k] for k in ("bottleneck", "scale")} | gate)
+            yield "parallel", {**defaults("parallel"), **{k: options[k] for k in ("bottleneck", "scale")}, **gate}
         else:
-            yield "pfeiffer", method_options("pfeiffer", {"reduction_factor": options["reduction_factor"]} | gate)
+            yield "pfeiffer", {**defaults("pfeiffer"), "reduction_factor": options["reduction_factor"], **gate}
             if options["variant"] == "apl":
-                yield "lora", method_options("lora", {"rank": options["rank"]} | gate)
+                yield "lora", {**defaults("lora"), "rank": options["rank"], **gate}
 
 
 def _parts(method: str, options: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> list[Part]:
@@ -187,7 +188,7 @@ def _bottleneck_parts(method: str, options: Mapping[str, Any], leaves: Leaves, c
     kind = options.get("kind", method)  # of a sparse adapter
     leaves = {path: _dense(own) for path, own in leaves.items()}
     places = ("ffn",) if kind == "parallel" else tuple(ADAPTER_PLACES.values())
-    activation = options["activation"] or method_options(kind, {})["activation"]
+    activation = options["activation"] or defaults(kind)["activation"]
     scaling = "learned" if options.get("learned_scale") else float(options.get("scale", 1.0))
     configs: dict[int, Config] = {}
     for layer, own in _by_layer(method, leaves, places).items():

@@ -1,6 +1,5 @@
 """From modules to peft's folders."""
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from jpeft.models.bert import BertConfig
 from jpeft.models.conversion import hf_module
 from jpeft.store.huggingface.format import BODY, CONFIG, CORE, EMBEDDING, VIRTUAL, WEIGHTS, Modules
 from jpeft.transforms.pissa import difference
-from jpeft.transforms.registry import METHODS
+from jpeft.transforms.registry import defaults
 
 __all__ = ["write"]
 
@@ -97,8 +96,7 @@ def _low_rank(entry: Mapping[str, Any], leaves: Leaves, config: BertConfig) -> t
 
 def _alpha(method: str, options: Mapping[str, Any], path: str) -> float:
     """A site's alpha, by the options that made it."""
-    make: Any = METHODS[method].make
-    usual = options.get("alpha", inspect.signature(make).parameters["alpha"].default)
+    usual = options.get("alpha", defaults(method)["alpha"])
     patterns = options.get("alpha_pattern") or {}
     return next((alpha for pattern, alpha in patterns.items() if matches(pattern, path)), usual)
 

@@ -20,6 +20,7 @@ from jpeft.core.site import Sites
 from jpeft.core.transform import FIXED, Leaves, Params, Transform
 from jpeft.core.tree import at, replace
 from jpeft.core.tree import count as num_entries
+from jpeft.transforms.parts.linear import need_params
 from jpeft.transforms.parts.places import find_with_params, own_parameters
 
 __all__ = ["Budget", "Chosen", "budget_of", "candidates_of", "masked", "take"]
@@ -43,8 +44,7 @@ def masked(name: str, budget: Budget, targets: str, draw: Callable[[Array, Any, 
     """The transform that trains the entries selected by `draw(key, candidates, number of entries)`."""
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
-        if params is None:
-            raise UserError(f"{name} starts from the model's parameters: pass `params` to init")
+        params = need_params(params, name)
         candidates = candidates_of(params, sites, targets)
         return take(candidates, draw(key, candidates, budget(params, sites, candidates)))
 

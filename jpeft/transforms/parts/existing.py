@@ -16,6 +16,7 @@ from jpeft.core.leaves import wide
 from jpeft.core.site import Site, Sites
 from jpeft.core.transform import Leaves, Params, Transform
 from jpeft.core.tree import at, replace
+from jpeft.transforms.parts.linear import need_params
 from jpeft.transforms.parts.places import own_parameters
 
 __all__ = ["retrain"]
@@ -26,8 +27,7 @@ def retrain(name: str, where: Callable[[Sites], Sequence[Site]], trains: Callabl
 
     def init(key: Array, sites: Sites, params: Params | None) -> Leaves:
         del key
-        if params is None:
-            raise UserError(f"{name} starts from the model's parameters: pass `params` to init")
+        params = need_params(params, name)
         leaves: Leaves = {}
         for site in where(sites):
             own = [leaf for leaf in own_parameters(site) if trains(leaf)]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.core.errors import UserError
+from jpeft.core.transform import Params
 
 __all__ = [
     "LARGEST",
@@ -14,6 +15,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_leaves",
+    "need_params",
     "positive",
     "rate",
     "sizes",
@@ -98,3 +100,10 @@ def rate(**values: float) -> None:
     for name, value in values.items():
         if isinstance(value, str) or not 0 <= value < 1:
             raise UserError(f"{name} must be at least 0 and below 1, got {value!r}")
+
+
+def need_params(params: Params | None, name: str) -> Params:
+    """The parameters; raises a UserError that names the method if there are none."""
+    if params is None:
+        raise UserError(f"{name} starts from the model's parameters: pass `params` to init")
+    return params

@@ -10,7 +10,7 @@ from jax import Array
 
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.site import Site, Sites, find, matches
-from jpeft.core.transform import Context, Leaves, Params, site_key
+from jpeft.core.transform import Context, Leaves, Params
 from jpeft.transforms.parts.linear import dropout as drop
 from jpeft.transforms.parts.linear import kaiming_uniform, positive, rate, sizes
 
@@ -23,7 +23,6 @@ __all__ = [
     "flat",
     "fresh",
     "low_rank",
-    "need_params",
     "product",
     "rank_at",
     "scale_at",
@@ -105,7 +104,7 @@ def scale_at(spec: LowRank, path: str, leaves: Params) -> float:
 
 def product(spec: LowRank, x: Array, a: Array, b: Array, site: Site, ctx: Context, like: Array) -> Array:
     """(x A) B in the dtype of `like`, with dropout on x in training."""
-    x = drop(x, spec.dropout, None if ctx.key is None else site_key(ctx.key, site.path)).astype(like.dtype)
+    x = drop(x, spec.dropout, ctx.key_at(site.path)).astype(like.dtype)
     return ((flat(x, a.shape[0]) @ a.astype(like.dtype)) @ b.astype(like.dtype)).reshape(like.shape)
 
 
@@ -154,13 +153,6 @@ def flat(x: Array, features: int) -> Array:
 def add_to_kernel(own: Params, update: Array) -> Params:
     """A layer's parameters with [in, out] added to its kernel."""
     return {**own, "kernel": own["kernel"] + update.reshape(own["kernel"].shape)}
-
-
-def need_params(params: Params | None, name: str) -> Params:
-    """The parameters; raises a UserError that names the method if there are none."""
-    if params is None:
-        raise UserError(f"{name} starts from the model's parameters: pass `params` to init")
-    return params
 
 
 def _first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
