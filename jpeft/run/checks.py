@@ -36,74 +36,81 @@ def check(config: Config) -> None:
             plans.make(method, **configs.options(config, method))
         except UserError as error:
             raise UserError(f"config.peft.{method}: {error}") from None
-    for candidate in config.fishpal.candidates:
+    _check_fishpal(config)
+    _check_train(config)
+    _check_seeds(config.seeds)
+    _check_read(config)
+
+
+def _check_fishpal(config: Config) -> None:
+    own = config.fishpal
+    for candidate in own.candidates:
         if candidate not in MODULES:
             raise UserError(f"config.fishpal.candidates: {candidate!r} is unknown: {nearest(candidate, MODULES)}")
         try:
             plans.layered(candidate)
         except UserError as error:
             raise UserError(f"config.fishpal.candidates: {error}") from None
-    if len(set(config.fishpal.candidates)) < len(config.fishpal.candidates) or not config.fishpal.candidates:
+    if len(set(own.candidates)) < len(own.candidates) or not own.candidates:
         raise UserError("config.fishpal.candidates must name at least one method, and none twice")
-    if config.fishpal.plan is not None:
-        plans.read(config.fishpal.plan)
-    if config.fishpal.criterion not in configs.CRITERIA:
-        raise UserError(
-            f"config.fishpal.criterion {config.fishpal.criterion!r} is unknown: "
-            f"{nearest(config.fishpal.criterion, configs.CRITERIA)}"
-        )
-    if len(set(config.fishpal.sizes)) < len(config.fishpal.sizes):
-        raise UserError(f"config.fishpal.sizes must be distinct, got {tuple(config.fishpal.sizes)}")
-    if (rates := config.fishpal.rates) is not None:
-        if not rates or len(set(rates)) < len(rates):
-            raise UserError(f"config.fishpal.rates must be distinct, at least one, got {tuple(rates)}")
-        for rate in rates:
-            _above_zero("fishpal.rates", rate)
-    if not config.fishpal.sizes:
+    if own.plan is not None:
+        plans.read(own.plan)
+    if own.criterion not in configs.CRITERIA:
+        told = nearest(own.criterion, configs.CRITERIA)
+        raise UserError(f"config.fishpal.criterion {own.criterion!r} is unknown: {told}")
+    if len(set(own.sizes)) < len(own.sizes):
+        raise UserError(f"config.fishpal.sizes must be distinct, got {tuple(own.sizes)}")
+    if not own.sizes:
         raise UserError("config.fishpal.sizes must name at least one size, such as (1,)")
-    for size in config.fishpal.sizes:
+    for size in own.sizes:
         _above_zero("fishpal.sizes", size)
     try:
         configs.candidates(config)
     except UserError as error:
         raise UserError(f"config.fishpal.sizes: {error}") from None
-    if config.fishpal.budget is not None:
+    if own.rates is not None:
+        if not own.rates or len(set(own.rates)) < len(own.rates):
+            raise UserError(f"config.fishpal.rates must be distinct, at least one, got {tuple(own.rates)}")
+        for rate in own.rates:
+            _above_zero("fishpal.rates", rate)
+    for name, rate in own.learning_rates.items():
+        if rate is not None:
+            _above_zero(f"fishpal.learning_rates.{name}", rate)
+    for name, factor in own.factors.items():
+        _above_zero(f"fishpal.factors.{name}", factor)
+    _within(1, 10**9, "fishpal.num_examples", own.num_examples)
+    if own.budget_of not in ("trainable", "added"):
+        raise UserError(f"config.fishpal.budget_of must be 'trainable' or 'added', got {own.budget_of!r}")
+    if own.budget is not None:
         configs.budget(config)
-        for name in config.fishpal.candidates if config.fishpal.criterion != "race" else ():
+        for name in own.candidates if own.criterion != "race" else ():
             if configs.options(config, name).get("rank_pattern"):
                 raise UserError(
                     f"config.fishpal.budget takes a candidate to be of one size in all layers, which {name} with a "
                     "rank_pattern is not: drop one of them"
                 )
-    if config.fishpal.budget_of not in ("trainable", "added"):
-        raise UserError(f"config.fishpal.budget_of must be 'trainable' or 'added', got {config.fishpal.budget_of!r}")
-    for name, rate in config.fishpal.learning_rates.items():
-        if rate is not None:
-            _above_zero(f"fishpal.learning_rates.{name}", rate)
-    train = config.train
-    _within(1, 10**9, "fishpal.num_examples", config.fishpal.num_examples)
-    _within(1, 10**5, "train.num_epochs", train.num_epochs)
-    _within(1, 2**14, "train.batch_size", train.batch_size)
-    _within(1, 32, "train.padded_lengths", train.padded_lengths)
-    if train.group_by_length and train.padded_lengths is not None:
+
+
+def _check_train(config: Config) -> None:
+    own = config.train
+    _within(1, 10**5, "train.num_epochs", own.num_epochs)
+    _within(1, 2**14, "train.batch_size", own.batch_size)
+    _within(1, 32, "train.padded_lengths", own.padded_lengths)
+    if own.group_by_length and own.padded_lengths is not None:
         raise UserError("config.train.padded_lengths is of random batches: leave it out with train.group_by_length")
-    _within(1, 10**9, "train.max_train_examples", train.max_train_examples)
-    _within(1, 10**4, "train.together", train.together)
-    _within(8, 2**16, "train.max_length", train.max_length)
-    _within(0, 100, "train.weight_decay", train.weight_decay)
-    for name, factor in config.fishpal.factors.items():
-        _above_zero(f"fishpal.factors.{name}", factor)
+    _within(1, 10**9, "train.max_train_examples", own.max_train_examples)
+    _within(1, 10**4, "train.together", own.together)
+    _within(8, 2**16, "train.max_length", own.max_length)
+    _within(0, 100, "train.weight_decay", own.weight_decay)
     _above_zero("train.learning_rate", configs.learning_rate(config))
-    if not 0 <= train.warmup_ratio < 1:
-        raise UserError(f"config.train.warmup_ratio must be at least 0 and below 1, got {train.warmup_ratio}")
-    if train.export not in ("last", "best"):
-        raise UserError(f"config.train.export must be 'last' or 'best', got {train.export!r}")
-    if train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+    if not 0 <= own.warmup_ratio < 1:
+        raise UserError(f"config.train.warmup_ratio must be at least 0 and below 1, got {own.warmup_ratio}")
+    if own.export not in ("last", "best"):
+        raise UserError(f"config.train.export must be 'last' or 'best', got {own.export!r}")
+    if own.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UserError("config.train.tensorboard needs tensorboardX: pip install tensorboardX")
-    if train.dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"config.train.dtype must be 'float32' or 'bfloat16', got {train.dtype!r}")
-    _check_seeds(config.seeds)
-    _check_read(config)
+    if own.dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"config.train.dtype must be 'float32' or 'bfloat16', got {own.dtype!r}")
 
 
 def _check_fields(config: Config, standard: Config, path: str) -> None:
