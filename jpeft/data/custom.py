@@ -1,7 +1,7 @@
 """Tasks on files of the user's own, of any kind of answer, without any Python."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from jpeft.core.errors import UserError, nearest
 from jpeft.data import classes, metrics
 from jpeft.data.kinds import KINDS
-from jpeft.data.rows import ENDINGS, columns, rows
+from jpeft.data.rows import ENDINGS, columns
 from jpeft.data.task import HIDDEN, Splits, Task
 
 __all__ = ["Files", "custom"]
@@ -45,21 +45,21 @@ class Files(Task):
     def _read(self, file: Path, hidden: bool) -> dict[str, list[Any]]:
         if not self.labels:
             return columns(file, self, hidden, self.label)
-        # Labels are names here, which a file of rows knows nothing of: as ids they are read like any other.
         numbers = {name: i for i, name in enumerate(self.labels)}
-        found = columns(file, dataclasses.replace(self, labels=()), True, _NOWHERE)
-        found["label"] = []
-        for i, row in enumerate(rows(file)):
-            names = classes.of_row(row, self.label, self.kind, file, i + 1, hidden)
+
+        def answer(row: Mapping[str, Any], number: int, text: Any) -> Any:
+            names = classes.of_row(row, self.label, self.kind, file, number, hidden)
             for name in names or ():
                 if name not in numbers:
                     twin = next((x for x in numbers if classes.alike(x, name)), None)
                     told = nearest(name, numbers) if twin is None else f"did you mean {twin!a}?"
                     shown = repr(name) if twin is None else ascii(name)
-                    raise UserError(f"{file}, row {i + 1}: label {shown} is unknown: {told}")
-            if names is not None and self.answers.by_token and len(names) != len(found[self.text[0]][i]):
-                raise UserError(f"{file}, row {i + 1}: {len(names)} tags for {len(found[self.text[0]][i])} words")
-            found["label"].append(HIDDEN if names is None else self._number([numbers[name] for name in names]))
+                    raise UserError(f"{file}, row {number}: label {shown} is unknown: {told}")
+            if names is not None and self.answers.by_token and len(names) != len(text):
+                raise UserError(f"{file}, row {number}: {len(names)} tags for {len(text)} words")
+            return HIDDEN if names is None else self._number([numbers[name] for name in names])
+
+        found = columns(file, self, hidden, self.label, answer)
         if hidden and self.kind == "multilabel" and not any(1 in row for row in found["label"] if row != HIDDEN):
             found["label"] = [HIDDEN] * len(found["label"])  # a column that is empty throughout says nothing
         return found
@@ -77,9 +77,6 @@ class Files(Task):
         order = np.random.default_rng(self.split_seed).permutation(size)
         parts = {"train": np.sort(order[held:]), "validation": np.sort(order[:held])}
         return {name: {c: [column[i] for i in part] for c, column in train.items()} for name, part in parts.items()}
-
-
-_NOWHERE = "\0"  # no file has a column of this name
 
 
 def _empty(split: dict[str, list[Any]], text: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,7 +74,13 @@ def attempts(file: Path, stream: BinaryIO | None = None) -> Iterator[Mapping[str
         yield from _table(file, "," if ending == "csv" else "\t")
 
 
-def columns(file: Path, task: Task, hidden: bool, label: str = "label") -> dict[str, list[Any]]:
+def columns(
+    file: Path,
+    task: Task,
+    hidden: bool,
+    label: str = "label",
+    answer: Callable[[Mapping[str, Any], int, Any], Any] | None = None,
+) -> dict[str, list[Any]]:
     """Reads and checks the texts and labels of a file.
 
     Args:
@@ -82,6 +88,7 @@ def columns(file: Path, task: Task, hidden: bool, label: str = "label") -> dict[
       task: says which columns hold text, and what labels there are: ids, or for regression values.
       hidden: whether labels may be absent, or -1.
       label: the column with the label.
+      answer: (row, its number, its first text) -> its label; None reads the id or value in the column.
 
     Returns:
       {text column: list of str, ..., "label": list of ids or values, "idx": list of int}. A hidden label is -1. Of
@@ -97,10 +104,13 @@ def columns(file: Path, task: Task, hidden: bool, label: str = "label") -> dict[
         where = f"{file}, row {number}"
         for name in task.text:
             found[name].append(read(row, name, where))
+        found["idx"].append(_index(row.get("idx"), number - 1))
+        if answer is not None:
+            found["label"].append(answer(row, number, found[task.text[0]][-1]))
+            continue
         if label not in row and not hidden:
             raise UserError(f"{where}: no column {label!r}; {nearest(label, row)}")
         found["label"].append(_label(task, row.get(label, -1), hidden, where))
-        found["idx"].append(_index(row.get("idx"), number - 1))
         without += label not in row
     if not found["label"]:
         raise UserError(f"{file} has no rows")
