@@ -182,6 +182,10 @@ def write_leaves(path: str | Path, leaves: Mapping[str, Any], about: Mapping[str
     flat, empty = flatten(leaves), empty_paths(leaves)
     _check_names([*flat, *empty])
     tensors = {":".join(keys): _plain(x) for keys, x in flat.items()}
+    for keys, x in flat.items():
+        if isinstance(x, list | tuple):
+            name = ":".join(keys)
+            raise UserError(f"{name} is a {type(x).__name__}, which would be read back as one array: use a dict")
     for name, x in tensors.items():
         if x.dtype.kind not in "biufV":
             raise UserError(f"{name} is not an array of numbers: {x!r:.60}")

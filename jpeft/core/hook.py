@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core.scope import subtract_filters
 from jax import Array
 
 from jpeft.core.errors import UserError, nearest
@@ -174,11 +175,26 @@ def _dequantised(module: nn.Module, call: Call) -> Call:
         return call
     bare = module.clone(parent=None)  # whose parameters can be given; the hook leaves it alone
     rest = {**module.variables, "params": {name: x for name, x in params.items() if name not in own}}
+    keys, changes = {}, False
+    if not type(module).__module__.startswith("flax.linen"):  # whose layers with kernels draw and keep nothing
+        assert module.scope is not None
+        keys = {name: module.make_rng(name) for name in module.scope.rngs}
+        changes = subtract_filters(module.scope.mutable, "params") or False
 
-    def run(own: Params, rest: Any, args: tuple, kwargs: dict) -> Any:
-        return bare.apply({**rest, "params": {**rest["params"], **dense(own)}}, *args, **kwargs)
+    def run(own: Params, rest: Any, keys: Any, args: tuple, kwargs: dict) -> Any:
+        given = {**rest, "params": {**rest["params"], **dense(own)}}
+        out = bare.apply(given, *args, rngs=keys, mutable=changes, **kwargs)
+        if changes is False:
+            return out
+        out, kept = out
+        if jax.tree.leaves(kept):
+            raise UserError(
+                f"{'/'.join(module.path)} keeps {', '.join(sorted(kept))}, which a quantised layer cannot hand on: "
+                "leave it out of what is quantised, or of `mutable`"
+            )
+        return out
 
-    return lambda *args, **kwargs: remade(run, own, rest, args, kwargs)
+    return lambda *args, **kwargs: remade(run, own, rest, keys, args, kwargs)
 
 
 def _held(path: str, at_site: Mapping[str, Any], named: Mapping[str, Transform], key: Any, mask: Any) -> _Held:

@@ -137,6 +137,8 @@ def map_leaves(fn: Callable[[tuple[str, ...], Any], Any], arrays: Any) -> Any:
     """A tree like `arrays` with fn(path, leaf) at every leaf."""
 
     def at_leaf(keys: Any, x: Any) -> Any:
+        if any(not hasattr(key, "key") for key in keys):
+            raise UserError(f"expected nested dicts of arrays, got a list or tuple at {jax.tree_util.keystr(keys)}")
         return fn(tuple(key.key for key in keys), x)
 
     return jax.tree_util.tree_map_with_path(at_leaf, arrays)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jpeft.core import tree
 from jpeft.core.errors import UserError, nearest
 
 __all__ = [
@@ -105,13 +106,19 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
         leaves = iter(arrays)
         filled = [next(leaves) if _is_array(x) else x for x in flat]
         a, k = jax.tree.unflatten(treedef, filled)
-        # Without jit, because `nn.jit` would trace only the first of several equal modules.
-        with nn.intercept_methods(spy), jax.disable_jit():
+        with nn.intercept_methods(spy):
             return model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, *a, **k)
 
     flat, treedef = jax.tree.flatten((args, kwargs))
-    variables = nn.unbox(jax.eval_shape(trace, *(x for x in flat if _is_array(x))))
-    params = variables.get("params", {})
+    arrays = [x for x in flat if _is_array(x)]
+    params = nn.unbox(jax.eval_shape(trace, *arrays)).get("params", {})
+    # `nn.jit` traces only the first of several equal modules. Without jit each is, and so is each step of a loop, which
+    # takes long.
+    if any(not _visited(path, found) for path in tree.flatten(params)):
+        found.clear()
+        seen.clear()
+        with jax.disable_jit():
+            jax.eval_shape(trace, *arrays)
     return {
         path: site._replace(
             params=seen[path] or _subtree(params, path),
@@ -120,6 +127,11 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
         )
         for path, site in found.items()
     }
+
+
+def _visited(path: tuple[str, ...], found: Mapping[str, Site]) -> bool:
+    """Whether a parameter is the model's own, or the module that has it was called."""
+    return len(path) == 1 or any("/".join(path[:n]) in found for n in range(1, len(path)))
 
 
 def check_linen(model: Any) -> None:

@@ -184,19 +184,24 @@ def _check_density(density: float) -> None:
 
 
 def _vector(start: Any, model: Any, name: str) -> Any:
-    """Model less start in float32; zeros for leaves that are not floats."""
+    """Model less start, at least in float32; zeros for leaves that are not floats."""
     check_alike(start, model, name)
 
     def less(path: tuple[Any, ...], a: Any, b: Any) -> np.ndarray:
         if not _is_float(a):
             return np.zeros(np.shape(a), np.float32)
         with np.errstate(over="ignore"):
-            added = np.asarray(b, np.float32) - np.asarray(a, np.float32)
+            added = np.asarray(b, _wide(a)) - np.asarray(a, _wide(a))
         if not np.isfinite(added).all():
             raise UserError(f"{name}, {_at(path)} is so far from the start that float32 cannot hold the difference")
         return added
 
     return jax.tree_util.tree_map_with_path(less, start, model)
+
+
+def _wide(x: Any) -> np.dtype:
+    """What sums of a leaf are computed in: float32, or float64 where it is that."""
+    return jnp.promote_types(jnp.result_type(x), jnp.float32)
 
 
 def _trimmed(vector: Any, moved: Any, density: float) -> Any:
@@ -220,7 +225,7 @@ def _moved(start: Any, by: Callable[..., Any], told: str, *vectors: Any) -> Any:
         if not _is_float(a):
             return a
         with np.errstate(over="ignore", invalid="ignore"):
-            moved = np.asarray(a, np.float32) + by(*parts)
+            moved = np.asarray(a, _wide(a)) + by(*parts)
         return in_range(path, moved, jnp.result_type(a), told)
 
     return jax.tree_util.tree_map_with_path(move, start, *vectors)

@@ -204,7 +204,7 @@ def no_better(report: Mapping[str, Any]) -> str:
     """A sentence if the run does no better than an answer that reads no text; "" otherwise."""
     name = report["primary_metric"]
     mean, baseline = report["metrics"]["mean"][name], report["baseline"]["metrics"][name]
-    if mean > baseline:
+    if mean > baseline + 1e-9:  # a mean of equal scores may be larger by rounding
         return ""
     answer = report["baseline"]["answer"]
     return f"No better than always answering the {answer}: {name} {percent(mean)} against {percent(baseline)}."

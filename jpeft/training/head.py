@@ -69,11 +69,15 @@ def fit_head(params: Params, site: Site, read: np.ndarray, labels: np.ndarray) -
       labels: [n] class ids, or values; [n, C] of 0 and 1 for any number of classes.
 
     Raises:
-      UserError: if there are fewer than three examples of a class.
+      UserError: if there are fewer than three examples of a class, or the head has no bias.
     """
     from sklearn.linear_model import RidgeCV
 
     own = tree.at(params, site.path)
+    if "bias" not in own:
+        raise UserError(
+            f"the head {site.path!r} has no bias, and cannot be fitted without: set config.fishpal.criterion=race"
+        )
     kernel, bias = (np.zeros(own[name].shape, np.float64) for name in ("kernel", "bias"))
     if np.issubdtype(labels.dtype, np.integer):
         classes, counts = np.unique(labels, return_counts=True)

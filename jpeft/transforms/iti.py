@@ -181,6 +181,8 @@ def iti(probes: Probes, num_heads: int = 48, strength: float = 15.0, targets: st
 
     def merge(leaves: Leaves, params: Params) -> Params:
         for path, own in leaves.items():
+            if "bias" not in at(params, path):
+                raise UserError(f"iti merges into a bias, which {path!r} does not have: apply it with jpeft.apply")
             params = replace(
                 params, path, lambda p, own=own: {**p, "bias": p["bias"] + own[FIXED]["shift"] @ p["kernel"]}
             )

@@ -205,3 +205,9 @@ def test_a_record_that_lacks_what_its_kind_has_to_hold(tmp_path):
         with pytest.raises(UserError, match=rf"x\.json is not a thing of this version of jpeft: {says}"):
             files.read_record(path, kind)
         assert files.read_record(path, "thing") == fields
+
+
+def test_a_list_is_no_dict(tmp_path):
+    """It would come back as one array."""
+    with pytest.raises(UserError, match="a:b is a list, which would be read back as one array: use a dict"):
+        files.write_leaves(tmp_path / "x", {"a": {"b": [np.ones(3), np.zeros(3)]}})

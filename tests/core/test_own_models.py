@@ -210,3 +210,34 @@ KEY, SITES = jax.random.key(0), jpeft.sites(Named(), X)
 def test_slips_are_told_in_one_line(call, said):
     with pytest.raises(UserError, match=said):
         call()
+
+
+@pytest.mark.parametrize("order", ["io", "oi"])
+def test_an_einsum_is_no_dense_layer(order):
+    """Its kernel may be turned, and a square one does not show it."""
+    model = nn.Sequential([nn.Dense(8), nn.Einsum((8, 8), f"...i,{order}->...o")])
+    sites = jpeft.sites(model, jnp.ones((2, 8)))
+    with pytest.raises(UserError, match="layers_1"):
+        jpeft.init(jpeft.lora(targets="layers_1"), jax.random.key(0), sites)
+    assert set(jpeft.init(jpeft.lora(targets=".*"), jax.random.key(0), sites)["lora_0"]) == {"layers_0"}
+
+
+def test_steps_of_a_loop_are_traced_once():
+    steps = []
+
+    class Cell(nn.RNNCellBase):
+        @nn.compact
+        def __call__(self, carry, x):
+            steps.append(x)
+            return (carry := nn.Dense(4, name="step")(carry) + x), carry
+
+        def initialize_carry(self, rng, input_shape):
+            return jnp.zeros((input_shape[0], 4))
+
+        @property
+        def num_feature_axes(self):
+            return 1
+
+    sites = jpeft.sites(nn.RNN(Cell()), jnp.ones((2, 50, 4)))
+    assert [path for path in sites if path.endswith("step")]
+    assert len(steps) < 10

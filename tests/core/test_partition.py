@@ -108,3 +108,8 @@ def test_the_axis_that_a_scan_adds_does_not_count():
     leaves = jpeft.init(method, jax.random.key(1), jpeft.sites(Deep(), x), params)
     found = tree.flatten(jpeft.partition(method, params, leaves).decays["peft"])
     assert {path[-1]: decays for path, decays in found.items()} == {"a": True, "b": True, "scale": False}
+
+
+def test_lists_of_parameters_are_refused():
+    with pytest.raises(UserError, match=r"expected nested dicts of arrays, got a list or tuple at .*\[0\]"):
+        jpeft.partition(jpeft.chain(), {"body": [jnp.ones(2), jnp.ones(3)]}, {}, trains="body")

@@ -287,3 +287,27 @@ def test_int8_has_a_scale_for_each_output_of_a_dense_general():
     assert coded.scales[0].shape == (32,)
     errors = np.abs(dense(coded) - kernel).max((0, 2)) / np.abs(kernel).max((0, 2))
     assert errors.max() < 0.005
+
+
+class Noisy(nn.Module):
+    """Keeps the mean of its squares, and drops what it gives."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = x @ self.param("kernel", nn.initializers.lecun_normal(), (64, 64))
+        self.sow("losses", "squares", jnp.square(y).mean())
+        return y * jax.random.bernoulli(self.make_rng("dropout"), 0.5, y.shape) if self.has_rng("dropout") else y
+
+
+def test_layers_of_ones_own_draw_and_keep_nothing_silently():
+    model, x = nn.Sequential([Noisy()]), jnp.ones((4, 64))
+    params = model.init(jax.random.key(0), x)["params"]
+    coded = jpeft.quantise(params, jpeft.sites(model, x), "nf4", targets="layers_0")
+    variables = {"params": coded, "peft": {}}
+    assert (
+        0.3 < (jpeft.apply(model, jpeft.chain(), variables, x, rngs={"dropout": jax.random.key(1)}) == 0).mean() < 0.7
+    )
+    with pytest.raises(UserError, match="layers_0 keeps losses, which a quantised layer cannot hand on"):
+        jpeft.apply(model, jpeft.chain(), variables, x, mutable=["losses"])
+    _, kept = jpeft.apply(model, jpeft.chain(), {"params": params, "peft": {}}, x, mutable=["losses"])
+    assert jax.tree.leaves(kept)

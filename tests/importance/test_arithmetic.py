@@ -145,3 +145,15 @@ def full(value, dtype="float32"):
 def test_no_infinity_comes_out_of_finite_models(call, says):
     with pytest.raises(UserError, match=says):
         call()
+
+
+def test_double_precision_stays():
+    with jax.enable_x64(True):
+        start = {"w": jnp.asarray(RNG.normal(size=7))}
+        model = {"w": start["w"] + jnp.asarray(RNG.normal(size=7))}
+        assert start["w"].dtype == jnp.float64
+        for moved in (
+            jpeft.task_arithmetic(start, [model]), jpeft.ties(start, [model], density=1.0),
+            jpeft.dare(jax.random.key(0), start, model, density=1.0),
+        ):  # fmt: skip
+            np.testing.assert_allclose(moved["w"], model["w"], rtol=1e-14)

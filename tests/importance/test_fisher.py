@@ -370,3 +370,15 @@ def test_products_are_in_full_precision_unless_the_user_chose(chosen):
     with jax.default_matmul_precision(chosen):
         fisher(loss, jnp.ones((3, 2)), jnp.ones((4, 5, 3)))
     assert seen == {chosen or "highest"}
+
+
+@pytest.mark.parametrize("mode", ["clip", "fill", "wrap"])
+def test_rows_of_a_table_that_does_not_have_them(mode):
+    """Two rows beyond its end are one row where the look-up clips."""
+    table = jax.random.normal(jax.random.key(0), (6, 3))
+    ids = jnp.array([[7, 9, 1], [0, 6, 5], [2, 2, 3], [-8, -9, 0]])
+
+    def loss(table, ids):
+        return jnp.square(jnp.nan_to_num(jnp.take(table, ids, axis=0, mode=mode)).sum(0)).sum()
+
+    close_by_leaf(fisher(loss, table, ids), loop(loss, table, ids, len(ids)))

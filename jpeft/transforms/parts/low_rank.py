@@ -131,6 +131,8 @@ def _features(site: Site) -> tuple[int, int] | None:
     kernel, x, out = site.params.get("kernel"), site.args[0] if site.args else None, site.out
     if not all(isinstance(array, jax.ShapeDtypeStruct) for array in (kernel, x, out)) or " over axes" in site.kind:
         return None
+    if site.kind == "Einsum":  # whose kernel may be turned, which shapes do not tell
+        return None
     assert kernel is not None  # for the type checker
     assert x is not None
     # The kernel contracts the last n axes of x; the output has the kernel's other axes in their place.
