@@ -66,6 +66,8 @@ OVERRIDES = {
     "--config.train.warmup_ratio=1": ["config.train.warmup_ratio", "below 1"],
     "--config.train.max_length=33": ["config.train.max_length 33", "at most 32"],
     "--config.model=./nowhere": ["'./nowhere' does not exist"],
+    "--config.train.num_epochs=1.5": ["config.train.num_epochs must be a whole number, got '1.5'"],
+    "--config.train.learning_rate=high": ["config.train.learning_rate must be a number, got 'high'"],
     "--config.data.path=./nowhere": ["no folder nowhere"],
     "--config.task=rte": ["rte", "no folder"],
     "--config.task=ax": ["config.task 'ax' is a test set"],
@@ -163,6 +165,7 @@ def test_the_config_is_missing(failing):
 def test_a_config_file_that_does_not_exist(failing, config):
     assert "does not exist: did you mean" in failing(f"--config={config.parent / 'tinny.py'}")
     assert "'/nowhere/x.py' does not exist" in failing("--config=/nowhere/x.py")
+    assert "--config lora is neither a file nor METHOD,TASK: for example lora,mrpc" in failing("--config=lora")
 
 
 def test_an_unknown_variant(failing, config):

@@ -258,6 +258,9 @@ def _table(file: Path, separator: str) -> Iterator[Mapping[str, str] | UserError
         for number, row in enumerate(fields):
             if header is None:
                 header = _distinct(file, _must(row))
+                if other := re.search(r"[;,\t]", header[0]) if len(header) == 1 else None:
+                    told = f"the header is one column with {other[0]!r} in it: columns are separated by {separator!r}"
+                    raise UserError(f"{file}: {told}")
             elif isinstance(row, UserError):
                 yield row
             elif len(row) != len(header):
@@ -296,7 +299,7 @@ def _lines(file: Path, given: BinaryIO | None = None) -> Iterator[str | UserErro
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
-                    text = UserError(f"{file}, line {number}: not UTF-8")
+                    text = UserError(f"{file}, line {number}: not UTF-8; save it as such, in Excel 'CSV UTF-8'")
                 else:
                     if not text.strip(" \r\n"):  # at the end of a file such lines mean nothing
                         blank.append(text)

@@ -308,8 +308,8 @@ def _add_rows(
     (b, m), d = weights.shape, total.shape[-1]
     ids = jnp.broadcast_to(_spread(env, indices, varies), (b, m, *indices.aval.shape)).reshape(b * m, -1)
     rows = jnp.broadcast_to(_spread(env, updates, varies), (b, m, *updates.aval.shape)).reshape(b * m, -1, d)
-    mode: Any = scatter.params["mode"]
-    if mode == jax.lax.GatherScatterMode.CLIP:  # two rows beyond the table are one
+    mode = scatter.params["mode"]
+    if scatter.params["mode"] == jax.lax.GatherScatterMode.CLIP:  # two rows beyond the table are one
         ids = jnp.clip(ids, 0, total.shape[-2] - 1)
     same = ids[:, :, None] == ids[:, None, :]
     first = jnp.argmax(same, axis=2) == jnp.arange(ids.shape[1])[None]

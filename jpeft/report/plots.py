@@ -95,6 +95,8 @@ def race(path: Path, by_seed: Mapping[int, Mapping[str, Any]], title: str) -> No
             steps = [found["steps"] * (i + 1) for i in range(len(losses))]
             chosen = name == winner
             label = f"{name} (chosen)" if chosen else name
+            if len(found["held_out_losses"][0]) == 1 and "rate" in found:
+                label = f"{name}, its own rate" + (" (taken)" if found["rate"] == 1 else "")
             panel.plot(steps, losses, "o-", linewidth=3 if chosen else 1, label=label, zorder=3 if chosen else 2)
         end = found["steps"] * len(found["held_out_losses"])
         for rate, loss in list(found.get("rate_losses", {}).items())[1:]:  # the first one's is on the line

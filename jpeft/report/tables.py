@@ -127,6 +127,8 @@ def markdown(
         if "choice" in report:
             cost = report["choice"]
             lines += ["", f"Chosen by `{cost['criterion']}`, at {100 * cost['share']:.1f} % of the training's passes."]
+            if len(cost.get("raced", ())) == 1:
+                lines[-1] += f" It was too short to tell kinds of modules apart: {cost['raced'][0]} is named first."
             if "rates" in cost:
                 told = ", ".join(f"{rate:g} times (seed {seed})" for seed, rate in cost["rates"].items())
                 lines[-1] += f" The race also chose a multiple of the learning rate below: {told}."

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from jpeft.core.errors import UserError, nearest
 from jpeft.core.quantised import KINDS
 from jpeft.core.tree import flatten
+from jpeft.data.kinds import KINDS as ANSWERS
 from jpeft.data.tasks import TASKS
 from jpeft.plans import plan as plans
 from jpeft.run import config as configs
@@ -181,6 +182,8 @@ def _check_data(config: Config) -> None:
         for name in ("validation_fraction", "split_seed"):
             if name in given:
                 raise UserError(f"config.data.{name} is set, and so is config.data.validation: drop one")
+    if config.data.kind not in ANSWERS:
+        raise UserError(f"config.data.kind {config.data.kind!r} is unknown: {nearest(config.data.kind, ANSWERS)}")
     if config.data.kind == "regression" and config.data.labels is not None:
         raise UserError("config.data.labels is set, but a regression has no classes: drop one")
     if config.task == configs.CUSTOM:

@@ -90,12 +90,14 @@ def parse(
     if not given or not given[0]:
         raise UserError(f"--config is {'empty' if given else 'missing'}: for example --config {example}")
     path = Path(given[0].split(":")[0])
+    if names and not path.is_file() and re.fullmatch(r"[\w+]+", given[0]):
+        raise UserError(f"--config {given[0]} is neither a file nor METHOD,TASK: for example lora,mrpc")
     if not path.is_file():
         have = [str(other) for other in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
         raise UserError(f"config file {str(path)!r} does not exist" + (f": {nearest(str(path), have)}" if have else ""))
     made = _made(given[0], defaults())
     argv, patterns = _patterns(argv, made)
-    _check_overrides(argv, [".".join(("config", *names)) for names in tree.flatten(made.to_dict())])
+    _check_overrides(argv, [".".join(("config", *names)) for names in tree.flatten(made.to_dict())], made)
     # Not absl's global flags: a program can be called more than once, and overrides come from its `argv`.
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", help_string=text, flag_values=values, sys_argv=argv)
@@ -248,7 +250,7 @@ def _type(config: Any, names: list[str]) -> Any:
     return config.get_type(names[-1]) if isinstance(config, ConfigDict) and names[-1] in config else None
 
 
-def _check_overrides(argv: list[str], fields: list[str]) -> None:
+def _check_overrides(argv: list[str], fields: list[str], config: Any) -> None:
     seen = set()
     for arg in argv[1:]:
         if not arg.startswith("-"):
@@ -260,7 +262,21 @@ def _check_overrides(argv: list[str], fields: list[str]) -> None:
             raise UserError(f"--{name} is given twice")
         if re.fullmatch(r"\s*{[^:]+}\s*", arg.partition("=")[2]):  # a set of Python's, which would be taken for a tuple
             raise UserError(f"--{name} must be a tuple, such as (1, 2), got {arg.partition('=')[2]!r}")
+        kind, text = _type(config, name.split(".")[1:]) if "." in name else None, arg.partition("=")[2]
+        if kind in NUMBERS and "=" in arg and not _reads(kind, text):
+            raise UserError(f"--{name} must be {NUMBERS[kind]}, got {text!r}")
         seen.add(name)
+
+
+NUMBERS = {int: "a whole number", float: "a number"}
+
+
+def _reads(kind: Any, text: str) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _quoted(text: str) -> str:

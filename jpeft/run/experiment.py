@@ -73,6 +73,8 @@ def _run(config: Config, workdir: Path, console: Console, command: str | None) -
     mesh = placement.all_devices()
     use_compilation_cache()
     console.title(f"{config.method} on {config.task} with {config.model}, in {workdir}")
+    if len(config.seeds) > 1:
+        console.say(f"  {len(config.seeds)} seeds: {', '.join(map(str, config.seeds))}")
     if mesh is not None:
         base = "the base model in parts on them" if config.train.shard_base else "the base model on each of them"
         console.say(f"  {mesh.size} devices: rows divided among them, {base}")

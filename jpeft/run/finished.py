@@ -197,15 +197,23 @@ def _choice(config: Config, choices: Mapping[int, dict[str, Any]]) -> dict[str, 
     """What the choices of all seeds took, and the multiples of the learning rate that they found."""
     costs = {name: statistics.fmean(found[name] for found in choices.values()) for name in ("passes", "share")}
     found = {"criterion": config.fishpal.criterion, **costs, "seconds": sum(c["seconds"] for c in choices.values())}
+    if config.fishpal.criterion == "race":
+        found["raced"] = _raced(choices)
     if any("rate" in each for each in choices.values()):
         found["rates"] = {str(seed): each.get("rate", 1) for seed, each in choices.items()}
     return found
 
 
+def _raced(choices: Mapping[int, dict[str, Any]]) -> list[str]:
+    """The candidates that a race trained: in a short run one alone, at several rates."""
+    return list(dict.fromkeys(n for each in choices.values() for row in each["held_out_losses"] for n in row))
+
+
 def _draw_choice(path: Path, config: Config, choices: Mapping[int, dict[str, Any]], chosen: Mapping[int, Plan]) -> None:
     criterion, of = config.fishpal.criterion, f"{config.task}, {config.model}"
     if criterion == "race":  # its scores are alike in all layers
-        plots.race(path, choices, f"Race of the candidates\n{of}")
+        what = "the candidates" if len(_raced(choices)) > 1 else "learning rates"
+        plots.race(path, choices, f"Race of {what}\n{of}")
         return
     title = f"Scores by {criterion!r}, and the module that each layer got\n{of}"
     kept = {seed: _kept(config, chosen[seed]) for seed in choices}

@@ -1,5 +1,7 @@
 """The base model and the data of a run: loaded, tokenised, looked over, and padded to few lengths."""
 
+import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ MOST_UNKNOWN = 0.5  # share of the words
 MOST_CUT = 0.05  # share of the rows
 MOST_SHARED = 0.05
 SHOWN = 20  # names of classes
+RARE = 20  # times as rare as a class of nearly the same name
 COMPILE_TOKENS = 8000  # of MiniLM, 384 wide, that two cores train on in the time of one compilation
 
 
@@ -48,8 +51,11 @@ def load(config: Config, console: Console) -> tuple[Data, Pretrained, Inputs]:
         + "".join(f", {examples.size:,} of {name} at the end" for name, examples in data.others.items())
     )
     if config.task == configs.CUSTOM and task.labels:
-        names = ", ".join(task.labels[:SHOWN]) + (", ..." if len(task.labels) > SHOWN else "")
-        console.say(f"  {len(task.labels)} classes: {names}")
+        counts = task.answers.counts(data.train.labels, len(task.labels))
+        shown = [f"{name!r} {n:,}" for name, n in zip(task.labels, counts, strict=True)][:SHOWN]
+        more = ", ..." if len(task.labels) > SHOWN else ""
+        console.say(f"  {len(task.labels)} classes, with so many training rows: {', '.join(shown)}{more}")
+        _check_names(task.labels, counts, console)
     if "classifier" not in base.fresh:
         _check_head(base, task.labels, console)
     if base.fresh:
@@ -108,6 +114,16 @@ def _check_head(base: Pretrained, labels: Sequence[str], console: Console) -> No
             "expected the same order, or a checkpoint without a head"
         )
     console.say(f"  the head is the checkpoint's own, of {', '.join(map(str, theirs[:SHOWN])) or 'a value'}")
+
+
+def _check_names(names: Sequence[str], counts: np.ndarray, console: Console) -> None:
+    """Warns of classes that are rare, and called nearly as a frequent one is."""
+    for name, n in zip(names, counts, strict=True):
+        often = [x for x, m in zip(names, counts, strict=True) if m > RARE * n]
+        near = difflib.get_close_matches(name, often, 1, 0.9) if n else []
+        # Numbered names are alike, and mean it.
+        if near and re.sub(r"\d", "", name) != re.sub(r"\d", "", near[0]):
+            console.warn(f"the label {name!r} has {n:,} rows, and {near[0]!r} many more: is it the same, misspelt?")
 
 
 def _check_words(tags: Sequence[Sequence[int]], examples: Examples, split: str, console: Console) -> None:

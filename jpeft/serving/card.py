@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jpeft.report import tables
 from jpeft.serving.drift import Drift
 from jpeft.store import bases, model_folder
 from jpeft.store.modules import Saved
+from jpeft.transforms.registry import defaults
 
 __all__ = ["PADDING", "gated", "on_the_hub", "write"]
 
@@ -95,6 +97,24 @@ def on_the_hub(base: str) -> str:
     return {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}.get(base, base)
 
 
+def _method(entry: Mapping[str, Any]) -> str:
+    """A method with all of its options that are set: "lora, rank 8, alpha 8, targets query|value"."""
+    options = {**defaults(entry["method"]), **entry["options"]}
+    given = {name: x for name, x in options.items() if x is not None}
+    told = [f"{name} {x if isinstance(x, str | int | float) else json.dumps(x)}" for name, x in given.items()]
+    return ", ".join([entry["method"], *told])
+
+
+def _without_places(command: str) -> str:
+    """A command line without the folders of the machine that it ran on, which are nobody else's business."""
+    words = []
+    for word in shlex.split(command):
+        name, equals, value = word.partition("=")
+        place = value if equals else name
+        words.append(name * bool(equals) + equals + (Path(place).name if place.startswith("/") else place))
+    return shlex.join(words)
+
+
 def write(
     folder: Path, form: str, description: Mapping[str, Any], saved: Saved, drift: Sequence[Drift], license: str
 ) -> str:
@@ -109,7 +129,7 @@ def write(
       license: of the model.
     """
     base, labels = on_the_hub(description["base"]["name"]), saved.labels
-    methods = ", ".join(f"{entry['method']} {json.dumps(entry['options'])}" for entry in description["modules"])
+    methods = "; ".join(map(_method, description["modules"]))
     tagging = saved.kind == "tagging"
     inputs = "words" if tagging else "pairs of sentences" if saved.num_texts == 2 else "sentences"
     lines = [
@@ -134,7 +154,7 @@ def write(
         told = ", by which the best epoch was chosen" if read["recipe"].get("export") == "best" else ""
         lines += ["", f"On {read['examples']['evaluation']:,} rows of {read['split']}{told}.", ""]
         if read["command"]:
-            lines += ["Made by", "", f"    {read['command']}", ""]
+            lines += ["Made by", "", f"    {_without_places(read['command'])}", ""]
     if drift:
         lines += ["What the export changed, on the same rows, against the run's own logits in float32:", ""]
         lines += ["| computed in | largest difference of a logit | other answers |", "| --- | ---: | ---: |"]

@@ -389,3 +389,11 @@ def test_a_header_that_is_there_again(tmp_path):
     file.write_text("text,label\na,x\nb,y\ntext,label\nc,x\n")
     with pytest.raises(UserError, match=r"a\.csv, row 3: the header again"):
         custom(str(file), ("text",))
+
+
+@pytest.mark.parametrize(("ending", "other"), [("csv", ";"), ("csv", "\t"), ("tsv", ",")])
+def test_columns_between_other_signs(tmp_path, ending, other):
+    file = tmp_path / f"a.{ending}"
+    file.write_text(f"text{other}label\na{other}x\nb{other}y\n")
+    with pytest.raises(UserError, match=r"the header is one column with .* in it: columns are separated by"):
+        custom(str(file), ("text",))

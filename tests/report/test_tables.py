@@ -110,6 +110,7 @@ def test_a_run_that_does_no_better_than_the_majority_class_says_so():
     assert tables.no_better(one).startswith("No better than always answering the majority class: accuracy 55.00")
     assert f"**{tables.no_better(one)}**" in tables.markdown(one, {}, SUMMARY, None)
     assert tables.no_better(report(scores=[(0.56, 0.0)])) == ""
+    assert tables.no_better(report(scores=[(0.55 + 1e-16, 0.0)] * 3))
 
 
 def test_markdown_tables_have_rows_of_one_width():

@@ -415,3 +415,15 @@ def test_a_task_that_encodes_by_itself_is_known_as_such(tiny_config, tiny_glue, 
         workdir = tmp_path / f"work_{own}"
         run(config, workdir)
         assert jpeft.load(workdir / "seed_11" / "model").own_encode == own
+
+
+@pytest.mark.parametrize(("names", "warned"), [(("positive", "postive"), True), (("class_1", "class_2"), False)])
+def test_a_label_that_may_be_misspelt_is_warned_of(tiny_config, tmp_path, untrained, names, warned):
+    path, (often, once) = tmp_path / "train.csv", names
+    rows = "".join(f"the dog,{once if i == 7 else ('negative', often)[i % 2]}\n" for i in range(60))
+    path.write_text("text,label\n" + rows)
+    config = tiny_config("head", task="custom", num_epochs=1, max_length=8)
+    config.data.update(path=None, train=str(path), validation=str(path), text=("text",))
+    _, console = again(config, tmp_path / "work")
+    assert any("is it the same, misspelt?" in line for line in console.warnings) == warned
+    assert any(f"'{once}' 1" in line for line in console.lines)

@@ -1,6 +1,7 @@
 """Exports of finished runs: what is written, what it says of itself, and what cannot be written."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -78,6 +79,7 @@ def test_the_exported_model_has_the_logits_of_the_run(trained, tmp_path, form, c
     assert card.startswith('---\nlicense: "mit"\nbase_model: ')
     assert f"| {best}, this model | " in card
     assert "| bfloat16 | " in card
+    assert re.search(r"Modules: lora, rank 2, alpha \d+\.0, targets [^ ]+, ", card)  # defaults among them
     if form == "hf":
         loaded = pretrained.load(output, num_labels=2, key=jax.random.key(0))
         assert loaded.fresh == ()
@@ -286,3 +288,10 @@ def test_answers_that_an_export_changes_are_counted(trained, tmp_path):
         changed.append(drift.measure(folder, "hf", tmp_path / "out", saved, QUIET)[0].changed)
     said = files.read_leaves(folder.parent / "predictions.safetensors")["logits"].argmax(1)
     assert changed == [int((said == 1).sum()), int((said == 0).sum())]
+
+
+def test_a_card_does_not_say_where_things_lie():
+    line = "jpeft --config lora,mrpc --workdir /home/me/runs/a '--config.data.train=/data/x y/a b.csv' --config.x=a/b"
+    assert card._without_places(line) == (
+        "jpeft --config lora,mrpc --workdir a '--config.data.train=a b.csv' --config.x=a/b"
+    )
