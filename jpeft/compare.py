@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jpeft.run import command
 
-WHERE = "jpeft/workbench/compare.py, those of `run` jpeft/run/config.py"
+EXPLAINED = "jpeft.workbench.compare:default", command.RUN
 
 
 def run(argv: list[str]) -> None:
@@ -32,7 +32,7 @@ def run(argv: list[str]) -> None:
         "workdir": "Where runs and the report go; runs/<name of the config> by default.",
         "cells": "Folder of the files of finished cells; <workdir>/cells by default.",
     }
-    given = command.parse(argv, __doc__ or "", own, "configs/compare_methods.py", defaults, where=WHERE)
+    given = command.parse(argv, __doc__ or "", own, "configs/compare_methods.py", defaults, explained=EXPLAINED)
     from jpeft.run.console import Console
     from jpeft.workbench import compare, findings
 

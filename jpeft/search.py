@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jpeft.run import command
 
-WHERE = "jpeft/workbench/search.py, those of `run` jpeft/run/config.py"
+EXPLAINED = "jpeft.workbench.search:default", command.RUN
 
 
 def run(argv: list[str]) -> None:
@@ -31,7 +31,7 @@ def run(argv: list[str]) -> None:
         return search.default("mrpc")
 
     own = {"workdir": "Where trials, runs and the report go; runs/<name of the config> by default."}
-    given = command.parse(argv, __doc__ or "", own, "configs/search_autopeft.py", defaults, where=WHERE)
+    given = command.parse(argv, __doc__ or "", own, "configs/search_autopeft.py", defaults, explained=EXPLAINED)
     from jpeft.run.console import Console
     from jpeft.workbench import best, search, trials
 

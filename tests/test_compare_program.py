@@ -86,6 +86,6 @@ def test_help(capsys):
         "python -m jpeft.compare --config",
         "--cells",
         "--config.learning_rates='()'",
-        "jpeft/workbench/compare.py",
+        "  # the variant that the others, and the curves, are held against.\n  --config.reference=",
     ):
         assert part in out

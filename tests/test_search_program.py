@@ -132,5 +132,6 @@ def test_help(capsys):
         program.main(["search", "--help"])
     assert exited.value.code == 0
     out = capsys.readouterr().out
+    assert "  # how many trials are drawn at random.\n  --config.startup=10\n" in out
     for part in ("python -m jpeft.search --config", "--workdir", "num_virtual_tokens", "warm_start=True"):
         assert part in out

@@ -5,12 +5,13 @@ import io
 import json
 import logging
 import os
+import pkgutil
 import re
 import runpy
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ from jpeft.core.errors import UserError, nearest, one_line
 from jpeft.run.stopping import Stopped, raised
 from jpeft.version import __version__
 
-__all__ = ["Arguments", "Parser", "call", "parse"]
+__all__ = ["RUN", "Arguments", "Parser", "call", "parse"]
 
+RUN = "jpeft.run.config:default"
 MOST_SHOWN = 1000  # characters of a message
 
 
@@ -56,7 +58,7 @@ def parse(
     example: str,
     defaults: Callable[[], Any],
     names: bool = False,
-    where: str = "jpeft/run/config.py",
+    explained: Sequence[str] = (RUN,),
 ) -> Arguments:
     """Parses a command line, or prints the help and exits.
 
@@ -67,7 +69,7 @@ def parse(
       example: a value of --config.
       defaults: makes the config whose fields the help shows.
       names: whether --config can be METHOD,TASK in place of a file.
-      where: which file says what the fields mean.
+      explained: the functions "module:name" whose docstrings say what the fields mean, for the help.
 
     Raises:
       UserError: for whatever is wrong.
@@ -82,8 +84,8 @@ def parse(
         wide = max(map(len, told)) + 2
         lines = [f"  --{name:{wide}}{help}" for name, help in told.items()]
         print(f"{doc}\nFlags:\n" + "\n".join(lines))
-        print(f"\nFields of the config and their defaults (what they mean: {where}):\n")
-        _show(defaults())
+        print("\nFields of the config and their defaults:\n")
+        _show(defaults(), explained)
         raise SystemExit(0)
     given = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))]
     given += [argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg in ("--config", "-config")]
@@ -176,11 +178,12 @@ def _line(error: Exception) -> str:
     return line if len(line) <= MOST_SHOWN else f"{line[: MOST_SHOWN // 2]} ... {line[-MOST_SHOWN // 2 :]}"
 
 
-def _show(config: Any) -> None:
-    """Prints the fields and their values, with what `configs.default` says of those that a run has."""
-    from jpeft.run import config as configs  # with JAX
-
-    meanings, shown = _meanings(configs.default.__doc__ or ""), None
+def _show(config: Any, explained: Sequence[str]) -> None:
+    """Prints the fields and their values, with what the docstrings of these functions say of them."""
+    meanings: dict[str, str] = {}
+    for name in reversed(explained):  # the first one's words go before the others'
+        meanings |= _meanings(pkgutil.resolve_name(name).__doc__ or "")
+    shown = None
     for path, value in tree.flatten(config.to_dict()).items():
         own = path[1:] if path[0] == "run" else path  # in a comparison or a search
         name = next((name for n in range(len(own), 0, -1) if (name := ".".join(own[:n])) in meanings), None)
@@ -191,8 +194,9 @@ def _show(config: Any) -> None:
 
 
 def _meanings(doc: str) -> dict[str, str]:
-    """What the points of a list in a docstring say: {name: text}, of points that begin with "`name`:"."""
+    """What a docstring says of fields: {name: text}, of arguments and of the points of a list, "- `name`: text"."""
     points = re.findall(r"^ *- `([\w.]+)`: (.*?)(?=^ *- |^ *$|\Z)", doc, re.MULTILINE | re.DOTALL)
+    points += re.findall(r"^      (\w+): (.*?)(?=^ {0,6}\S|^ *$|\Z)", doc, re.MULTILINE | re.DOTALL)
     return {name: " ".join(text.split()) for name, text in points}
 
 

@@ -196,9 +196,9 @@ def run(argv: list[str]) -> None:
     """Measures what is not measured yet, and prints the table of each task."""
     own = {"cells": "Folder of the finished cells; `cells` by default.", "criteria": "Comma-separated; all by default."}
     example = "configs/compare_plans.py:sst2"
-    where = "jpeft/workbench/compare.py, those of `run` jpeft/run/config.py"
+    explained = "jpeft.workbench.compare:default", command.RUN
     given = command.parse(
-        argv, __doc__ or "", own, example, lambda: compare.default(("fishpal",), ("sst2",)), where=where
+        argv, __doc__ or "", own, example, lambda: compare.default(("fishpal",), ("sst2",)), explained=explained
     )
     grid, folder, console = given.config, Path(given.flags["cells"] or "cells"), Console()
     asked = given.flags["criteria"]

@@ -35,10 +35,13 @@ def default(task: str, space: Mapping[str, Mapping[str, Any]] | None = None, tri
       seed: of what is drawn.
 
     Returns:
-      A config with these fields, with `run`, a run's config with the full recipe, and with `search`, fields of a run's
-      config that make the short recipe of it; None there is what the full one has. `layers` is "bits", one for each
-      layer, or "all"; `startup` how many trials are drawn at random; `warm_start` whether each candidate in all layers,
-      at its middle size, comes first.
+      A config with these fields, and with others:
+
+    - `run`: a run's config, the full recipe.
+    - `search`: fields of a run's config that make the short recipe of it; None is what the full one has.
+    - `layers`: "bits", one for each layer, or "all".
+    - `startup`: how many trials are drawn at random.
+    - `warm_start`: whether each candidate in all layers, at its middle size, comes first.
     """
     full = configs.default("mrpc", "head")
     del full["task"], full["method"]
