@@ -19,15 +19,21 @@ Writer = Callable[[Sequence[Path], Sequence[dict]], str]
 def _html(workdirs: Sequence[Path], reports: Sequence[dict]) -> str:
     from jpeft.report.page import finished, page  # with Matplotlib, which takes a second
 
+    return page([finished(path, name) for path, name in zip(workdirs, _names(workdirs), strict=True)])
+
+
+def _names(workdirs: Sequence[Path]) -> list[str]:
     names = [path.name or str(path) for path in workdirs]
-    alike = len(set(names)) < len(names)
-    return page([finished(path, str(path) if alike else path.name) for path in workdirs])
+    return names if len(set(names)) == len(names) else list(map(str, workdirs))
 
 
 WRITERS: dict[str, tuple[Writer, str]] = {
     "html": (_html, "tables that sort, learning curves, confusion matrices, calibration and more, in one file"),
-    "latex": (lambda _, reports: formats.latex(table(reports)), "the table for LaTeX; needs its package booktabs"),
-    "csv": (lambda _, reports: formats.separated(table(reports)), "the table, comma-separated"),
+    "latex": (
+        lambda dirs, reports: formats.latex(table(reports, _names(dirs))),
+        "the table for LaTeX; needs its package booktabs",
+    ),
+    "csv": (lambda dirs, reports: formats.separated(table(reports, _names(dirs))), "the table, comma-separated"),
 }
 
 
@@ -77,7 +83,7 @@ def main(argv: list[str]) -> int:
         reports = [_report(folder) for folder in workdirs]
         asked = [(path, write) for name, (write, _) in WRITERS.items() if (path := getattr(given, name)) is not None]
         texts = [(path, write(workdirs, reports)) for path, write in asked]
-        print(compare(reports))
+        print(compare(reports, _names(workdirs)))
         for path, text in texts:
             files.write_text(path, text)
             print(f"written: {path}")

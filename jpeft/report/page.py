@@ -79,7 +79,7 @@ def page(runs: Sequence[Finished]) -> str:
 
 def _body(runs: Sequence[Finished]) -> Iterator[str]:
     reports = [run.report for run in runs]
-    yield document.table(tables.table(reports))
+    yield document.table(tables.table(reports, [run.name for run in runs]))
     yield document.paragraph(
         "Scores on the evaluation rows in percent, of the last epoch. A click on a column sorts by it."
     )

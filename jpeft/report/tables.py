@@ -212,27 +212,33 @@ def no_better(report: Mapping[str, Any]) -> str:
     return f"No better than always answering the {answer}: {name} {percent(mean)} against {percent(baseline)}."
 
 
-def compare(reports: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of several runs. Below it stands in what they differ that should be alike."""
+def compare(reports: Sequence[Mapping[str, Any]], called: Sequence[str] = ()) -> str:
+    """A Markdown table of several runs, as `table`. Below it stands in what they differ that should be alike."""
     told = differences(reports)
-    return "\n".join([formats.markdown(table(reports)), *(["", *told] if told else [])])
+    return "\n".join([formats.markdown(table(reports, called)), *(["", *told] if told else [])])
 
 
-def table(reports: Sequence[Mapping[str, Any]]) -> formats.Table:
+def table(reports: Sequence[Mapping[str, Any]], called: Sequence[str] = ()) -> formats.Table:
     """Several runs, one row each: scores in percent, sizes and speed.
 
     The first row of a task is what an answer scores that reads no text.
+
+    Args:
+      reports: of the runs.
+      called: what the runs are called, which tells those of one method, task and model apart.
     """
+    whose = [(report["method"], report["task"], report["model"]) for report in reports]
     names = list(dict.fromkeys(name for report in reports for name in report["metrics"]["mean"]))
     head = ["method", "task", "model", *names, "trainable %", "added %", "train examples/s"]
     rows: list[list[str]] = []
-    for report in reports:
+    for i, report in enumerate(reports):
         mean, std, counts = report["metrics"]["mean"], report["metrics"]["std"], report["parameters"]
         answer, scores = report["baseline"]["answer"], report["baseline"]["metrics"]
         baseline = [answer, report["task"], "", *(_cell(scores.get(name), None) for name in names), "", "", ""]
         if baseline not in rows:
             rows.append(baseline)
-        cells = [report["method"], report["task"], report["model"]]
+        alike = called and whose.count(whose[i]) > 1
+        cells = [f"{report['method']}, {called[i]}" if alike else report["method"], report["task"], report["model"]]
         cells += [_cell(mean.get(name), std.get(name)) for name in names]
         cells += [f"{counts['trainable_percent']:.2f}", f"{counts['added_percent']:.2f}"]
         rows.append([*cells, f"{report['examples_per_second']:.1f}"])

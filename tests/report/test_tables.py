@@ -149,6 +149,14 @@ def test_compare_aligns_rows_and_leaves_out_what_a_task_lacks():
     assert rows[4][:5] == ["fishpal", "sst2", "minilm", "90.00", "-"]
 
 
+def test_runs_that_look_alike_are_told_apart_by_their_names():
+    """As those on different files of one's own, which are all "custom"."""
+    _, rows = tables.table([report(), report(), report(method="dora")], ["runs/a", "runs/b", "runs/c"])
+    assert [row[0] for row in rows] == ["majority class", "lora, runs/a", "lora, runs/b", "dora"]
+    _, rows = tables.table([report(), report()])
+    assert [row[0] for row in rows] == ["majority class", "lora", "lora"]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
