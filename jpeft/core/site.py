@@ -130,8 +130,8 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
 
 
 def _visited(path: tuple[str, ...], found: Mapping[str, Site]) -> bool:
-    """Whether a parameter is the model's own, or the module that has it was called."""
-    return len(path) == 1 or any("/".join(path[:n]) in found for n in range(1, len(path)))
+    """Whether a parameter is the model's own, or the very module that has it was called."""
+    return len(path) == 1 or "/".join(path[:-1]) in found
 
 
 def check_linen(model: Any) -> None:

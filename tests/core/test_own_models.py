@@ -241,3 +241,27 @@ def test_steps_of_a_loop_are_traced_once():
     sites = jpeft.sites(nn.RNN(Cell()), jnp.ones((2, 50, 4)))
     assert [path for path in sites if path.endswith("step")]
     assert len(steps) < 10
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="dense")(x)
+
+
+class Row(nn.Module):
+    kind: type[nn.Module]
+
+    def setup(self):
+        self.blocks = [self.kind() for _ in range(3)]
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_equal_blocks_under_nn_jit_are_all_listed():
+    """They are traced once, so that the hook sees the first alone."""
+    x = jnp.ones((2, 4))
+    assert list(jpeft.sites(Row(nn.jit(Inner)), x)) == list(jpeft.sites(Row(Inner), x))
